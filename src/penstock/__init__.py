@@ -1,0 +1,39 @@
+"""Penstock serves open-weight language models.
+
+>>> from penstock import LLM, SamplingParams
+>>> LLM().generate("Once upon a time", SamplingParams(temperature=0))[0].outputs[0].text  # doctest: +SKIP
+
+Nothing heavy is imported until it is used: ``import penstock`` loads no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from penstock.base import PenstockError
+from penstock.spec import CompletionOutput, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from penstock.llm import LLM, AsyncLLM, TokensPrompt
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "PenstockError",
+    "RequestOutput",
+    "SamplingParams",
+    "TokensPrompt",
+    "__version__",
+]
+
+_LATE = {"LLM", "AsyncLLM", "TokensPrompt"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        from penstock import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module 'penstock' has no attribute {name!r}")
