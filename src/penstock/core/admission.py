@@ -1,0 +1,71 @@
+"""What may enter: the limits of one engine, and the checks of a submission against them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penstock.base import InvalidRequest
+from penstock.core.kv.groups import KVCache
+from penstock.core.service import Submission
+from penstock.spec import Vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Attributes:
+    max_batch_tokens: positions computed in one step.
+    max_batch_requests: requests in one step; at most ``max_batch_tokens``, so that each can have one.
+    max_model_len: prompt and completion together.
+    max_prefix_waits: steps a request sits out in a row while another computes blocks it could share.
+    """
+
+    max_batch_tokens: int
+    max_batch_requests: int
+    max_model_len: int
+    max_prefix_waits: int = 32
+
+
+@dataclass(slots=True)
+class Counters:
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    copies: int = 0
+    failed_steps: int = 0
+
+
+def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary, kv: KVCache) -> int:
+    """Tokens, prompt included, at which a submission's samples end for lack of room.
+
+    Raises:
+        InvalidRequest: empty_prompt, token_out_of_range, prompt_too_long, or kv_too_small when not even an
+            empty pool could hold it.
+    """
+    length, longest = len(submission.tokens), limits.max_model_len
+    if not length:
+        raise InvalidRequest("empty_prompt", "The prompt has no tokens", fix="send at least one token")
+    low, high = min(submission.tokens), max(submission.tokens)
+    if low < 0 or high >= vocabulary.size:
+        raise InvalidRequest(
+            "token_out_of_range",
+            f"Token id {low if low < 0 else high} is not in the vocabulary",
+            why=f"its ids are 0 to {vocabulary.size - 1}",
+        )
+    if length >= longest:
+        raise InvalidRequest(
+            "prompt_too_long",
+            f"The prompt has {length} tokens",
+            why=f"the context holds {longest}, of which at least one is for the completion",
+            fix="shorten the prompt or raise max_model_len",
+        )
+    limit = min(longest, length + (submission.params.max_tokens or longest))
+    if shortage := kv.shortage(limit - 1):  # the last token is never computed
+        raise InvalidRequest(
+            "kv_too_small",
+            f"The request may grow to {limit} tokens",
+            why=f"it then needs {shortage[0]} KV blocks of {kv.block_size} tokens and there are {shortage[1]}",
+            fix="lower max_tokens or give the KV pool more memory (kv_memory)",
+        )
+    return limit

@@ -1,0 +1,108 @@
+"""Engine: an inbox, a scheduler, an executor and a depth. The same loop serves, is replayed and is simulated."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from penstock.base import PenstockError
+from penstock.core.plan import Executor, StepFailed, StepPlan, StepResult, Ticket
+from penstock.core.scheduler import Scheduler
+from penstock.core.service import Submission, Update
+
+Mail = Submission | str
+"""A submission to start, or the id of one to abort."""
+
+
+class Journal(Protocol):
+    """Hears of everything that enters the loop, so that a run can be replayed (``penstock.sim.replay``)."""
+
+    def launched(self, now: float, mail: tuple[Mail, ...], plans: tuple[StepPlan, ...]) -> None: ...
+
+    def landed(self, plan: StepPlan, result: StepResult | StepFailed) -> None: ...
+
+
+@dataclass(slots=True)
+class _NoJournal:
+    def launched(self, now: float, mail: tuple[Mail, ...], plans: tuple[StepPlan, ...]) -> None:
+        pass
+
+    def landed(self, plan: StepPlan, result: StepResult | StepFailed) -> None:
+        pass
+
+
+class Engine:
+    """Drive it with ``launch`` and ``land`` in turn, from one thread; ``post`` may be called from any.
+
+    Args:
+        depth: steps in flight: 1 is the plain loop, 2 overlaps scheduling with compute, more is a pipeline.
+        deliver: called with the news of each launch and landing; must not block.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        deliver: Callable[[list[Update]], None],
+        depth: int = 1,
+        journal: Journal | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.depth = depth
+        self.inbox: deque[Mail] = deque()  # append and popleft are atomic
+        self.inflight: deque[tuple[StepPlan, Ticket]] = deque()
+        self._deliver = deliver
+        self._journal = journal or _NoJournal()
+
+    def post(self, mail: Mail) -> None:
+        self.inbox.append(mail)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.inbox or self.inflight or not self.scheduler.idle)
+
+    def launch(self, now: float) -> None:
+        """Takes the mail and fills the pipeline. Never waits for a step."""
+        mail = self._take_mail(now)
+        plans: list[StepPlan] = []
+        while len(self.inflight) < self.depth and (plan := self.scheduler.plan(now)):
+            self.inflight.append((plan, self.executor.submit(plan)))
+            plans.append(plan)
+        self._journal.launched(now, mail, tuple(plans))
+        self._flush()
+
+    def land(self) -> None:
+        """Waits for the oldest step and takes in its result. A failed one takes the later ones with it."""
+        if not self.inflight:
+            return
+        plan, ticket = self.inflight.popleft()
+        result = ticket.wait()
+        if isinstance(result, StepFailed):
+            while self.inflight:
+                self.inflight.popleft()[1].wait()
+        self.scheduler.commit(plan, result)
+        self._journal.landed(plan, result)
+        self._flush()
+
+    def _take_mail(self, now: float) -> tuple[Mail, ...]:
+        mail: list[Mail] = []
+        while self.inbox:
+            item = self.inbox.popleft()
+            mail.append(item)
+            if isinstance(item, str):
+                self.scheduler.abort(item)
+                continue
+            try:
+                self.scheduler.add(item, now)
+            except PenstockError as error:
+                for sample in range(item.params.n):
+                    self.scheduler.outbox.append(Update(item.id, sample, finish_reason="error", error=error))
+        return tuple(mail)
+
+    def _flush(self) -> None:
+        if news := self.scheduler.outbox:
+            self.scheduler.outbox = []
+            self._deliver(news)

@@ -1,0 +1,119 @@
+"""StepPlan and StepResult: all that passes between the brain and whatever computes.
+
+Integers and small values only, so that a remote executor, a recording and the simulator need nothing
+else. What an executor must know is in these rules:
+
+- An executor keeps, for each request it was told of, its tokens and its block tables. ``new`` (re)places a
+  request, ``gone`` forgets one (unknown ids are ignored), ``blocks`` overwrites table entries.
+- Order inside a step: ``gone``, ``new``, ``blocks``, then ``copies``, then the slices.
+- A slice computes positions ``start .. start + count - 1``. One that reaches the last token the executor
+  knows draws the next token and appends it to what the executor knows. So the input of a decode whose
+  token is still on its way to the scheduler (OWED) is already where it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from penstock.base import PenstockError
+from penstock.spec import SamplingParams, TokenLogprobs
+
+Slice = tuple[int, int, int]
+"""(request, start, count): positions start .. start + count - 1 of a request are computed."""
+
+NO_BLOCK = -1
+"""Entry of a block table whose tokens lie outside the group's window for good."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequest:
+    """A request as an executor first hears of it, or hears of it again after a preemption or a failed step.
+
+    Attributes:
+        id: the scheduler's number; other plans refer to it.
+        tokens: every known token: the prompt, and what was emitted so far.
+        prompt_len: how many of ``tokens`` are the prompt.
+        tables: block ids of each KV group, by block index.
+        params, seed, sample: with the position they determine each draw.
+        stop_ids: token ids that must not be drawn before ``params.min_tokens``.
+    """
+
+    id: int
+    tokens: tuple[int, ...]
+    prompt_len: int
+    tables: tuple[tuple[int, ...], ...]
+    params: SamplingParams
+    seed: int
+    sample: int
+    stop_ids: tuple[int, ...]
+
+
+class TableWrite(NamedTuple):
+    """Entries ``first ..`` of the request's table in ``group`` become ``blocks``."""
+
+    request: int
+    group: int
+    first: int
+    blocks: tuple[int, ...]
+
+
+class BlockCopy(NamedTuple):
+    """All layers' K and V of block ``src`` are copied to block ``dst`` of the same group."""
+
+    group: int
+    src: int
+    dst: int
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step. ``number`` counts plans from 0; a replay must produce equal plans in equal order."""
+
+    number: int
+    slices: list[Slice] = field(default_factory=list)
+    new: list[NewRequest] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
+    blocks: list[TableWrite] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced, in the order of the plan's slices.
+
+    Attributes:
+        tokens: the tokens drawn by each slice; empty for a slice that draws none.
+        logprobs: slice index -> one entry per drawn token, for requests that asked.
+        failed: slice index -> why that request alone cannot go on (such as NaN logits).
+        seconds: time the step took on the device.
+    """
+
+    tokens: Sequence[tuple[int, ...]]
+    logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    failed: dict[int, PenstockError] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class StepFailed:
+    """The step as a whole raised; nothing it computed may be used."""
+
+    error: PenstockError
+
+
+class Ticket(Protocol):
+    """A step under way."""
+
+    def wait(self) -> StepResult | StepFailed:
+        """Blocks until the step ended. Never raises for a fault of the step itself."""
+        ...
+
+
+class Executor(Protocol):
+    """Computes plans in the order of their submission."""
+
+    def submit(self, plan: StepPlan) -> Ticket: ...
+
+    def close(self) -> None: ...

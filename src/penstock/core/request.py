@@ -1,0 +1,90 @@
+"""Request: one sample of a submission, as the scheduler sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from penstock.core.plan import NewRequest
+from penstock.core.service import Submission
+
+Order = tuple[float, int]
+"""Place in the line; smaller goes first. It never changes while a request lives (docs/decisions/0002)."""
+
+
+class Phase(Enum):
+    WAITING = "waiting"  # holds no blocks
+    RUNNING = "running"
+    LEAVING = "leaving"  # preempted; keeps its blocks until the last step in flight that touches it has landed
+    DONE = "done"  # ended; likewise
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Tokens known, computed, and owed by steps in flight.
+
+        0 ........ computed ........ planned ........ len(tokens) + owed
+          KV landed        in flight          the gap
+
+    A step computes some of the gap; a slice that closes it draws a token, which is owed until it lands.
+
+    Attributes:
+        tokens: known tokens: the prompt, then what was emitted.
+        limit: length at which it ends for lack of room.
+        tables: for each KV group the block of each block index, NO_BLOCK for those outside the window for good.
+        names: hashes of its full blocks, as far as they were needed.
+        sealed: block indices below this were offered to the prefix index.
+        inflight: steps in flight that touch it.
+        resident: the executor knows its tokens and tables.
+        tail_shared: its last block may be read by others, so look before writing.
+        leader: the sample whose prompt blocks it will share, until it does.
+        waits: plans it sat out because another request was computing its next block.
+        suspect: it was part of a step that failed, and runs alone until it has proved innocent.
+    """
+
+    id: int
+    submission: Submission
+    sample: int
+    order: Order
+    tokens: list[int]
+    limit: int
+    stop_ids: frozenset[int]
+    root: bytes
+    tables: list[list[int]]
+    leader: Request | None = None
+    phase: Phase = Phase.WAITING
+    computed: int = 0
+    planned: int = 0
+    owed: int = 0
+    inflight: int = 0
+    sealed: int = 0
+    waits: int = 0
+    cached: int = 0
+    resident: bool = False
+    tail_shared: bool = False
+    suspect: bool = False
+    names: list[bytes] = field(default_factory=list)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.submission.tokens)
+
+    @property
+    def emitted(self) -> int:
+        return len(self.tokens) - len(self.submission.tokens)
+
+    def __lt__(self, other: Request) -> bool:
+        return self.order < other.order
+
+    def introduction(self) -> NewRequest:
+        """What an executor needs to know to take it on, now or again."""
+        return NewRequest(
+            id=self.id,
+            tokens=tuple(self.tokens),
+            prompt_len=self.prompt_len,
+            tables=tuple(tuple(table) for table in self.tables),
+            params=self.submission.params,
+            seed=self.submission.seed,
+            sample=self.sample,
+            stop_ids=tuple(sorted(self.stop_ids)),
+        )

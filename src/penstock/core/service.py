@@ -1,0 +1,90 @@
+"""What the outside says to an engine, what it hears back, and the Service seam between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from penstock.base import PenstockError
+from penstock.spec import FinishReason, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """One prompt and what to do with it. Travels between processes.
+
+    Attributes:
+        id: chosen by the caller, unique among live requests.
+        tokens: the prompt's token ids.
+        seed: root of the noise; given at the outermost face when the caller brought none.
+        priority: lower is served earlier; a level is worth ``priority_age_seconds`` of waiting.
+        tenant, adapter: KV blocks are shared only within the same pair.
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    priority: int = 0
+    tenant: str = ""
+    adapter: str = ""
+
+
+@dataclass(slots=True)
+class Update:
+    """News of one sample of a submission.
+
+    Attributes:
+        tokens: newly accepted tokens, in order; a stop token is included, its text is not shown.
+        logprobs: one entry per token, if asked for.
+        finish_reason: set in the last update of the sample.
+        stop_reason: the stop token id that ended it, None for end-of-sequence.
+        error: set with finish_reason "error".
+        cached_tokens: prompt tokens whose KV was found rather than computed.
+    """
+
+    id: str
+    sample: int
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: PenstockError | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """Gauges of a running engine; counters count since its start."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    failed_steps: int = 0
+
+
+Sink = Callable[[Update], None]
+"""Called by the service for each update, in order, from whatever thread runs the engine. Must not block."""
+
+
+class Service(Protocol):
+    """All that serving knows of an engine: in this process, behind a socket, or a fleet.
+
+    Every sample of an accepted submission ends with exactly one update that has a finish_reason; refusals
+    (too long, cannot fit) arrive the same way, with an error.
+    """
+
+    def submit(self, submission: Submission, sink: Sink) -> None: ...
+
+    def abort(self, id: str) -> None:
+        """Ends all samples of a submission; each still gets its last update. Unknown ids are ignored."""
+        ...
+
+    def status(self) -> Status: ...
