@@ -1,0 +1,1 @@
+"""The world without devices: executors that need no torch, recordings and their replay."""

@@ -1,0 +1,119 @@
+"""ToyExecutor: a model whose next token is a hash of every KV block before it.
+
+It keeps real blocks and reads them only through the tables a plan gave it. One lost, stale, foreign or
+misplaced block changes every token that follows, so a run whose tokens equal ``toy_completion`` moved its KV right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from penstock.base import EngineError
+from penstock.core.kv.groups import PoolSpec
+from penstock.core.plan import NewRequest, StepFailed, StepPlan, StepResult
+
+EMPTY = bytes(8)
+
+
+def _digest(*parts: bytes) -> bytes:
+    return blake2b(b"".join(parts), digest_size=8).digest()
+
+
+def toy_kv(token: int, position: int, seen: Sequence[Sequence[bytes]]) -> bytes:
+    """What a position stores in every group: a hash of its token and of all that each group lets it see."""
+    return _digest(token.to_bytes(8, "little"), position.to_bytes(8, "little"), *(b"".join(s) for s in seen))
+
+
+def toy_draw(kv: bytes, seed: int, sample: int, vocab_size: int) -> int:
+    return int.from_bytes(_digest(kv, seed.to_bytes(8, "little"), sample.to_bytes(8, "little"))) % vocab_size
+
+
+def toy_completion(
+    prompt: Sequence[int], count: int, windows: Sequence[int | None], seed: int, sample: int, vocab_size: int
+) -> list[int]:
+    """The tokens of a request that runs alone on a machine without blocks."""
+    tokens, stored = list(prompt), list[bytes]()
+    for position in range(len(prompt) + count - 1):
+        seen = [stored if w is None else stored[max(0, position - w + 1) :] for w in windows]
+        stored.append(toy_kv(tokens[position], position, seen))
+        if position == len(tokens) - 1:
+            tokens.append(toy_draw(stored[-1], seed, sample, vocab_size))
+    return tokens[len(prompt) :]
+
+
+@dataclass(slots=True)
+class Done:
+    """A ticket of work that is already done."""
+
+    result: StepResult | StepFailed
+
+    def wait(self) -> StepResult | StepFailed:
+        return self.result
+
+
+@dataclass(slots=True)
+class _Row:
+    tokens: list[int]
+    tables: list[list[int]]
+    seed: int
+    sample: int
+
+
+@dataclass(slots=True)
+class ToyExecutor:
+    """Attributes:
+    fault: says of a plan whether its step fails; asked before the slices are computed.
+    """
+
+    pools: Sequence[PoolSpec]
+    block_size: int
+    vocab_size: int
+    fault: Callable[[StepPlan], bool] = lambda plan: False
+    rows: dict[int, _Row] = field(default_factory=dict)
+    storage: list[list[list[bytes]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.storage = [[[EMPTY] * self.block_size for _ in range(spec.blocks)] for spec in self.pools]
+
+    def submit(self, plan: StepPlan) -> Done:
+        for id in plan.gone:
+            self.rows.pop(id, None)
+        for new in plan.new:
+            self.rows[new.id] = self._row(new)
+        for write in plan.blocks:
+            self.rows[write.request].tables[write.group][write.first :] = write.blocks
+        for group, src, dst in plan.copies:
+            self.storage[group][dst] = list(self.storage[group][src])
+        if self.fault(plan):
+            return Done(StepFailed(EngineError("injected_fault", f"Step {plan.number} was made to fail")))
+        if any(start + count > len(self.rows[id].tokens) for id, start, count in plan.slices):
+            return Done(StepFailed(EngineError("step_failed", f"Step {plan.number} follows one that failed")))
+        return Done(StepResult([self._slice(self.rows[id], start, count) for id, start, count in plan.slices]))
+
+    def close(self) -> None:
+        pass
+
+    def _row(self, new: NewRequest) -> _Row:
+        return _Row(list(new.tokens), [list(table) for table in new.tables], new.seed, new.sample)
+
+    def _slice(self, row: _Row, start: int, count: int) -> tuple[int, ...]:
+        size, kv = self.block_size, EMPTY
+        for position in range(start, start + count):
+            seen = [self._seen(row, group, position) for group in range(len(self.pools))]
+            kv = toy_kv(row.tokens[position], position, seen)
+            for group, table in enumerate(row.tables):
+                self.storage[group][table[position // size]][position % size] = kv
+        if start + count < len(row.tokens):
+            return ()
+        row.tokens.append(toy_draw(kv, row.seed, row.sample, self.vocab_size))
+        return (row.tokens[-1],)
+
+    def _seen(self, row: _Row, group: int, position: int) -> list[bytes]:
+        window, size = self.pools[group].window, self.block_size
+        first = 0 if window is None else max(0, position - window + 1)
+        blocks = row.tables[group][first // size : -(-position // size)]
+        stored = [kv for block in blocks for kv in self.storage[group][block]]
+        skip = first // size * size
+        return stored[first - skip : position - skip]

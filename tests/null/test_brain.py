@@ -1,0 +1,29 @@
+"""Properties of the brain under random arrivals, aborts, priorities, pool sizes, depths and failed steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from brain import Life, lives, live, replays, verify
+from hypothesis import given, settings
+
+COMMON = ("hits", "preemptions", "aborts", "copies", "overlap")
+
+
+def test_random_lives() -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=10 * settings.default.max_examples)
+    @given(lives())
+    def run(life: Life) -> None:
+        outcome = live(life)
+        verify(life, outcome)
+        replays(outcome)
+        seen["examples"] += 1
+        seen.update(event for event, count in outcome.events.items() if count)
+
+    run()
+    shares = {event: seen[event] / seen["examples"] for event in (*COMMON, "failures")}
+    print("share of examples with", {event: f"{share:.0%}" for event, share in shares.items()})
+    assert all(shares[event] >= 0.2 for event in COMMON), shares
+    assert shares["failures"] >= 0.05
