@@ -343,14 +343,15 @@ class Scheduler:
     def _roll_back(self, error: PenstockError) -> None:
         """Undoes the oldest plan and all later ones. Its requests rerun alone, so that only the guilty one fails."""
         self.counters.failed_steps += 1
-        accused = [r for r in self.inflight[0].requests if r.phase is not Phase.DONE]
+        present = self.inflight[0].requests
+        accused = [r for r in present if r.phase is not Phase.DONE]
         forgotten = dict.fromkeys(self._draft.plan.gone)
         touched: dict[Request, None] = {}
+        lowest: dict[Request, int] = {}
         for record in self.inflight:
             forgotten.update(dict.fromkeys(record.plan.gone))
             for request, start in record.copied:  # the copy may not have been made
-                request.computed = min(request.computed, start)
-                request.sealed = min(request.sealed, start // self.kv.block_size)
+                lowest[request] = min(start, lowest.get(request, start))
             for request in record.requests:
                 request.inflight -= 1
                 touched[request] = None
@@ -358,15 +359,16 @@ class Scheduler:
         self.kv.pending.clear()
         for request in self.running:
             request.resident = False
+            self.kv.rewind(request, min(request.computed, lowest.get(request, request.computed)))
             request.planned, request.owed = request.computed, 0
-            self.kv.truncate(request, request.computed)
         self._draft = InFlight(StepPlan(self._draft.plan.number, gone=list(forgotten)))
         for request in touched:
             if request.phase is not Phase.RUNNING:
                 request.owed = 0
                 self._settle(request)
-        if len(accused) == 1:
-            self._fail(accused[0], error)
+        if len(present) == 1:
+            for guilty in accused:  # nobody, if it ended while the step ran
+                self._fail(guilty, error)
         else:
             for request in accused:
                 request.suspect = True

@@ -34,10 +34,7 @@ class BlockPool:
         else:
             block = next(iter(self.idle))
             del self.idle[block]
-            key = self.keys[block]
-            assert key is not None
-            del self.by_key[key]
-            self.keys[block] = None
+            self.reopen(block)
         self.refs[block] = 1
         return block
 
@@ -62,8 +59,12 @@ class BlockPool:
             self.keys[block] = key
             self.by_key[key] = block
 
-    def writable(self, block: int) -> bool:
-        return self.refs[block] == 1 and self.keys[block] is None
+    def reopen(self, block: int) -> None:
+        """Makes a block that its only reader is about to write to unfindable again."""
+        key = self.keys[block]
+        if key is not None:
+            del self.by_key[key]
+            self.keys[block] = None
 
     def counts(self) -> dict[str, int]:
         sealed = len(self.by_key) - len(self.idle)

@@ -57,24 +57,32 @@ class KVCache:
         start, size = request.planned, self.block_size
         for pool, table in zip(self.pools, request.tables, strict=True):
             room, spare = len(table) * size - start, pool.available
-            if room > 0 and not pool.writable(table[start // size]):
+            if room > 0 and pool.refs[table[start // size]] > 1:
                 spare -= 1
             count = min(count, room + spare * size if spare >= 0 else 0)
         if count <= 0:
             return 0
         for group, (pool, table) in enumerate(zip(self.pools, request.tables, strict=True)):
             first = start // size
-            if first < len(table) and not pool.writable(old := table[first]):
-                table[first] = pool.take()
-                pool.drop(old)
-                draft.copies.append(BlockCopy(group, old, table[first]))
-                self._write(request, group, first, draft)
+            if first < len(table):
+                self._own(request, group, first, draft)
             first = len(table)
             table.extend(pool.take() for _ in range(first, -(-(start + count) // size)))
             if len(table) > first:
                 self._write(request, group, first, draft)
         request.tail_shared = False
         return count
+
+    def _own(self, request: Request, group: int, index: int, draft: StepPlan) -> None:
+        pool, table = self.pools[group], request.tables[group]
+        block = table[index]
+        if pool.refs[block] == 1:
+            pool.reopen(block)
+            return
+        table[index] = pool.take()
+        pool.drop(block)
+        draft.copies.append(BlockCopy(group, block, table[index]))
+        self._write(request, group, index, draft)
 
     def _write(self, request: Request, group: int, first: int, draft: StepPlan) -> None:
         if request.resident:
@@ -204,6 +212,16 @@ class KVCache:
                 block = table.pop()
                 if block != NO_BLOCK:
                     pool.drop(block)
+
+    def rewind(self, request: Request, length: int) -> None:
+        """Takes back what was computed past ``length``; everything, if a window has dropped what must be read again."""
+        for group, window in self.windowed:
+            live = max(0, length - window + 1) // self.block_size
+            if NO_BLOCK in request.tables[group][live : -(-length // self.block_size)]:
+                length = 0
+        self.truncate(request, length)
+        request.computed = length
+        request.sealed = min(request.sealed, length // self.block_size)
 
     # -- books -------------------------------------------------------------------------------------
 
