@@ -79,11 +79,12 @@ def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assemb
     checkpoint = read_model_spec(folder)
     tokenizer = load_tokenizer(folder, checkpoint.vocab_size)
     chat = load_chat_template(folder, config.chat_template)
-    config = resolve(config, checkpoint, "cuda" if torch.cuda.is_available() else "cpu", cpu_count())
+    cpus = min(cpu_count(), torch.get_num_threads())  # the latter knows OMP_NUM_THREADS
+    config = resolve(config, checkpoint, "cuda" if torch.cuda.is_available() else "cpu", cpus)
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     stored = cast(Dtype, config.dtype)  # no longer "auto"
     if config.device == "cpu":
-        torch.set_num_threads(config.num_threads or cpu_count())
+        torch.set_num_threads(config.num_threads or cpus)
     ops = make_ops(config.backend)
     check_weights(checkpoint, stored, device)
     config = fit_context(config, checkpoint, stored, device)
