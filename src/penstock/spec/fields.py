@@ -1,0 +1,69 @@
+"""Typed reading of untrusted JSON objects: each value is checked for type and range, or named in an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from penstock.base import ModelFormatError
+
+
+class Fields:
+    """A view of a JSON object. ``prefix`` names the object in errors."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        self._values, self._prefix = values, prefix
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The raw value; a JSON null counts as absent."""
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, low: int, high: int, *, default: int | None = None) -> int:
+        value = self.get(name, default)
+        if value is None:
+            raise self._missing(name)
+        if type(value) is not int or not low <= value <= high:
+            raise bad_config(self._prefix + name, value, f"it must be an integer from {low} to {high}")
+        return value
+
+    def optional_integer(self, name: str, low: int, high: int, *, default: int | None = None) -> int | None:
+        """As ``integer``, but a JSON null means None; the default is for an absent key."""
+        if name in self._values and self._values[name] is None:
+            return None
+        return None if default is None and name not in self._values else self.integer(name, low, high, default=default)
+
+    def number(self, name: str, low: float, high: float, *, default: float | None = None) -> float:
+        """A finite number in (low, high]."""
+        value = self.get(name, default)
+        if value is None:
+            raise self._missing(name)
+        if type(value) not in (int, float) or not low < value <= high:  # NaN fails too
+            raise bad_config(self._prefix + name, value, f"it must be a number in ({low:g}, {high:g}]")
+        return float(value)
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise bad_config(self._prefix + name, value, "it must be true or false")
+        return value
+
+    def flag_or_key(self, rule: bool | str) -> bool:
+        """A constant, or the flag of that name, false where absent."""
+        return self.flag(rule, default=False) if isinstance(rule, str) else rule
+
+    def _missing(self, name: str) -> ModelFormatError:
+        return ModelFormatError(
+            "config_invalid",
+            f"config.json lacks {self._prefix}{name}",
+            fix="take config.json from the model's own page",
+        )
+
+
+def bad_config(name: str, value: object, why: str) -> ModelFormatError:
+    return ModelFormatError(
+        "config_invalid",
+        f"config.json has {name} = {str(value)[:80]!r}, which cannot be",
+        why=why,
+        fix="take config.json from the model's own page",
+    )

@@ -1,0 +1,454 @@
+"""Weight files and config.json: what is read, and that damage ends in a coded error that names the place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from penstock.base import ModelFormatError, NotFound
+from penstock.formats import SafetensorsFile, open_checkpoint, read_json_object
+from penstock.kernels import make_ops
+from penstock.layers import Placement
+from penstock.models import load_decoder, numerics_id
+from penstock.spec import ModelSpec, RopeSpec
+from penstock.spec.hf import model_spec, read_model_spec
+from penstock.spec.sizing import activation_bytes, kv_bytes_per_token, kv_request_bytes, parameters, weight_bytes
+from penstock.spec.tensors import checkpoint_tensors
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+SPEC = model_spec(CONFIG)
+CPU = torch.device("cpu")
+
+
+def write_model(folder: Path, config: dict[str, Any] | None = None, **replaced: torch.Tensor | None) -> Path:
+    """A random model of CONFIG; keyword arguments replace or (None) drop tensors, dots written as __."""
+    config = config or CONFIG
+    tensors: dict[str, torch.Tensor | None] = {
+        name: torch.randn(shape) for name, shape in checkpoint_tensors(model_spec(config)).items()
+    }
+    tensors |= {name.replace("__", "."): tensor for name, tensor in replaced.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def load(folder: Path, spec: ModelSpec = SPEC, dtype: torch.dtype = torch.float32) -> Any:
+    return load_decoder(folder, spec, make_ops("ref"), Placement(dtype, CPU))
+
+
+def code_of(error: pytest.ExceptionInfo[ModelFormatError]) -> str:
+    assert error.value.what and str(error.value).endswith(f"[{error.value.code}]")
+    return error.value.code
+
+
+# Weight files
+
+
+def test_views_are_the_tensors_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(7, dtype=torch.int64), "s": torch.tensor(2.5).bfloat16()}
+    save_file(tensors, tmp_path / "x.safetensors", {"note": "kept"})
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert file.metadata == {"note": "kept"}
+    assert {name: entry.shape for name, entry in file.tensors.items()} == {"b": (3, 5), "a": (7,), "s": ()}
+    for name, tensor in tensors.items():
+        assert bytes(file.view(name)) == tensor.view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_shards_and_single_file_load_alike(tmp_path: Path) -> None:
+    whole, sharded = write_model(tmp_path), tmp_path / "sharded"
+    sharded.mkdir()
+    source = open_checkpoint(whole)
+    names = sorted(source.names)
+    weight_map = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        part = {n: torch.frombuffer(bytearray(source.view(n)), dtype=torch.float32).view(source.entry(n).shape)
+                for n in names if weight_map[n] == shard}  # fmt: skip
+        save_file(part, sharded / shard)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    a, b = load(whole), load(sharded)
+    assert torch.equal(a.blocks[1].attention.qkv.weight_NK, b.blocks[1].attention.qkv.weight_NK)
+    assert torch.equal(a.blocks[0].ffn.down.weight_NK, b.blocks[0].ffn.down.weight_NK)
+
+    (sharded / "model-1.safetensors").unlink()
+    with pytest.raises(ModelFormatError, match=r"model-1\.safetensors") as error:
+        open_checkpoint(sharded)
+    assert code_of(error) == "weights_missing"
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.bin", 7, None])
+def test_an_index_cannot_point_outside_the_folder(tmp_path: Path, shard: object) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"t": shard}}))
+    with pytest.raises(ModelFormatError) as error:
+        open_checkpoint(tmp_path)
+    assert code_of(error) == "weights_header"
+
+
+def test_an_index_that_promises_an_absent_tensor(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"ghost": "one.safetensors"}}))
+    with pytest.raises(ModelFormatError, match=r"'ghost' is missing from one\.safetensors"):
+        open_checkpoint(tmp_path)
+
+
+def test_pickled_weights_are_named_and_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
+    with pytest.raises(ModelFormatError, match=r"found pytorch_model\.bin") as error:
+        open_checkpoint(tmp_path)
+    assert code_of(error) == "weights_missing"
+
+
+@pytest.mark.parametrize("part", range(64))
+def test_every_truncation_is_an_error_with_sizes(tmp_path: Path, part: int) -> None:
+    data = (write_model(tmp_path) / "model.safetensors").read_bytes()
+    cut = len(data) * part // 64
+    (tmp_path / "model.safetensors").write_bytes(data[:cut])
+    with pytest.raises(ModelFormatError, match=r"model\.safetensors") as error:
+        open_checkpoint(tmp_path)
+    assert code_of(error) == "weights_truncated"
+    assert f"the file at byte {cut}" in error.value.why
+    expected = int(error.value.why.split("ends at byte ")[1].split(",")[0])
+    assert cut < expected <= len(data)
+
+
+def test_a_truncated_tensor_is_named(tmp_path: Path) -> None:
+    path = write_model(tmp_path) / "model.safetensors"
+    last = max(SafetensorsFile(path).tensors.values(), key=lambda entry: entry.end)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelFormatError, match=f"tensor '{last.name}' ends at byte {last.end}"):
+        open_checkpoint(tmp_path)
+
+
+def header_and_data(path: Path) -> tuple[dict[str, Any], bytes]:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def rewrite(path: Path, header: object, data: bytes) -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+
+
+HUGE = 2**62
+MUTATIONS: dict[str, Any] = {
+    "offsets beyond the file": lambda t: t["data_offsets"].__setitem__(1, HUGE) or t["shape"].__setitem__(0, HUGE // 4),
+    "overlap": lambda t: t.update(data_offsets=[t["data_offsets"][0] - 4, t["data_offsets"][1] - 4]),
+    "backwards": lambda t: t["data_offsets"].reverse(),
+    "negative": lambda t: t.update(data_offsets=[-8, t["data_offsets"][1]]),
+    "shape too large": lambda t: t["shape"].append(2),
+    "overflowing shape": lambda t: t.update(shape=[HUGE, HUGE, HUGE]),
+    "negative shape": lambda t: t.update(shape=[-1, -24]),
+    "boolean shape": lambda t: t.update(shape=[True]),
+    "float offsets": lambda t: t.update(data_offsets=[0.0, 4.0]),
+    "unknown dtype": lambda t: t.update(dtype="F7"),
+    "dtype of another width": lambda t: t.update(dtype="F64"),
+    "no dtype": lambda t: t.pop("dtype"),
+    "an extra key": lambda t: t.update(extra=1),
+    "three offsets": lambda t: t["data_offsets"].append(0),
+    "too many dimensions": lambda t: t.update(shape=[1] * 17 + t["shape"]),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutated_entry_is_an_error_that_names_it(tmp_path: Path, mutation: str) -> None:
+    path = write_model(tmp_path) / "model.safetensors"
+    header, data = header_and_data(path)
+    MUTATIONS[mutation](header["model.norm.weight"])
+    rewrite(path, header, data)
+    with pytest.raises(ModelFormatError, match=r"model\.norm\.weight") as error:
+        open_checkpoint(tmp_path)
+    assert code_of(error) in ("weights_header", "weights_truncated")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"{", b"[]", b"null", b'{"a":1}', b'{"a":[]}', b"\xff\xfe", b'{"a":NaN}', b'{"x":1,"x":1}', b"[" * 100_000,
+     b'{"__metadata__":3}', b'{"__metadata__":{"a":1}}', b'{"a":' + b"9" * 5000 + b"}"],
+)  # fmt: skip
+def test_headers_that_are_not_headers(tmp_path: Path, header: bytes) -> None:
+    rewrite(tmp_path / "model.safetensors", header, b"")
+    with pytest.raises(ModelFormatError) as error:
+        open_checkpoint(tmp_path)
+    assert code_of(error) == "weights_header"
+
+
+def test_header_length_is_capped_and_bytes_without_owner_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ModelFormatError, match="exceeds the limit"):
+        open_checkpoint(tmp_path)
+    rewrite(path, {"a": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}, b"123")
+    with pytest.raises(ModelFormatError, match="hole"):
+        open_checkpoint(tmp_path)
+    rewrite(path, {"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}, b"123")
+    with pytest.raises(ModelFormatError, match="the tensors end at byte"):
+        open_checkpoint(tmp_path)
+
+
+@settings(max_examples=3 * settings.default.max_examples)
+@given(seed=st.integers(0, 2**32), flips=st.integers(1, 4), cut=st.booleans())
+def test_random_damage_raises_nothing_else(seed: int, flips: int, cut: bool, tmp_path_factory: Any) -> None:
+    """Bytes of the header are changed at random: the file still reads, or it is a ModelFormatError."""
+    rng = random.Random(seed)
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    header = {f"t{i}": {"dtype": "F32", "shape": [2, i], "data_offsets": [4 * i * (i - 1), 4 * i * (i + 1)]}
+              for i in range(1, 5)}  # fmt: skip
+    rewrite(path, header, bytes(160))
+    raw = bytearray(path.read_bytes())
+    for _ in range(flips):
+        raw[rng.randrange(len(raw) - 160)] = rng.choice(b'0123456789{}[]",:-ex\x00\xff')
+    path.write_bytes(raw[: rng.randrange(len(raw))] if cut else raw)
+    try:
+        file = SafetensorsFile(path)
+    except ModelFormatError:
+        return
+    for name, entry in file.tensors.items():
+        assert len(file.view(name)) == entry.end - entry.start
+
+
+def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelFormatError, match="cannot be read") as error:
+        read_json_object(tmp_path / "absent.json")
+    assert code_of(error) == "file_missing"
+    monkeypatch.setattr("penstock.formats.jsonfile.MAX_JSON_BYTES", 10)
+    (tmp_path / "large.json").write_text('{"a": "0123456789"}')
+    with pytest.raises(ModelFormatError, match="larger than 10 bytes"):
+        read_json_object(tmp_path / "large.json")
+
+
+# Weights against their config
+
+
+def test_loader_fuses_and_converts(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    source = open_checkpoint(folder)
+    decoder = load(folder, dtype=torch.bfloat16)
+    attention = decoder.blocks[1].attention
+    assert attention.qkv.weight_NK.shape == (24 + 8 + 8, 24)
+    k_proj = torch.frombuffer(bytearray(source.view("model.layers.1.self_attn.k_proj.weight")), dtype=torch.float32)
+    assert torch.equal(attention.qkv.weight_NK[24:32], k_proj.view(8, 24).bfloat16())
+    assert decoder.head.weight_VD is decoder.embedding.table_VD
+    assert attention.out.segments == 1 and decoder.blocks[0].ffn.down.segments == 8  # 3 heads; 40 columns
+
+
+@pytest.mark.parametrize(
+    ("replaced", "code", "names"),
+    [
+        ({"model__norm__weight": None}, "weights_missing", "model.norm.weight"),
+        ({"model__norm__weight": torch.zeros(25)}, "weights_shape", r"model.norm.weight is \[25\].*calls for \[24\]"),
+        ({"model__norm__weight": torch.zeros(24, dtype=torch.int8)}, "weights_dtype", "model.norm.weight is I8"),
+        ({"model__layers__0__self_attn__q_proj__bias": torch.zeros(24)}, "weights_unexpected", "q_proj.bias"),
+        ({"model__layers__2__mlp__up_proj__weight": torch.zeros(40, 24)}, "weights_unexpected", "layers.2"),
+    ],
+)
+def test_tensors_must_be_those_of_the_config(tmp_path: Path, replaced: dict[str, Any], code: str, names: str) -> None:
+    folder = write_model(tmp_path, **replaced)
+    with pytest.raises(ModelFormatError, match=names) as error:
+        load(folder)
+    assert code_of(error) == code
+
+
+def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
+    load(
+        write_model(
+            tmp_path,
+            model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4),
+            lm_head__weight=torch.zeros(50, 24),
+        )
+    )
+
+
+def test_numerics_id_follows_all_that_decides_bits(tmp_path: Path) -> None:
+    folder, exact = write_model(tmp_path), Placement(torch.float32, CPU)
+    ref, fast = make_ops("ref"), make_ops("torch")
+    base = numerics_id(folder, SPEC, ref, exact)
+    assert len(base) == 16 and base == numerics_id(folder, SPEC, make_ops("ref"), exact)
+    ids = {
+        base,
+        numerics_id(folder, SPEC, fast, exact),
+        numerics_id(folder, SPEC, ref, Placement(torch.bfloat16, CPU)),
+        numerics_id(folder, model_spec(CONFIG | {"rope_theta": 5e5}), ref, exact),
+    }
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    ids.add(numerics_id(folder, SPEC, ref, exact))
+    assert len(ids) == 5
+    assert numerics_id(folder, dataclasses.replace(SPEC, max_positions=7), ref, exact) in ids
+
+
+# config.json
+
+
+def test_a_folder_without_config_is_not_a_model(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(NotFound) as error:
+            read_model_spec(folder)
+        assert error.value.code == "model_not_found"
+
+
+def test_old_and_new_rope_keys_mean_the_same() -> None:
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    old = model_spec(CONFIG | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **llama3}})
+    new = model_spec(CONFIG | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **llama3}})
+    assert old == new
+    assert old.rope == RopeSpec(
+        theta=5e5, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
+    )
+    oldest = model_spec(CONFIG | {"rope_scaling": {"type": "linear", "factor": 2}})
+    assert oldest.rope == RopeSpec(kind="linear", factor=2.0)
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 77.0}, "sliding_attention": None}
+    assert model_spec(CONFIG | {"rope_parameters": nested}).rope == RopeSpec(theta=77.0)
+
+
+def qwen(**keys: Any) -> tuple[int | None, ...]:
+    config = CONFIG | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 4}
+    return model_spec(config | keys).windows
+
+
+def test_windows_of_each_family() -> None:
+    mistral = CONFIG | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    assert model_spec(mistral).windows == (4096, 4096)
+    assert model_spec(mistral | {"sliding_window": None}).windows == (None, None)
+    assert model_spec(mistral | {"sliding_window": 9}).windows == (9, 9)
+    assert qwen(sliding_window=8, max_window_layers=1) == (None,) * 4
+    assert qwen(sliding_window=8, max_window_layers=1, use_sliding_window=True) == (None, 8, 8, 8)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    assert qwen(sliding_window=8, use_sliding_window=True, layer_types=kinds) == (8, None, 8, None)
+    groups = model_spec(
+        CONFIG
+        | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 4, "sliding_window": 8}
+        | {"use_sliding_window": True, "layer_types": kinds}
+    ).kv_groups()
+    assert [(g.window, g.layers) for g in groups] == [(None, (1, 3)), (8, (0, 2))]
+
+
+def test_family_facts() -> None:
+    qwen2 = model_spec(CONFIG | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"})
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.head_dim) == (True, False, False, 8)
+    qwen3 = model_spec(CONFIG | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"})
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, True, 128)
+    llama = model_spec(CONFIG | {"attention_bias": True, "mlp_bias": True, "head_dim": 10})
+    assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.head_dim) == (True, True, True, 10)
+    assert model_spec({k: v for k, v in CONFIG.items() if k != "architectures"}) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "names"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "unknown_architecture", "nearest by name is LlamaFor"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "unknown_architecture", "nearest by name is Qwen3ForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"]}, "unknown_architecture", "nearest by name is MistralForCausalLM"),
+        ({"architectures": [7]}, "unknown_architecture", "7"),
+        ({"architectures": None, "model_type": None}, "unknown_architecture", "None"),
+        ({"model_type": "mistral"}, "config_invalid", "model_type"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}, "remote_code", "modeling_evil.Evil"),
+        ({"quantization_config": {"quant_method": "awq"}}, "unsupported_quantization", "awq"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "unsupported_rope", "yarn"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "unsupported_rope", "longrope"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "unsupported_rope", "dynamic"),
+        ({"rope_scaling": {"type": "linear"}}, "config_invalid", "rope_scaling.factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "config_invalid", "factor"),
+        ({"rope_scaling": [1]}, "config_invalid", "rope_scaling"),
+        ({"partial_rotary_factor": 0.5}, "unsupported_rope", "partial_rotary_factor"),
+        ({"hidden_act": "relu"}, "unsupported_activation", "relu"),
+        ({"hidden_act": ["silu"]}, "unsupported_activation", "silu"),
+        ({"torch_dtype": "float8_e4m3fn"}, "unsupported_dtype", "float8_e4m3fn"),
+        ({"layer_types": ["chunked_attention"] * 2}, "unsupported_attention", "chunked_attention"),
+        ({"layer_types": ["sliding_attention"] * 2}, "config_invalid", "layer_types"),
+        ({"layer_types": ["full_attention"]}, "config_invalid", "each of the 2 layers"),
+        ({"hidden_size": None}, "config_invalid", "lacks hidden_size"),
+        ({"hidden_size": -24}, "config_invalid", "hidden_size"),
+        ({"hidden_size": 0}, "config_invalid", "hidden_size"),
+        ({"hidden_size": "24"}, "config_invalid", "hidden_size"),
+        ({"hidden_size": 24.0}, "config_invalid", "hidden_size"),
+        ({"hidden_size": True}, "config_invalid", "hidden_size"),
+        ({"hidden_size": 10**30}, "config_invalid", "hidden_size"),
+        ({"hidden_size": 25}, "config_invalid", "head_dim"),
+        ({"head_dim": 7}, "config_invalid", "even head_dim"),
+        ({"num_hidden_layers": 10**9}, "config_invalid", "num_hidden_layers"),
+        ({"num_key_value_heads": 2}, "config_invalid", "must divide num_attention_heads"),
+        ({"num_key_value_heads": 6}, "config_invalid", "num_key_value_heads"),
+        ({"vocab_size": 0}, "config_invalid", "vocab_size"),
+        ({"max_position_embeddings": 2**60}, "config_invalid", "max_position_embeddings"),
+        ({"rms_norm_eps": 0}, "config_invalid", "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "config_invalid", "rms_norm_eps"),
+        ({"rope_theta": 10**400}, "config_invalid", "rope_theta"),
+        ({"rms_norm_eps": "1e-5"}, "config_invalid", "rms_norm_eps"),
+        ({"rope_theta": -1.0}, "config_invalid", "rope_theta"),
+        ({"tie_word_embeddings": 1}, "config_invalid", "tie_word_embeddings"),
+        ({"attention_bias": "no"}, "config_invalid", "attention_bias"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(change: dict[str, Any], code: str, names: str) -> None:
+    with pytest.raises(ModelFormatError, match=names) as error:
+        model_spec(CONFIG | change)
+    assert code_of(error) == code
+
+
+@settings(max_examples=3 * settings.default.max_examples)
+@given(
+    key=st.sampled_from([*CONFIG, "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "head_dim"]),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "factor", "x"]), inner),
+        max_leaves=5,
+    ),
+    family=st.sampled_from(["Llama", "Mistral", "Qwen2", "Qwen3"]),
+)
+def test_any_value_gives_a_spec_or_a_coded_error(key: str, value: Any, family: str) -> None:
+    config = CONFIG | {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower()} | {key: value}
+    try:
+        spec = model_spec(config)
+    except ModelFormatError as error:
+        assert error.code and len(str(error)) < 1000
+    else:
+        assert spec.heads % spec.kv_heads == 0 and spec.head_dim % 2 == 0
+
+
+# Sizes
+
+
+def test_sizing_agrees_with_what_is_loaded(tmp_path: Path) -> None:
+    decoder = load(write_model(tmp_path))
+    tensors = [decoder.embedding.table_VD, decoder.norm.weight_D]
+    for block in decoder.blocks:
+        tensors += [block.attention.qkv.weight_NK, block.attention.out.weight_NK, block.ffn.gate_up.weight_2FD]
+        tensors += [block.ffn.down.weight_NK, block.attention_norm.weight_D, block.ffn_norm.weight_D]
+    assert parameters(SPEC) == sum(t.numel() for t in tensors)
+    rope = decoder.blocks[0].attention.rope_Pd
+    assert weight_bytes(SPEC, "float32") == sum(t.nbytes for t in [*tensors, rope])
+    layers = make_ops("ref").allocate_kv(2, 3, 16, 1, 8, torch.bfloat16, torch.device("cpu"))
+    assert 3 * 16 * kv_bytes_per_token(SPEC, "bfloat16") == sum(x.k_PBHd.nbytes + x.v_PBHd.nbytes for x in layers)
+
+
+def test_window_groups_hold_only_what_they_see() -> None:
+    mistral = model_spec(
+        CONFIG | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 32}
+    )
+    one_block = 16 * kv_bytes_per_token(mistral, "bfloat16")
+    assert kv_request_bytes(mistral, 16, 16, "bfloat16") == one_block
+    assert kv_request_bytes(mistral, 10_000, 16, "bfloat16") == 3 * one_block
+    assert kv_request_bytes(SPEC, 33, 16, "bfloat16") == 3 * 16 * kv_bytes_per_token(SPEC, "bfloat16")
+    assert activation_bytes(SPEC, 64, 8, "bfloat16") > 8 * SPEC.vocab_size * 4
