@@ -1,0 +1,60 @@
+"""What a step looks like to the kernels.
+
+Shape suffixes used throughout the device wing:
+    T  rows (tokens) of the step, requests one after the other
+    R  requests of the step
+    D  hidden size          F  feed-forward width      V  vocabulary
+    N  query heads          H  KV heads                d  head_dim
+    P  blocks of a pool     B  tokens in a block       M  columns of a block table
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class KVLayer:
+    """K and V of one layer, as stored. Attention reads nothing else (ONE_ANSWER rule 5)."""
+
+    k_PBHd: Tensor
+    v_PBHd: Tensor
+
+
+@dataclass(slots=True)
+class GroupBatch:
+    """Where one KV group's rows live.
+
+    Attributes:
+        slots_T: int64, block * B + offset at which each row's K and V are written; -1 writes nothing.
+        tables_RM: int32 block ids by block index; entries outside the window or past the context may be
+            anything and must not be read.
+        plan: the backend's own notes on this group, made by its first attention call of the step.
+    """
+
+    slots_T: Tensor
+    tables_RM: Tensor
+    plan: object = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's rows. Tensors live on the device; lists are their host twins, for planning on the CPU.
+
+    Attributes:
+        positions_T: int64, absolute position of each row.
+        row_starts: R + 1 offsets; rows row_starts[r] .. row_starts[r+1] - 1 belong to request r.
+        contexts: R lengths; request r's rows are its positions contexts[r] - count .. contexts[r] - 1.
+        block_size: B, tokens in a block.
+        groups: one entry per KV group, in the order of ``ModelSpec.kv_groups()``.
+    """
+
+    positions_T: Tensor
+    row_starts: list[int]
+    row_starts_R1: Tensor
+    contexts: list[int]
+    contexts_R: Tensor
+    block_size: int
+    groups: list[GroupBatch]

@@ -1,0 +1,21 @@
+"""Where weights live and as what: the one thing a model must be told and may not ask about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def __str__(self) -> str:
+        """What of it decides bits: the kind of device, not which one."""
+        return f"{self.dtype} on {self.device.type}"

@@ -1,0 +1,61 @@
+"""The decoder of every family: pre-norm attention and gated feed-forward around a residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from penstock.layers import Attention, Batch, Embedding, FeedForward, Head, KVLayer, Norm
+from penstock.spec import ModelSpec
+
+
+@dataclass(slots=True)
+class Block:
+    attention_norm: Norm
+    attention: Attention
+    ffn_norm: Norm
+    ffn: FeedForward
+
+    def __call__(
+        self, residual_TD: Tensor, delta_TD: Tensor | None, batch: Batch, kv: KVLayer
+    ) -> tuple[Tensor, Tensor]:
+        """(residual, delta): what is added to the residual is left to the norm that reads it next."""
+        hidden_TD, residual_TD = self.attention_norm(residual_TD, delta_TD)
+        delta_TD = self.attention(hidden_TD, batch, kv)
+        hidden_TD, residual_TD = self.ffn_norm(residual_TD, delta_TD)
+        return residual_TD, self.ffn(hidden_TD)
+
+
+@dataclass(slots=True)
+class Decoder:
+    spec: ModelSpec
+    embedding: Embedding
+    blocks: list[Block]
+    norm: Norm
+    head: Head
+
+    def forward(self, ids_T: Tensor, batch: Batch, kv: list[KVLayer], rows_R: Tensor) -> Tensor:
+        """Computes all rows of a step, writing their K and V, and returns the final hidden states of some.
+
+        Args:
+            ids_T: int64 token ids.
+            kv: one entry per layer of the model.
+            rows_R: int64 indices of the rows whose hidden states are wanted.
+
+        Returns:
+            [R, D], as stored, final norm applied.
+        """
+        residual_TD, delta_TD = self.embedding(ids_T), None
+        for block, layer in zip(self.blocks, kv, strict=True):
+            residual_TD, delta_TD = block(residual_TD, delta_TD, batch, layer)
+        assert delta_TD is not None  # a ModelSpec has at least one layer
+        residual_RD, delta_RD = residual_TD[rows_R], delta_TD[rows_R]
+        if not len(rows_R):  # a chunk of a prompt: its K and V are all that was wanted
+            return residual_RD
+        hidden_RD, _ = self.norm(residual_RD, delta_RD)
+        return hidden_RD
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """fp32 [R, V]."""
+        return self.head(hidden_RD)
