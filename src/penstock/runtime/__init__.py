@@ -1,0 +1,17 @@
+"""Runtime: carries out StepPlans on the devices of this process."""
+
+from penstock.runtime.host import available_memory, cpu_count
+from penstock.runtime.local import LocalExecutor
+from penstock.runtime.memory import check_weights, free_memory, parse_size, plan_pools
+from penstock.runtime.runner import Runner
+
+__all__ = [
+    "LocalExecutor",
+    "Runner",
+    "available_memory",
+    "check_weights",
+    "cpu_count",
+    "free_memory",
+    "parse_size",
+    "plan_pools",
+]

@@ -1,0 +1,138 @@
+"""Persistent batch arrays: what a step's plan changes is written into them, and a kernels Batch is read off.
+
+Each request has a row. Lengths and block tables live on the host, where they are planned with; token ids live
+on the device and are never needed on the host, so that a step can be prepared before the tokens of the
+step before it have arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from penstock.base import EngineError
+from penstock.core.plan import NO_BLOCK, NewRequest, Slice, TableWrite
+from penstock.kernels import Batch, GroupBatch
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """What the model and the sampler need of one step; n slices draw.
+
+    Attributes:
+        ids_T: token ids of the batch's rows.
+        draws: indices of the slices that draw, ascending.
+        rows: where the drawing requests are placed.
+        positions: where each drawn token will stand.
+        out_rows_R: the batch rows whose logits are wanted.
+    """
+
+    ids_T: Tensor
+    batch: Batch
+    draws: list[int]
+    rows: Ints
+    positions: Ints
+    out_rows_R: Tensor
+
+
+class Inputs:
+    """Everything the executor knows of its requests, but for how they are sampled.
+
+    Args:
+        rows: most requests known at a time.
+        groups: number of KV groups.
+    """
+
+    def __init__(self, rows: int, max_model_len: int, block_size: int, groups: int, device: torch.device) -> None:
+        self.block_size, self.device = block_size, device
+        self.row_of: dict[int, int] = {}
+        self.free = list(range(rows - 1, -1, -1))
+        self.known = np.zeros(rows, np.int64)
+        self.tables = [np.full((rows, -(-max_model_len // block_size)), NO_BLOCK, np.int32) for _ in range(groups)]
+        self.tokens_SL = torch.zeros(rows, max_model_len, dtype=torch.int64, device=device)
+
+    def forget(self, request: int) -> None:
+        row = self.row_of.pop(request, None)
+        if row is not None:
+            self.free.append(row)
+
+    def place(self, request: NewRequest) -> int:
+        """Takes a request in, or replaces what was known of it; returns its row."""
+        row = self.row_of.get(request.id)
+        if row is None:
+            if not self.free:
+                raise EngineError(
+                    "executor_full", "More requests are known than there are rows", why=f"{len(self.known)}"
+                )
+            row = self.row_of[request.id] = self.free.pop()
+        count = len(request.tokens)
+        self.known[row] = count
+        self.tokens_SL[row, :count] = torch.tensor(request.tokens, dtype=torch.int64)
+        for table, blocks in zip(self.tables, request.tables, strict=True):
+            table[row, : len(blocks)] = blocks
+        return row
+
+    def write(self, change: TableWrite) -> None:
+        request, group, first, blocks = change
+        self.tables[group][self.row_of[request], first : first + len(blocks)] = blocks
+
+    def build(self, slices: Sequence[Slice]) -> StepInputs:
+        """The step's batch; rows of a slice are in order of position.
+
+        Raises:
+            EngineError: (token_unknown) a slice goes past the last known token, as after a failed step.
+        """
+        count = len(slices)
+        requests, starts, counts = np.fromiter(chain.from_iterable(slices), np.int64, 3 * count).reshape(-1, 3).T.copy()
+        rows = np.fromiter(map(self.row_of.__getitem__, requests.tolist()), np.int64, count)
+        ends, known = starts + counts, self.known[rows]
+        if (ends > known).any():
+            bad = int((ends > known).argmax())
+            why = f"positions up to {ends[bad]} are asked for and {known[bad]} tokens are known"
+            raise EngineError("token_unknown", f"A slice of request {requests[bad]} is ahead of its tokens", why=why)
+        row_starts = np.zeros(count + 1, np.int64)
+        np.cumsum(counts, out=row_starts[1:])
+        if row_starts[-1] == count:
+            rows_T, positions_T = rows, starts
+        else:
+            rows_T = np.repeat(rows, counts)
+            positions_T = np.arange(row_starts[-1]) + np.repeat(starts - row_starts[:-1], counts)
+        draws = np.flatnonzero(ends == known)
+        batch = Batch(
+            positions_T=self._put(positions_T),
+            row_starts=row_starts.tolist(),
+            row_starts_R1=self._put(row_starts),
+            contexts=ends.tolist(),
+            contexts_R=self._put(ends),
+            block_size=self.block_size,
+            groups=self._groups(rows, rows_T, positions_T, int(ends.max())),
+        )
+        ids_T = self.tokens_SL[self._put(rows_T), batch.positions_T]
+        out_rows_R = self._put(row_starts[1:][draws] - 1)
+        return StepInputs(ids_T, batch, draws.tolist(), rows[draws], known[draws], out_rows_R)
+
+    def append(self, step: StepInputs, tokens_R: Tensor) -> None:
+        """The drawn tokens become known; a step planned on them may follow before the host has seen them."""
+        self.tokens_SL[self._put(step.rows), self._put(step.positions)] = tokens_R
+        self.known[step.rows] += 1
+
+    def _groups(self, rows: Ints, rows_T: Ints, positions_T: Ints, longest: int) -> list[GroupBatch]:
+        size = self.block_size
+        block_T, offset_T = np.divmod(positions_T, size)
+        groups = []
+        for table in self.tables:
+            # NO_BLOCK times the size plus an offset is below 0 as well: nothing is written there.
+            slots_T = np.maximum(table[rows_T, block_T] * np.int64(size) + offset_T, -1)
+            groups.append(GroupBatch(self._put(slots_T), self._put(table[rows, : -(-longest // size)])))
+        return groups
+
+    def _put(self, array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -1,0 +1,63 @@
+"""LocalExecutor: plans computed in this process."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from penstock.base import EngineError, PenstockError
+from penstock.core.plan import StepFailed, StepPlan, StepResult
+from penstock.runtime.runner import PendingStep, Runner
+
+log = logging.getLogger(__name__)
+
+Launched = PendingStep | StepFailed
+
+
+@dataclass(slots=True)
+class LocalTicket:
+    step: Future[Launched] | Launched
+    number: int
+
+    def wait(self) -> StepResult | StepFailed:
+        try:
+            step = self.step.result() if isinstance(self.step, Future) else self.step
+            return step if isinstance(step, StepFailed) else step.result()
+        except Exception as error:  # a fault on a device that works on its own shows only now
+            return step_failed(self.number, error)
+
+
+class LocalExecutor:
+    """Runs steps in the caller's thread, or with ``overlap`` in one of its own, in order, so that the scheduler
+    can plan the next step meanwhile. A step that raises becomes a StepFailed; what it left half-written is
+    replaced when the scheduler introduces its requests anew.
+    """
+
+    def __init__(self, runner: Runner, *, overlap: bool = False) -> None:
+        self.runner = runner
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="penstock-step") if overlap else None
+
+    def submit(self, plan: StepPlan) -> LocalTicket:
+        step = self._worker.submit(self._launch, plan) if self._worker else self._launch(plan)
+        return LocalTicket(step, plan.number)
+
+    def close(self) -> None:
+        """Waits for the steps in flight."""
+        if self._worker:
+            self._worker.shutdown(wait=True)
+
+    def _launch(self, plan: StepPlan) -> Launched:
+        try:
+            return self.runner.launch(plan)
+        except Exception as error:
+            return step_failed(plan.number, error)
+
+
+def step_failed(number: int, error: Exception) -> StepFailed:
+    log.error("step %d failed", number, exc_info=error)
+    if isinstance(error, PenstockError):
+        why = str(error)
+    else:
+        why = f"{type(error).__name__}: {error}"
+    return StepFailed(EngineError("step_failed", f"Step {number} failed", why=why, fix="see the log for the traceback"))

@@ -1,0 +1,142 @@
+"""How much memory there is, and how many KV blocks of each group it holds."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from penstock.base import ConfigError
+from penstock.core.kv.groups import PoolSpec
+from penstock.runtime.host import available_memory
+from penstock.spec import Dtype, EngineConfig, ModelSpec
+from penstock.spec.sizing import activation_bytes, kv_block_bytes, kv_request_blocks, weight_bytes
+
+GIB = 1 << 30
+CPU_REQUESTS = 32
+"""Requests of max_model_len that the KV pool holds by default on a CPU, memory permitting."""
+CPU_SHARE = 4
+"""The default pool takes at most one part in so many of the free memory on a CPU."""
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2G", "512M", "1.5 GiB" or "1000000"; units are powers of 1024.
+
+    Raises:
+        ConfigError: (size_invalid).
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
+    if match is None or (size := int(float(match[1]) * UNITS[match[2]])) < 1:
+        raise ConfigError("size_invalid", f"{text!r} is not a size of memory", fix='write it like "512M" or "2G"')
+    return size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes a new allocation may take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory()
+
+
+def working_set(device: torch.device) -> int:
+    """Numbers to work on together: on a CPU what its caches hold, on a GPU what is worth a launch."""
+    return 1 << 24 if device.type == "cuda" else 1 << 16
+
+
+def check_weights(spec: ModelSpec, dtype: Dtype, device: torch.device) -> None:
+    """Call before loading.
+
+    Raises:
+        ConfigError: (model_too_large) the weights do not fit in what is free.
+    """
+    needed, free = weight_bytes(spec, dtype), free_memory(device)
+    if needed > free:
+        raise ConfigError(
+            "model_too_large",
+            f"The model does not fit in the memory of {device}",
+            why=f"its weights need {_gib(needed)} in {dtype} and {_gib(free)} are free",
+            fix="use a smaller model or dtype, or free some memory",
+        )
+
+
+def plan_pools(
+    spec: ModelSpec, config: EngineConfig, dtype: Dtype, device: torch.device, reserved: int = 0
+) -> tuple[PoolSpec, ...]:
+    """The KV pools to allocate, one per group. ``reserved`` bytes that are free now will be taken by others, such
+    as weights still to be loaded.
+
+    Raises:
+        ConfigError: (kv_memory_too_large) ``kv_memory`` is more than what is free; (kv_memory_too_small) the pool
+            cannot hold one request of max_model_len; (size_invalid).
+    """
+    return split_budget(spec, config, dtype, kv_budget(spec, config, dtype, device, reserved))
+
+
+def kv_budget(spec: ModelSpec, config: EngineConfig, dtype: Dtype, device: torch.device, reserved: int = 0) -> int:
+    """Bytes the KV pools may take together."""
+    free = free_memory(device) - reserved
+    if config.kv_memory is not None:
+        budget = parse_size(config.kv_memory)
+        if budget > free:
+            raise ConfigError(
+                "kv_memory_too_large",
+                f"kv_memory = {config.kv_memory!r} does not fit in the memory of {device}",
+                why=f"it is {_gib(budget)} and {_gib(free)} are free",
+                fix="lower kv_memory or leave it out",
+            )
+        return budget
+    if device.type == "cuda":
+        total = int(torch.cuda.mem_get_info(device)[1])
+        activations = activation_bytes(spec, config.max_num_batched_tokens, config.max_num_seqs, dtype)
+        return int(total * config.gpu_memory_utilization) - (total - free) - activations
+    request, chunk = _demand(spec, config, dtype)
+    return min(CPU_REQUESTS * request + chunk, free // CPU_SHARE)
+
+
+def split_budget(spec: ModelSpec, config: EngineConfig, dtype: Dtype, budget: int) -> tuple[PoolSpec, ...]:
+    """Gives each group blocks for the same number of requests, and windowed ones the chunk that is being computed.
+
+    A group with a window holds little of a long request, so it needs fewer blocks than one that sees everything.
+    """
+    request, chunk = _demand(spec, config, dtype)
+    if budget < request + chunk:
+        raise ConfigError(
+            "kv_memory_too_small",
+            f"One request of max_model_len = {_length(spec, config)} tokens does not fit in the KV pool",
+            why=f"it needs {_gib(request + chunk)} in {dtype} and the pool may take {_gib(max(0, budget))}",
+            fix="lower max_model_len, raise kv_memory or gpu_memory_utilization, or use a smaller dtype",
+        )
+    size = config.block_size
+    return tuple(
+        PoolSpec(
+            kv_request_blocks(group, _length(spec, config), size) * (budget - chunk) // request
+            + _chunk_blocks(group.window, config),
+            group.window,
+        )
+        for group in spec.kv_groups()
+    )
+
+
+def _demand(spec: ModelSpec, config: EngineConfig, dtype: Dtype) -> tuple[int, int]:
+    """Bytes of one request of max_model_len, and of the blocks a chunk takes beyond the windows."""
+    request = chunk = 0
+    for group in spec.kv_groups():
+        block = kv_block_bytes(group, config.block_size, dtype)
+        request += kv_request_blocks(group, _length(spec, config), config.block_size) * block
+        chunk += _chunk_blocks(group.window, config) * block
+    return request, chunk
+
+
+def _chunk_blocks(window: int | None, config: EngineConfig) -> int:
+    """Blocks that the tokens of one step may open before those behind the window are given back."""
+    return 0 if window is None else -(-config.max_num_batched_tokens // config.block_size)
+
+
+def _length(spec: ModelSpec, config: EngineConfig) -> int:
+    return config.max_model_len or spec.max_positions
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size / (1 << 20):.2f} MiB"

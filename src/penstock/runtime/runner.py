@@ -1,0 +1,127 @@
+"""Runner: a StepPlan in, a StepResult out; between them one forward pass and one draw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from penstock.core.plan import BlockCopy, StepPlan, StepResult
+from penstock.kernels import KVLayer, Ops
+from penstock.models import Decoder
+from penstock.runtime.inputs import Inputs, StepInputs
+from penstock.runtime.memory import working_set
+from penstock.sampling import Drawn, Sampler, draw_error
+from penstock.spec import ModelSpec
+
+NOTHING: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A step whose work was handed to the device. ``result`` waits for it."""
+
+    slices: int
+    inputs: StepInputs
+    drawn: Drawn | None
+    started: float
+
+    def result(self) -> StepResult:
+        tokens: list[tuple[int, ...]] = [NOTHING] * self.slices
+        step = StepResult(tokens)
+        if self.drawn is not None:
+            codes, draws = self.drawn.codes_R.tolist(), self.inputs.draws
+            for r, code in enumerate(codes):
+                if code >= 0:
+                    tokens[draws[r]] = (code,)
+                else:
+                    step.failed[draws[r]] = draw_error(code, int(self.inputs.positions[r]))
+            if self.drawn.logprobs is not None:
+                found = self.drawn.logprobs.collect()
+                step.logprobs = {draws[r]: (entry,) for r, entry in found.items() if codes[r] >= 0}
+        step.seconds = time.perf_counter() - self.started
+        return step
+
+
+class Runner:
+    """Computes plans in order on one device.
+
+    Args:
+        kv: the layers of each KV group's pool, in the order of ``spec.kv_groups()`` and of their ``layers``.
+        max_num_seqs: most requests known at a time.
+        device: where weights and KV are.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ops: Ops,
+        kv: Sequence[list[KVLayer]],
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self.decoder, self.ops, self.pools = decoder, ops, list(kv)
+        self.layers = by_layer(decoder.spec, self.pools)
+        self.inputs = Inputs(max_num_seqs, max_model_len, block_size, len(self.pools), device)
+        self.sampler = Sampler(max_num_seqs, decoder.spec.vocab_size, device, working_set(device))
+
+    def run(self, plan: StepPlan) -> StepResult:
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Starts a step. On a device that works on its own this returns before the tokens exist, unless a
+        request's parameters make the sampler look at values."""
+        started = time.perf_counter()
+        self._apply(plan)
+        step = self.inputs.build(plan.slices)
+        hidden_RD = self.decoder.forward(step.ids_T, step.batch, self.layers, step.out_rows_R)
+        if not step.draws:
+            return PendingStep(len(plan.slices), step, None, started)
+        drawn = self.sampler.draw(self.decoder.logits(hidden_RD), step.rows, step.positions)
+        self.inputs.append(step, drawn.tokens_R)
+        return PendingStep(len(plan.slices), step, drawn, started)
+
+    def _apply(self, plan: StepPlan) -> None:
+        for request in plan.gone:
+            self.inputs.forget(request)
+        for new in plan.new:
+            self.sampler.place(self.inputs.place(new), new)
+        for change in plan.blocks:
+            self.inputs.write(change)
+        for group, pool in enumerate(self.pools):
+            for pairs in disjoint_batches(copy for copy in plan.copies if copy.group == group):
+                self.ops.copy_blocks(pool, pairs)
+
+
+def by_layer(spec: ModelSpec, pools: Sequence[list[KVLayer]]) -> list[KVLayer]:
+    """The pools' layers in the order of the model."""
+    places = {
+        index: layer
+        for group, pool in zip(spec.kv_groups(), pools, strict=True)
+        for index, layer in zip(group.layers, pool, strict=True)
+    }
+    return [places[index] for index in range(spec.layers)]
+
+
+def disjoint_batches(copies: Iterable[BlockCopy]) -> Iterator[list[tuple[int, int]]]:
+    """One group's copies, in order, cut so that no block is both read and written in a batch.
+
+    A block freed by one copy may be the target of the next.
+    """
+    batch: list[tuple[int, int]] = []
+    sources, targets = set[int](), set[int]()
+    for _, src, dst in copies:
+        if src in targets or dst in sources or dst in targets:
+            yield batch
+            batch, sources, targets = [], set(), set()
+        batch.append((src, dst))
+        sources.add(src)
+        targets.add(dst)
+    if batch:
+        yield batch

@@ -1,0 +1,6 @@
+"""Logits rules and the draw: the same token for the same logits row, parameters, seed, sample and position."""
+
+from penstock.sampling.rules import LogitsRule, make_rules
+from penstock.sampling.sampler import Drawn, Sampler, draw_error
+
+__all__ = ["Drawn", "LogitsRule", "Sampler", "draw_error", "make_rules"]

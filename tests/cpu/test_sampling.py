@@ -1,0 +1,478 @@
+"""The draw: its numbers, its distribution, and that a row never sees its neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.core.plan import NewRequest
+from penstock.sampling import Drawn, Sampler, draw_error, exact, make_rules, order, philox
+from penstock.sampling.sampler import MASKED, NUMERICAL
+from penstock.spec import SamplingParams
+
+CPU = torch.device("cpu")
+
+
+def request(
+    tokens: Sequence[int] = (1, 2, 3),
+    prompt_len: int = 2,
+    seed: int = 0,
+    sample: int = 0,
+    stop: Sequence[int] = (),
+    **params: Any,
+) -> NewRequest:
+    return NewRequest(
+        id=0,
+        tokens=tuple(tokens),
+        prompt_len=prompt_len,
+        tables=(),
+        params=SamplingParams(**params),
+        seed=seed,
+        sample=sample,
+        stop_ids=tuple(stop),
+    )
+
+
+def draw(logits_RV: torch.Tensor, requests: Sequence[NewRequest]) -> Drawn:
+    sampler = Sampler(len(requests), logits_RV.shape[1], CPU)
+    for row, new in enumerate(requests):
+        sampler.place(row, new)
+    positions = np.array([len(new.tokens) for new in requests])
+    return sampler.draw(logits_RV.clone(), np.arange(len(requests)), positions)
+
+
+def random_logits(seed: int, rows: int, vocab_size: int, spread: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+# -- noise ---------------------------------------------------------------------------------------------------------
+
+KNOWN_ANSWERS = [  # Random123, tests/kat_vectors: counter, key, output of philox4x32-10
+    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter: list[int], key: list[int], output: list[int]) -> None:
+    assert list(philox.philox4x32(tuple(counter), tuple(key))) == output  # type: ignore[arg-type]
+    tensors = [torch.full((5,), word) for word in (*counter, *key)]
+    assert [lane.tolist() for lane in philox.philox4x32(tuple(tensors[:4]), tuple(tensors[4:]))] == [  # type: ignore[arg-type]
+        [word] * 5 for word in output
+    ]
+
+
+def test_row_and_token_noise_agree_with_the_documented_counter() -> None:
+    sites, vocab_size = [(7, -3, 0, 1), (2**40 + 5, 2**64 - 1, 9, 100_000)], 37
+    rows = [[*philox.words(seed), sample, position] for _, seed, sample, position in sites]
+    bits = philox.row_bits(torch.tensor(rows), vocab_size)
+    assert bits.shape == (2, vocab_size)
+    for row, (_, seed, sample, position) in enumerate(sites):
+        for token in range(vocab_size):
+            key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+            counter = (token // 4, position, sample, (seed >> 64) & 0xFFFFFFFF)
+            assert bits[row, token] == philox.philox4x32(counter, key)[token % 4]
+    tokens = torch.tensor([5, 0, 36])
+    assert torch.equal(philox.token_bits(torch.tensor([rows[1]] * 3), tokens), bits[1, tokens])
+    assert torch.equal(philox.token_bits(torch.tensor([rows[0]] * 3), tokens), bits[0, tokens])
+
+
+def test_every_part_of_the_counter_matters() -> None:
+    sites = [(seed, sample, position) for seed in (0, 1, -1, 2**33, 2**63) for sample in (0, 1) for position in (5, 6)]
+    rows = torch.tensor([[*philox.words(seed), sample, position] for seed, sample, position in sites])
+    assert len({tuple(row) for row in philox.row_bits(rows, 8).tolist()}) == len(sites)
+    assert len(philox.row_bits(rows, 4096).unique()) > 0.99 * 4096 * len(sites)
+
+
+def test_gumbel_is_increasing_and_within_its_bounds() -> None:
+    bits = torch.tensor([0, 1, 2, 100, 2**20, 2**31, 2**32 - 2, 2**32 - 1])
+    noise = philox.gumbel(bits)
+    assert (noise.diff() > 0).all()
+    assert noise[0] > philox.GUMBEL_MIN and noise[-1] < philox.GUMBEL_MAX
+    assert noise[0] - 1e-6 < philox.GUMBEL_MIN and noise[-1] + 1e-6 > philox.GUMBEL_MAX
+    for b, g in zip(bits.tolist(), noise.tolist(), strict=True):
+        rest = (2**32 - 1 - b + 0.5) / 2**32  # 1 - u, exact
+        assert g == pytest.approx(-math.log(-math.log1p(-rest)), rel=1e-14, abs=1e-14)
+
+
+def test_rough_noise_is_close_enough() -> None:
+    edges = torch.cat([torch.arange(4096), (1 << torch.arange(32)), 2**32 - 1 - torch.arange(4096)])
+    bits = torch.cat([edges, torch.randint(0, 2**32, (200_000,), generator=torch.Generator().manual_seed(1))])
+    off = philox.rough_gumbel(bits).double() - philox.gumbel(bits)
+    assert off.min() > -0.1 and off.max() < 0.4
+
+
+# -- elementary functions ------------------------------------------------------------------------------------------
+
+
+def test_exp_and_log_are_accurate() -> None:
+    x = -torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 700
+    expected = torch.tensor([math.exp(v) for v in x.tolist()], dtype=torch.float64)
+    assert ((exact.exp(x) - expected).abs() / expected).max() < 2 * 2.0**-52
+    y = torch.cat([expected, 1 - expected[expected < 0.5], torch.tensor([1.0, 1e-300, 1e300], dtype=torch.float64)])
+    logs = torch.tensor([math.log(v) for v in y.tolist()], dtype=torch.float64)
+    assert ((exact.log(y) - logs).abs() <= 2 * 2.0**-52 * logs.abs()).all()
+    special = exact.exp(torch.tensor([0.0, -700.5, -torch.inf, torch.nan], dtype=torch.float64))
+    assert special.tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_bits_do_not_depend_on_the_neighbours() -> None:
+    x = -torch.rand(7, 5003, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 50
+    together = (exact.exp(x), exact.log(-x), exact.tree_sum(x), exact.prefix_sum(x))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for row in range(7):
+            alone = x[row : row + 1].clone()
+            for whole, one in zip(
+                together,
+                (exact.exp(alone), exact.log(-alone), exact.tree_sum(alone), exact.prefix_sum(alone)),
+                strict=True,
+            ):
+                assert torch.equal(whole[row], one[0])
+    assert torch.equal(exact.prefix_sum(x)[:, :1001], exact.prefix_sum(x[:, :1001]))
+    assert torch.allclose(exact.prefix_sum(x), x.cumsum(1), rtol=1e-12)
+    assert torch.allclose(exact.tree_sum(x), x.sum(1), rtol=1e-12)
+
+
+def test_order_is_value_then_id() -> None:
+    row = torch.tensor([[0.0, -0.0, 1.5, -torch.inf, 1.5, -2.0, 3e38, 1e-40]])
+    assert order.top_ids(order.sort_keys(row), 8).tolist() == [[6, 2, 4, 7, 0, 1, 5, 3]]
+
+
+# -- the oracle: plain numpy over the whole vocabulary -------------------------------------------------------------
+
+
+def oracle_kept(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that may be drawn, in order, and the scaled logits of the row."""
+    x = logits.astype(np.float64) / params.temperature
+    ids = np.lexsort((np.arange(len(x)), -x))
+    ids = ids[x[ids] - x.max() >= (math.log(params.min_p) if params.min_p else -np.inf)]
+    if params.top_k > 0:
+        ids = ids[: params.top_k]
+    if params.top_p < 1.0:
+        p = np.exp(x[ids] - x.max())
+        p /= p.sum()
+        ids = ids[np.cumsum(p) - p < params.top_p]
+    return ids, x
+
+
+def oracle_draw(logits: np.ndarray, new: NewRequest) -> int:
+    ids, x = oracle_kept(logits, new.params)
+    site = torch.tensor([[*philox.words(new.seed), new.sample, len(new.tokens)]])
+    noise = philox.gumbel(philox.row_bits(site, len(x)))[0].numpy()
+    return int(ids[np.argmax(x[ids] + noise[ids])])
+
+
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 5.0},
+    {"top_k": 1},
+    {"top_k": 40},
+    {"top_k": 100_000},
+    {"top_p": 0.9},
+    {"top_p": 1e-9},
+    {"top_p": 0.999, "temperature": 3.0},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"min_p": 1e-12, "temperature": 4.0},
+    {"top_k": 300, "top_p": 0.95, "min_p": 0.001, "temperature": 1.7},
+    {"top_k": 7, "top_p": 0.5},
+]
+
+
+@pytest.mark.parametrize("vocab_size", [5, 4096, 20_001])
+@pytest.mark.parametrize("spread", [0.01, 4.0])
+def test_shortcuts_change_no_outcome(vocab_size: int, spread: float) -> None:
+    """One mixed batch of every filter, against the whole vocabulary in numpy."""
+    rounds = 1 if vocab_size > 5000 else 6
+    requests = [request(seed=seed, sample=seed % 3, **params) for seed in range(rounds) for params in FILTERS]
+    logits = random_logits(vocab_size, len(requests), vocab_size, spread)
+    drawn = draw(logits, requests).codes_R.tolist()
+    assert drawn == [oracle_draw(row, new) for row, new in zip(logits.numpy(), requests, strict=True)]
+
+
+def test_only_few_get_exact_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    gumbel = philox.gumbel
+    monkeypatch.setattr(philox, "gumbel", lambda bits: seen.append(bits.numel()) or gumbel(bits))
+    draw(random_logits(0, 8, 150_000), [request(seed=seed) for seed in range(8)])
+    assert 8 <= sum(seen) < 200
+
+
+# -- the distribution ----------------------------------------------------------------------------------------------
+
+
+def chi_square_limit(freedom: int) -> float:
+    """99.99th percentile (Wilson and Hilferty 1931)."""
+    return float(freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 6},
+        {"top_p": 0.8},
+        {"min_p": 0.15},
+        {"top_k": 9, "top_p": 0.9, "min_p": 0.02, "temperature": 1.3},
+    ],
+    ids=str,
+)
+def test_frequencies_match_softmax(params: dict[str, Any]) -> None:
+    vocab_size, batch, steps = 25, 512, 40
+    logits = random_logits(11, 1, vocab_size, 1.5)
+    sampler = Sampler(batch, vocab_size, CPU)
+    for row in range(batch):
+        sampler.place(row, request(seed=row // 2, sample=row % 2, **params))
+    counts = np.zeros(vocab_size)
+    for step in range(steps):
+        drawn = sampler.draw(logits.repeat(batch, 1), np.arange(batch), np.full(batch, 3 + step))
+        counts += np.bincount(drawn.codes_R.numpy(), minlength=vocab_size)
+    ids, x = oracle_kept(logits[0].numpy(), SamplingParams(**params))
+    expected = np.zeros(vocab_size)
+    expected[ids] = np.exp(x[ids]) / np.exp(x[ids]).sum() * batch * steps
+    assert counts[expected == 0].sum() == 0
+    live = expected > 0
+    assert ((counts - expected)[live] ** 2 / expected[live]).sum() < chi_square_limit(int(live.sum()) - 1)
+
+
+def test_samples_and_positions_are_independent() -> None:
+    """Pairs of draws of neighbouring samples, and of neighbouring positions, fall evenly on a 4 x 4 table."""
+    batch = 4096
+    sampler = Sampler(batch, 4, CPU)
+    for row in range(batch):
+        sampler.place(row, request(seed=row // 2, sample=row % 2))
+    first, second = (
+        sampler.draw(torch.zeros(batch, 4), np.arange(batch), np.full(batch, position)).codes_R.numpy()
+        for position in (9, 10)
+    )
+    for a, b in ((first[::2], first[1::2]), (first, second)):
+        counts = np.bincount(4 * a + b, minlength=16)
+        assert ((counts - len(a) / 16) ** 2 / (len(a) / 16)).sum() < chi_square_limit(15)
+
+
+# -- the edges of the filters --------------------------------------------------------------------------------------
+
+
+def reachable(probabilities: Sequence[float], **params: Any) -> set[int]:
+    """Tokens drawn in 3000 tries."""
+    logits = torch.tensor(probabilities).log().repeat(3000, 1)
+    return set(draw(logits, [request(seed=seed, **params) for seed in range(3000)]).codes_R.tolist())
+
+
+def test_top_p_keeps_the_token_that_crosses() -> None:
+    probabilities = [0.125, 0.5, 0.25, 0.125]
+    assert reachable(probabilities, top_p=0.4) == {1}
+    assert reachable(probabilities, top_p=0.51) == {1, 2}
+    assert reachable(probabilities, top_p=0.8) == {0, 1, 2}  # of the equal two the lower id
+    assert reachable(probabilities, top_p=0.9) == {0, 1, 2, 3}
+
+
+def test_equal_values_are_cut_by_id() -> None:
+    assert reachable([0.25] * 4, top_k=3) == {0, 1, 2}
+    assert reachable([0.25] * 4, top_p=0.45) == {0, 1}
+    assert reachable([0.1, 0.3, 0.3, 0.3], min_p=0.5) == {1, 2, 3}
+
+
+def test_top_p_is_taken_of_what_top_k_left() -> None:
+    assert reachable([0.4, 0.3, 0.2, 0.1], top_k=2, top_p=0.6) == {0, 1}
+    assert reachable([0.4, 0.3, 0.2, 0.1], top_k=2, top_p=0.57) == {0}
+
+
+def test_greedy_takes_the_lower_of_equal_ids() -> None:
+    row = torch.tensor([[1.0, 3.0, 3.0, 2.0], [-0.0, 0.0, -1.0, 0.0]])
+    assert draw(row, [request(temperature=0.0), request(temperature=0.0)]).tokens_R.tolist() == [1, 0]
+
+
+# -- rows never see each other -------------------------------------------------------------------------------------
+
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0, "logprobs": 3},
+    {"logprobs": 0},
+    {"top_p": 0.9, "logprobs": 20},
+    {"top_k": 5, "top_p": 0.7},
+    {"top_k": 900, "top_p": 0.99, "temperature": 2.0, "logprobs": 1},
+    {"min_p": 0.05, "repetition_penalty": 1.3, "logprobs": 2},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.2, "logit_bias": {3: 5.0, 17: -100.0}},
+    {"temperature": 0.0, "min_tokens": 5, "frequency_penalty": -0.3, "logprobs": 5},
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_is_the_same_alone_and_in_any_batch(threads: int) -> None:
+    torch.set_num_threads(threads)
+    vocab_size = 3001
+    requests = [request([5, 9, 9, 4, 17], 2, seed=i, sample=i, stop=(8, 9), **params) for i, params in enumerate(MIXED)]
+    logits = random_logits(4, len(requests), vocab_size, 2.0)
+    alone = [draw(logits[i : i + 1], [new]) for i, new in enumerate(requests)]
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        at = rng.permutation(len(requests)).repeat(rng.integers(1, 4))[: rng.integers(1, 20)]
+        together = draw(logits[torch.from_numpy(at)], [requests[i] for i in at])
+        assert together.codes_R.tolist() == [alone[i].codes_R.item() for i in at]
+        found = together.logprobs.collect() if together.logprobs else {}
+        expected = {r: entry.logprobs.collect()[0] for r, i in enumerate(at) if (entry := alone[i]).logprobs}
+        assert found == expected
+
+
+# -- rules ---------------------------------------------------------------------------------------------------------
+
+
+def apply_rules(new: NewRequest, logits_V: torch.Tensor) -> torch.Tensor:
+    out = logits_V.clone()
+    for rule in make_rules(new, len(logits_V), CPU):
+        rule.apply(out, len(new.tokens))
+    return out
+
+
+tokens_of_24 = st.lists(st.integers(0, 23), min_size=1, max_size=30)
+
+
+@settings(max_examples=2 * settings.default.max_examples)
+@given(
+    prompt=tokens_of_24,
+    output=tokens_of_24,
+    repetition=st.sampled_from([1.0, 0.7, 1.2]),
+    presence=st.sampled_from([0.0, -1.5, 0.3]),
+    frequency=st.sampled_from([0.0, 2.0, -0.1]),
+    min_tokens=st.integers(0, 30),
+    bias=st.dictionaries(st.integers(0, 40), st.floats(-100, 100), max_size=4),
+)
+def test_rules_told_one_by_one_equal_rules_rebuilt(
+    prompt: list[int],
+    output: list[int],
+    repetition: float,
+    presence: float,
+    frequency: float,
+    min_tokens: int,
+    bias: dict[int, float],
+) -> None:
+    params: dict[str, Any] = {
+        "repetition_penalty": repetition,
+        "presence_penalty": presence,
+        "frequency_penalty": frequency,
+        "min_tokens": min_tokens,
+        "logit_bias": bias,
+        "max_tokens": None,
+    }
+    logits = random_logits(len(prompt), 1, 24)[0]
+    told = make_rules(request(prompt, len(prompt), stop=(3, 5, 99), **params), 24, CPU)
+    for count in range(len(output) + 1):
+        row = logits.clone()
+        for rule in told:
+            rule.apply(row, len(prompt) + count)
+        rebuilt = request(prompt + output[:count], len(prompt), stop=(3, 5, 99), **params)
+        assert torch.equal(row, apply_rules(rebuilt, logits))
+        if count < len(output):
+            for rule in told:
+                rule.append(torch.tensor([output[count]]))
+
+
+def test_penalties_count_what_they_should() -> None:
+    logits = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, 1.0])
+    new = request([0, 1, 2, 2, 3], 2, repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    # Repetition halves or doubles what prompt and output hold; presence and frequency look at the output alone.
+    assert apply_rules(new, logits).tolist() == [1.0, -4.0, 1.0 - 0.5 - 0.5, -4.0 - 0.5 - 0.25, 2.0, 1.0]
+
+
+def test_the_sampler_counts_its_own_draws() -> None:
+    """Greedy with a frequency penalty moves on by itself, as a sampler rebuilt at each step does."""
+    logits = torch.tensor([[3.0, 2.5, 2.0, 0.0]])
+    params = {"temperature": 0.0, "frequency_penalty": 0.6}
+    sampler = Sampler(1, 4, CPU)
+    sampler.place(0, request([2], 1, **params))
+    tokens = [2]
+    for _ in range(8):
+        rebuilt = draw(logits, [request(tokens, 1, **params)])
+        drawn = sampler.draw(logits.clone(), np.array([0]), np.array([len(tokens)]))
+        assert drawn.tokens_R.tolist() == rebuilt.tokens_R.tolist()
+        tokens += drawn.tokens_R.tolist()
+    assert tokens[1:6] == [0, 1, 0, 2, 1]
+
+
+def test_min_tokens_holds_back_stop_ids_until_then() -> None:
+    logits = torch.tensor([[0.0, 9.0, 5.0, 1.0]])
+    params: dict[str, Any] = {"temperature": 0.0, "min_tokens": 2}
+    outputs = [[], [0], [0, 0]]
+    drawn = [draw(logits, [request([3, 3, *out], 2, stop=(1, 2), **params)]).tokens_R.item() for out in outputs]
+    assert drawn == [3, 3, 1]
+
+
+def test_logit_bias_precedes_penalties_and_temperature() -> None:
+    logits = torch.tensor([1.0, 0.0])
+    assert apply_rules(request([0], 1, repetition_penalty=2.0, logit_bias={0: 3.0}), logits).tolist() == [2.0, 0.0]
+    assert draw(torch.tensor([[0.0, 1.0]]), [request(temperature=0.0, logit_bias={0: 100.0})]).tokens_R.tolist() == [0]
+
+
+# -- logprobs ------------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_of_the_raw_softmax() -> None:
+    logits = random_logits(6, 1, 500)
+    drawn = draw(logits, [request(seed=1, temperature=3.0, logprobs=4, logit_bias={7: 100.0}, top_k=1)])
+    assert drawn.logprobs is not None
+    found = drawn.logprobs.collect()[0]
+    expected = torch.log_softmax(logits[0].double(), 0)
+    assert drawn.tokens_R.tolist() == [7]
+    assert found.drawn == pytest.approx(expected[7].item(), abs=1e-12)
+    assert found.rank == 1 + (expected > expected[7]).sum()
+    ids = expected.argsort(descending=True)[:4]
+    assert [token for token, _ in found.top] == ids.tolist()
+    assert [value for _, value in found.top] == pytest.approx(expected[ids].tolist(), abs=1e-12)
+
+
+def test_logprob_ties_go_by_id() -> None:
+    row = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    new = request(temperature=0.0, logprobs=2, logit_bias={3: 1.0})
+    found = draw(row, [new]).logprobs
+    assert found is not None
+    entry = found.collect()[0]
+    assert entry.rank == 3 and [token for token, _ in entry.top] == [1, 2]
+
+
+def test_logprobs_may_ask_for_more_than_the_vocabulary() -> None:
+    found = draw(torch.zeros(2, 3), [request(logprobs=8), request(logprobs=0)]).logprobs
+    assert found is not None
+    assert [len(entry.top) for entry in found.collect().values()] == [3, 0]
+
+
+# -- rows that cannot be drawn -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"min_p": 0.1, "logprobs": 2}], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_with_bad_logits_fails_alone(params: dict[str, Any], value: float) -> None:
+    logits = random_logits(8, 3, 300)
+    requests = [request(seed=seed, **params) for seed in range(3)]
+    expected = draw(logits, requests)
+    logits[1, 17] = value
+    drawn = draw(logits, requests)
+    assert drawn.codes_R.tolist() == [expected.codes_R[0], NUMERICAL, expected.codes_R[2]]
+    assert drawn.tokens_R[1] == 0
+    assert draw_error(NUMERICAL, 3).code == "numerical_error"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}], ids=str)
+def test_a_row_with_every_token_masked_fails_alone(temperature: float, filters: dict[str, Any]) -> None:
+    requests = [
+        request(stop=range(6), temperature=temperature, min_tokens=4, **filters),
+        request(stop=range(5), temperature=temperature, min_tokens=4, **filters),
+    ]
+    assert draw(torch.zeros(2, 6), requests).codes_R.tolist() == [MASKED, 5]
+    assert draw_error(MASKED, 3).code == "no_token_left"
