@@ -65,58 +65,78 @@ def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assemb
         ModelFormatError: the folder is damaged or of an architecture this build does not run.
         ConfigError: the configuration cannot run here; the message has the numbers.
     """
+    from penstock.runtime.service import LocalService
+
+    folder = find_model(config.model)
+    tokenizer = load_tokenizer(folder, read_model_spec(folder).vocab_size)
+    chat = load_chat_template(folder, config.chat_template)
+    loaded = load_executor(folder, config, tokenizer.vocabulary)
+    return Assembled(
+        name=config.served_model_name or _name(config.model),
+        config=loaded.config,
+        spec=loaded.spec,
+        vocabulary=tokenizer.vocabulary,
+        tokenizer=tokenizer,
+        chat=chat,
+        setup=loaded.setup,
+        executor=loaded.executor,
+        service=LocalService(loaded.setup.scheduler(), loaded.executor, loaded.setup.depth, journal),
+        one_answer=loaded.one_answer,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model in memory with its KV pools, and the numbers a scheduler for it is made from."""
+
+    config: EngineConfig
+    spec: ModelSpec
+    setup: EngineSetup
+    executor: Executor
+    one_answer: bool
+
+
+def load_executor(folder: Path, config: EngineConfig, vocabulary: Vocabulary) -> Loaded:
+    """The part of an engine that knows tensors. Raises as ``build_engine``."""
     import torch
 
     from penstock.kernels import make_ops
-    from penstock.models import load_decoder, numerics_id
+    from penstock.models import Placement, load_decoder, numerics_id
     from penstock.runtime.host import cpu_count
     from penstock.runtime.local import LocalExecutor
     from penstock.runtime.memory import check_weights, plan_pools
     from penstock.runtime.runner import Runner
-    from penstock.runtime.service import LocalService
 
-    folder = find_model(config.model)
     checkpoint = read_model_spec(folder)
-    tokenizer = load_tokenizer(folder, checkpoint.vocab_size)
-    chat = load_chat_template(folder, config.chat_template)
     cpus = min(cpu_count(), torch.get_num_threads())  # the latter knows OMP_NUM_THREADS
     config = resolve(config, checkpoint, "cuda" if torch.cuda.is_available() else "cpu", cpus)
-    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    stored = cast(Dtype, config.dtype)  # no longer "auto"
     if config.device == "cpu":
         torch.set_num_threads(config.num_threads or cpus)
-    ops = make_ops(config.backend)
+    device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
+    placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
     check_weights(checkpoint, stored, device)
     config = fit_context(config, checkpoint, stored, device)
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
-    decoder = load_decoder(folder, spec, ops, dtype, device)
+    decoder = load_decoder(folder, spec, ops, placement)
     pools = plan_pools(spec, config, stored, device)
-    kv = [
-        ops.allocate_kv(len(g.layers), pool.blocks, config.block_size, g.kv_heads, g.head_dim, dtype, device)
-        for g, pool in zip(spec.kv_groups(), pools, strict=True)
-    ]
-    setup = engine_setup(config, pools, numerics_id(folder, spec, ops, dtype, device), tokenizer.vocabulary)
+    setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement), vocabulary)
     runner = Runner(
-        decoder, ops, kv,
+        decoder,
+        ops,
+        [
+            ops.allocate_kv(
+                len(g.layers), pool.blocks, config.block_size, g.kv_heads, g.head_dim, placement.dtype, device
+            )
+            for g, pool in zip(spec.kv_groups(), pools, strict=True)
+        ],
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         device=device,
     )
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
-    return Assembled(
-        name=config.served_model_name or _name(config.model),
-        config=config,
-        spec=spec,
-        vocabulary=tokenizer.vocabulary,
-        tokenizer=tokenizer,
-        chat=chat,
-        setup=setup,
-        executor=executor,
-        service=LocalService(setup.scheduler(), executor, setup.depth, journal),
-        one_answer=ops.one_answer,
-    )
+    return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
 
 
 def find_model(model: str | None) -> Path:
@@ -139,7 +159,8 @@ def find_model(model: str | None) -> Path:
         raise NotFound("model_not_found", f"{model!r} is neither a folder nor a valid hub id") from None
     except LocalEntryNotFoundError:
         raise Unavailable(
-            "hub_unreachable", f"{model} is not in the local cache and the hub cannot be reached",
+            "hub_unreachable",
+            f"{model} is not in the local cache and the hub cannot be reached",
             fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder",
         ) from None
     except HfHubHTTPError as error:
@@ -160,16 +181,20 @@ def resolve(config: EngineConfig, spec: ModelSpec, accelerator: str, cpus: int) 
     for name, what in (("tensor_parallel_size", "tensor"), ("pipeline_parallel_size", "pipeline")):
         if (size := getattr(config, name)) != 1:
             raise ConfigError(
-                "parallelism_unsupported", f"{name} = {size} cannot run",
-                why=f"this build has no {what} parallelism yet", fix=f"use {name} = 1",
+                "parallelism_unsupported",
+                f"{name} = {size} cannot run",
+                why=f"this build has no {what} parallelism yet",
+                fix=f"use {name} = 1",
             )
     device = accelerator if config.device == "auto" else config.device
     if device != "cpu" and device != accelerator:
         raise ConfigError("device_missing", f"device = {device} cannot run", why="torch finds no such device here")
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
         raise ConfigError(
-            "context_too_long", f"max_model_len = {config.max_model_len} cannot run",
-            why=f"the model was made for {spec.max_positions} positions", fix="lower it",
+            "context_too_long",
+            f"max_model_len = {config.max_model_len} cannot run",
+            why=f"the model was made for {spec.max_positions} positions",
+            fix="lower it",
         )
     # fp16 products on CPUs take a path without matrix instructions; bfloat16 has the same size.
     stored = "bfloat16" if device == "cpu" and spec.dtype == "float16" else spec.dtype

@@ -28,7 +28,15 @@ AXES: dict[str, tuple[object, ...]] = {
     "depth": (1, 2),
     "policy": ("fcfs", "priority"),
 }
-PLAIN = dict(mates="alone", chunk=512, block_size=16, prefix="off", pool="ample", depth=1, policy="fcfs")
+PLAIN = {
+    "mates": "alone",
+    "chunk": 512,
+    "block_size": 16,
+    "prefix": "off",
+    "pool": "ample",
+    "depth": 1,
+    "policy": "fcfs",
+}
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw"
 
 Answer = dict[tuple[str, int], tuple[list[int], list[object]]]
@@ -49,8 +57,7 @@ def covering_array(axes: dict[str, tuple[object, ...]], seed: int = 0) -> list[C
     """Cells in which every pair of values of two axes occurs; greedy over random candidates."""
     rng, names = random.Random(seed), list(axes)
     missing = {
-        frozenset([(a, x), (b, y)])
-        for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
+        frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
     }
     cells = []
     while missing:
@@ -72,8 +79,15 @@ def jobs(engine: Assembled) -> list[Submission]:
     kinds = {
         "greedy": SamplingParams(temperature=0, max_tokens=20, logprobs=3),
         "top-p": SamplingParams(temperature=0.9, top_p=0.9, max_tokens=20, logprobs=2),
-        "penalties": SamplingParams(temperature=0.7, repetition_penalty=1.2, presence_penalty=0.5,
-                                    frequency_penalty=0.3, max_tokens=20, logprobs=1, min_tokens=4),
+        "penalties": SamplingParams(
+            temperature=0.7,
+            repetition_penalty=1.2,
+            presence_penalty=0.5,
+            frequency_penalty=0.3,
+            max_tokens=20,
+            logprobs=1,
+            min_tokens=4,
+        ),
         "n": SamplingParams(temperature=1.0, top_k=40, min_p=0.02, n=3, max_tokens=12, logprobs=1),
         "bias": SamplingParams(temperature=0.8, logit_bias={300: 4.0, 301: -50.0}, max_tokens=16, logprobs=0),
     }
@@ -85,11 +99,22 @@ def jobs(engine: Assembled) -> list[Submission]:
 
 
 def build(folder: Path, cell: Cell) -> Assembled:
-    return build_engine(EngineConfig(
-        model=str(folder), device="cpu", backend="ref", dtype="float32", max_model_len=96, max_num_seqs=8,
-        max_num_batched_tokens=cell.chunk, block_size=cell.block_size, enable_prefix_caching=cell.prefix != "off",
-        kv_memory="4M" if cell.pool == "ample" else "164K", depth=cell.depth, scheduling_policy=cell.policy,
-    ))
+    return build_engine(
+        EngineConfig(
+            model=str(folder),
+            device="cpu",
+            backend="ref",
+            dtype="float32",
+            max_model_len=96,
+            max_num_seqs=8,
+            max_num_batched_tokens=cell.chunk,
+            block_size=cell.block_size,
+            enable_prefix_caching=cell.prefix != "off",
+            kv_memory="4M" if cell.pool == "ample" else "164K",
+            depth=cell.depth,
+            scheduling_policy=cell.policy,
+        )
+    )
 
 
 class Driver:

@@ -24,10 +24,20 @@ print(json.dumps([result.plans, result.differs_at, "torch" in sys.modules]))
 
 def record(folder: Path) -> list[str]:
     """Bursts of requests over a pool too small for them, at depth 2, with aborts, samples and shared prefixes."""
-    engine = build_engine(EngineConfig(
-        model=str(folder), device="cpu", backend="torch", max_model_len=128, max_num_seqs=24, kv_memory="1M",
-        max_num_batched_tokens=128, block_size=8, depth=2, scheduling_policy="priority",
-    ))
+    engine = build_engine(
+        EngineConfig(
+            model=str(folder),
+            device="cpu",
+            backend="torch",
+            max_model_len=128,
+            max_num_seqs=24,
+            kv_memory="1M",
+            max_num_batched_tokens=128,
+            block_size=8,
+            depth=2,
+            scheduling_policy="priority",
+        )
+    )
     recorder = Recorder(engine.setup)
     loop = Engine(engine.setup.scheduler(), engine.executor, lambda updates: None, engine.setup.depth, recorder)
     rng, now = random.Random(7), 0.0
@@ -51,7 +61,9 @@ def record(folder: Path) -> list[str]:
 def submission(index: int, rng: random.Random, stems: list[list[int]]) -> Submission:
     stem = rng.choice(stems)
     tokens = [*stem, *(rng.randrange(3, 512) for _ in range(rng.randrange(1, 30)))]
-    params = SamplingParams(temperature=rng.choice((0.0, 0.8)), max_tokens=rng.randrange(1, 20), n=rng.choice((1, 1, 1, 2)))
+    params = SamplingParams(
+        temperature=rng.choice((0.0, 0.8)), max_tokens=rng.randrange(1, 20), n=rng.choice((1, 1, 1, 2))
+    )
     return Submission(id=f"r{index}", tokens=tuple(tokens), params=params, seed=index, priority=rng.randrange(3))
 
 

@@ -146,8 +146,11 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
     assert scheduler.status().waiting == 0
     counters = scheduler.counters
     outcome.events.update(
-        hits=counters.prefix_hit_tokens, preemptions=counters.preemptions, copies=counters.copies,
-        failures=counters.failed_steps, aborts=sum(u.finish_reason == "abort" for u in outcome.last.values()),
+        hits=counters.prefix_hit_tokens,
+        preemptions=counters.preemptions,
+        copies=counters.copies,
+        failures=counters.failed_steps,
+        aborts=sum(u.finish_reason == "abort" for u in outcome.last.values()),
     )
     return outcome
 

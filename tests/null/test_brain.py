@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from brain import Life, lives, live, replays, verify
 from hypothesis import given, settings
+
+from brain import Life, live, lives, replays, verify
 
 COMMON = ("hits", "preemptions", "aborts", "copies", "overlap")
 

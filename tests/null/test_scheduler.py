@@ -19,18 +19,29 @@ PROMPT = tuple(range(1, 33))
 
 
 def setup(
-    blocks: int = 64, window: int | None = None, tokens: int = 16, rows: int = 4, depth: int = 1, policy: str = "fcfs",
+    blocks: int = 64,
+    window: int | None = None,
+    tokens: int = 16,
+    rows: int = 4,
+    depth: int = 1,
+    policy: str = "fcfs",
     waits: int = 32,
 ) -> EngineSetup:
     limits = Limits(max_batch_tokens=tokens, max_batch_requests=rows, max_model_len=64, max_prefix_waits=waits)
     return EngineSetup(
-        pools=(PoolSpec(blocks, window),), block_size=4, numerics_id=b"t", limits=limits,
-        vocabulary=Vocabulary(size=100, eos_ids=frozenset([0])), policy=policy, depth=depth,
+        pools=(PoolSpec(blocks, window),),
+        block_size=4,
+        numerics_id=b"t",
+        limits=limits,
+        vocabulary=Vocabulary(size=100, eos_ids=frozenset([0])),
+        policy=policy,
+        depth=depth,
     )
 
 
-def job(id: str, tokens: tuple[int, ...] = PROMPT, *, n: int = 1, max_tokens: int = 8, priority: int = 0,
-        tenant: str = "") -> Submission:
+def job(
+    id: str, tokens: tuple[int, ...] = PROMPT, *, n: int = 1, max_tokens: int = 8, priority: int = 0, tenant: str = ""
+) -> Submission:
     params = SamplingParams(n=n, max_tokens=max_tokens, ignore_eos=True)
     return Submission(id=id, tokens=tokens, params=params, seed=0, priority=priority, tenant=tenant)
 
@@ -187,8 +198,9 @@ def test_blocks_of_an_aborted_request_wait_for_its_step() -> None:
 def test_a_failed_step_fails_only_the_guilty() -> None:
     s = setup(depth=2, tokens=64)
     guilty = 77
-    executor = ToyExecutor(s.pools, s.block_size, 50, lambda plan: any(
-        guilty in executor.rows[id].tokens for id, _, _ in plan.slices))
+    executor = ToyExecutor(
+        s.pools, s.block_size, 50, lambda plan: any(guilty in executor.rows[id].tokens for id, _, _ in plan.slices)
+    )
     last: dict[str, Update] = {}
     engine = Engine(s.scheduler(), executor, lambda us: last.update((u.id, u) for u in us if u.finish_reason), depth=2)
     for i, token in enumerate((5, guilty, 6)):

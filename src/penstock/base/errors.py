@@ -1,12 +1,12 @@
 """Errors that a person can act on.
 
-    PenstockError
-    ├── InvalidRequest    the caller asked for something that cannot be served (HTTP 400)
-    ├── NotFound          a model, adapter or file that does not exist (HTTP 404)
-    ├── Unavailable       it could be served, but not now (HTTP 503)
-    ├── ModelFormatError  a model folder or file is damaged or not understood
-    ├── ConfigError       this configuration cannot run on this build or machine
-    └── EngineError       a step failed; the fault is ours or the hardware's (HTTP 500)
+PenstockError
+├── InvalidRequest    the caller asked for something that cannot be served (HTTP 400)
+├── NotFound          a model, adapter or file that does not exist (HTTP 404)
+├── Unavailable       it could be served, but not now (HTTP 503)
+├── ModelFormatError  a model folder or file is damaged or not understood
+├── ConfigError       this configuration cannot run on this build or machine
+└── EngineError       a step failed; the fault is ours or the hardware's (HTTP 500)
 """
 
 from __future__ import annotations

@@ -382,4 +382,3 @@ class Scheduler:
             return plan
         self._preempt(suspect)
         return self.plan(now)
-

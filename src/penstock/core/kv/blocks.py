@@ -1,9 +1,9 @@
 """The ledger of one pool of KV blocks. This file alone changes the state of a block.
 
-    free    holds nothing
-    open    taken by requests and still being filled, or full but not (or not yet) findable
-    sealed  full, findable under its hash, read by requests
-    idle    sealed and read by nobody; kept for a prefix hit until its place is needed
+free    holds nothing
+open    taken by requests and still being filled, or full but not (or not yet) findable
+sealed  full, findable under its hash, read by requests
+idle    sealed and read by nobody; kept for a prefix hit until its place is needed
 """
 
 from __future__ import annotations

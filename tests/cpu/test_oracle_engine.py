@@ -1,0 +1,97 @@
+"""The oracle through the whole engine: greedy tokens equal transformers', whatever the scheduler does."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from oracle import FAMILIES, Reference, build_reference
+from penstock.assemble import load_executor
+from penstock.core.engine import Engine
+from penstock.core.scheduler import Counters
+from penstock.core.service import Submission, Update
+from penstock.spec import EngineConfig, SamplingParams, Vocabulary
+
+STEPS, MARGIN = 64, 1e-3
+
+WAYS = {
+    "chunk 1": {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+    "chunk 7, overlap": {"max_num_batched_tokens": 7, "max_num_seqs": 4, "depth": 2},
+    "chunk 64, tight pool": {"max_num_batched_tokens": 64, "max_num_seqs": 4, "tight": True},
+    "whole, tight pool, overlap": {"max_num_batched_tokens": 512, "depth": 2, "block_size": 8, "tight": True},
+}
+
+
+def serve(
+    reference: Reference, prompts: list[list[int]], *, tight: bool = False, backend: str = "torch", **options: object
+) -> tuple[list[list[int]], Counters]:
+    """Greedy completions of prompts that arrive together; twice, so that the second time the prefixes are cached."""
+    config = EngineConfig(
+        device="cpu",
+        backend=backend,
+        dtype="float32",
+        max_model_len=128,
+        num_threads=1,
+        kv_memory="256M",
+        **options,  # type: ignore[arg-type]
+    )
+    loaded = load_executor(reference.folder, config, Vocabulary(size=reference.spec.vocab_size))
+    setup = loaded.setup
+    if tight:  # the scheduler is told of just enough blocks for one request and a half
+        blocks = 3 * 128 // (2 * setup.block_size)
+        setup = replace(setup, pools=tuple(replace(pool, blocks=blocks) for pool in setup.pools))
+    got: dict[str, list[int]] = {}
+
+    def deliver(updates: list[Update]) -> None:
+        for update in updates:
+            assert update.error is None, update.error
+            got.setdefault(update.id, []).extend(update.tokens)
+
+    loop = Engine(setup.scheduler(), loaded.executor, deliver, setup.depth)
+    params = SamplingParams(temperature=0.0, max_tokens=STEPS)
+    for turn in range(2):
+        for i, prompt in enumerate(prompts):
+            loop.post(Submission(id=f"{turn}.{i}", tokens=tuple(prompt), params=params, seed=0))
+        while loop.busy:
+            loop.launch(0.0)
+            loop.land()
+    loaded.executor.close()
+    first, second = ([got[f"{turn}.{i}"] for i in range(len(prompts))] for turn in range(2))
+    assert first == second or backend == "torch"
+    return first + second, loop.scheduler.counters
+
+
+def agreement(reference: Reference, prompt: list[int], tokens: list[int]) -> int:
+    """Steps up to the first near-tie of the reference; fails at a step that differs before it."""
+    logits_TV = reference.logits(prompt + tokens)[len(prompt) - 1 : -1]
+    top = logits_TV.topk(2, dim=-1)
+    for step, (values, ids) in enumerate(zip(top.values, top.indices, strict=True)):
+        if values[0] - values[1] < MARGIN:
+            return step
+        assert int(ids[0]) == tokens[step], f"step {step}: {tokens[step]}, transformers {int(ids[0])}"
+    return len(tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_whatever_the_scheduler_does(family: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    rng = random.Random(f"engine {family}")
+    reached, events = [], Counters()
+    for index, options in enumerate(WAYS.values()):
+        reference = build_reference(family, rng, tmp_path / str(index))
+        stem = reference.tokens(rng, 33)
+        prompts = [stem[:cut] + reference.tokens(rng, extra) for cut, extra in ((33, 3), (33, 20), (20, 1), (0, 40))]
+        answers, counters = serve(reference, prompts, **options)  # type: ignore[arg-type]
+        events.preemptions += counters.preemptions
+        events.prefix_hit_tokens += counters.prefix_hit_tokens
+        for prompt, tokens in zip(prompts * 2, answers, strict=True):
+            assert len(tokens) == STEPS
+            reached.append(agreement(reference, prompt, tokens))
+    share = sum(steps == STEPS for steps in reached) / len(reached)
+    print(f"{family}: {share:.0%} of {len(reached)} runs reach {STEPS} steps; {events}")
+    assert share >= 0.95
+    assert events.prefix_hit_tokens and events.preemptions
