@@ -64,7 +64,7 @@ class _Row:
 @dataclass(slots=True)
 class ToyExecutor:
     """Attributes:
-    fault: says of a plan whether its step fails; asked before the slices are computed.
+    fault: says of a plan whether its step fails.
     """
 
     pools: Sequence[PoolSpec]
@@ -84,16 +84,24 @@ class ToyExecutor:
             self.rows[new.id] = self._row(new)
         for write in plan.blocks:
             self.rows[write.request].tables[write.group][write.first :] = write.blocks
+        if self.fault(plan):
+            return Done(self._break(plan))
         for group, src, dst in plan.copies:
             self.storage[group][dst] = list(self.storage[group][src])
-        if self.fault(plan):
-            return Done(StepFailed(EngineError("injected_fault", f"Step {plan.number} was made to fail")))
         if any(start + count > len(self.rows[id].tokens) for id, start, count in plan.slices):
             return Done(StepFailed(EngineError("step_failed", f"Step {plan.number} follows one that failed")))
         return Done(StepResult([self._slice(self.rows[id], start, count) for id, start, count in plan.slices]))
 
     def close(self) -> None:
         pass
+
+    def _break(self, plan: StepPlan) -> StepFailed:
+        """Fails as badly as a step can: nothing was copied and all it should have written is garbage."""
+        for id, start, count in plan.slices:
+            for group, table in enumerate(self.rows[id].tables):
+                for position in range(start, start + count):
+                    self.storage[group][table[position // self.block_size]][position % self.block_size] = EMPTY
+        return StepFailed(EngineError("injected_fault", f"Step {plan.number} was made to fail"))
 
     def _row(self, new: NewRequest) -> _Row:
         return _Row(list(new.tokens), [list(table) for table in new.tables], new.seed, new.sample)
