@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from penstock.base import EngineError, InvalidRequest
@@ -262,3 +264,14 @@ def test_ten_thousand_waiting_requests_do_not_slow_a_plan_down() -> None:
     scheduler.waiting = Counted(scheduler.waiting)  # type: ignore[assignment]
     step(scheduler, executor)
     assert Counted.touched <= 3 * 5
+
+
+def test_a_hit_moves_the_window_too() -> None:
+    """A request that waits for a block while another seals what comes next must not keep what it slid past."""
+    s = setup(blocks=7, window=7, tokens=2, rows=2, waits=0)
+    s = replace(s, block_size=1)
+    scheduler, executor = s.scheduler(), toy(s)
+    scheduler.add(job("a", PROMPT[:7], max_tokens=1), 0.0)
+    scheduler.add(job("b", PROMPT[:8], max_tokens=1), 0.0)
+    while not scheduler.idle:
+        step(scheduler, executor)

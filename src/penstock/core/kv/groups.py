@@ -113,6 +113,7 @@ class KVCache:
             self._write(request, group, first, draft)
         request.computed = request.planned = found * size
         request.sealed = found
+        self._slide(request)
         return (found - first) * size
 
     def _longest(self, request: Request, first: int, last: int) -> int:
@@ -189,6 +190,10 @@ class KVCache:
             if self.prefix_cache:
                 self._seal(request, full)
             request.sealed = full
+        self._slide(request)
+
+    def _slide(self, request: Request) -> None:
+        size = self.block_size
         for group, window in self.windowed:
             pool, table = self.pools[group], request.tables[group]
             i = (request.computed - window + 1) // size - 1
