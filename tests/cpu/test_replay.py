@@ -10,7 +10,7 @@ from pathlib import Path
 
 from penstock.assemble import build_engine
 from penstock.core.engine import Engine
-from penstock.core.service import Submission
+from penstock.core.service import Abort, Submission
 from penstock.sim.replay import Recorder, replay
 from penstock.spec import EngineConfig, SamplingParams
 
@@ -48,7 +48,7 @@ def record(folder: Path) -> list[str]:
             arrival = arrivals.pop()
             loop.post(arrival)
             if rng.random() < 0.05:
-                loop.post(arrival.id)
+                loop.post(Abort(arrival.id, rng.choice((None, 0))))
         loop.launch(now)
         loop.land()
         now += 0.01

@@ -11,7 +11,7 @@ from penstock.core.admission import Limits
 from penstock.core.engine import Engine
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import StepPlan
-from penstock.core.service import Submission, Update
+from penstock.core.service import Abort, Submission, Update
 from penstock.core.setup import EngineSetup
 from penstock.sim.replay import Recorder, replay
 from penstock.sim.toy import ToyExecutor, toy_completion
@@ -26,6 +26,7 @@ class Arrival:
     step: int
     submission: Submission
     abort_step: int | None
+    abort_sample: int | None
     poisoned: bool
 
 
@@ -97,7 +98,7 @@ def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool) -> Arrival
         tenant=draw(st.sampled_from(["", "", "other"])),
     )
     abort = draw(st.one_of(st.none(), st.none(), st.integers(step, step + 20)))
-    return Arrival(step, submission, abort, poisoned)
+    return Arrival(step, submission, abort, draw(st.sampled_from([None, None, 0, 1])), poisoned)
 
 
 def live(life: Life, max_launches: int = 4000) -> Outcome:
@@ -132,7 +133,7 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
             if arrival.step == step:
                 engine.post(arrival.submission)
             if arrival.abort_step == step:
-                engine.post(arrival.submission.id)
+                engine.post(Abort(arrival.submission.id, arrival.abort_sample))
         engine.launch(float(step))
         check()
         outcome.events["overlap"] += len(engine.inflight) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penstock.base import InvalidRequest
@@ -36,31 +37,35 @@ class Counters:
     failed_steps: int = 0
 
 
-def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary, kv: KVCache) -> int:
-    """Tokens, prompt included, at which a submission's samples end for lack of room.
-
-    Raises:
-        InvalidRequest: empty_prompt, token_out_of_range, prompt_too_long, or kv_too_small when not even an
-            empty pool could hold it.
-    """
-    length, longest = len(submission.tokens), limits.max_model_len
-    if not length:
+def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary) -> None:
+    """Raises InvalidRequest: empty_prompt, token_out_of_range, prompt_too_long."""
+    if not tokens:
         raise InvalidRequest("empty_prompt", "The prompt has no tokens", fix="send at least one token")
-    low, high = min(submission.tokens), max(submission.tokens)
+    low, high = min(tokens), max(tokens)
     if low < 0 or high >= vocabulary.size:
         raise InvalidRequest(
             "token_out_of_range",
             f"Token id {low if low < 0 else high} is not in the vocabulary",
             why=f"its ids are 0 to {vocabulary.size - 1}",
         )
-    if length >= longest:
+    if len(tokens) >= limits.max_model_len:
         raise InvalidRequest(
             "prompt_too_long",
-            f"The prompt has {length} tokens",
-            why=f"the context holds {longest}, of which at least one is for the completion",
+            f"The prompt has {len(tokens)} tokens",
+            why=f"the context holds {limits.max_model_len}, of which at least one is for the completion",
             fix="shorten the prompt or raise max_model_len",
         )
-    limit = min(longest, length + (submission.params.max_tokens or longest))
+
+
+def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary, kv: KVCache) -> int:
+    """Tokens, prompt included, at which a submission's samples end for lack of room.
+
+    Raises:
+        InvalidRequest: as ``check_prompt``, or kv_too_small when not even an empty pool could hold it.
+    """
+    check_prompt(submission.tokens, limits, vocabulary)
+    longest = limits.max_model_len
+    limit = min(longest, len(submission.tokens) + (submission.params.max_tokens or longest))
     if shortage := kv.shortage(limit - 1):  # the last token is never computed
         raise InvalidRequest(
             "kv_too_small",

@@ -10,10 +10,9 @@ from typing import Protocol
 from penstock.base import PenstockError
 from penstock.core.plan import Executor, StepFailed, StepPlan, StepResult, Ticket
 from penstock.core.scheduler import Scheduler
-from penstock.core.service import Submission, Update
+from penstock.core.service import Abort, Submission, Update
 
-Mail = Submission | str
-"""A submission to start, or the id of one to abort."""
+Mail = Submission | Abort
 
 
 class Journal(Protocol):
@@ -92,8 +91,8 @@ class Engine:
         while self.inbox:
             item = self.inbox.popleft()
             mail.append(item)
-            if isinstance(item, str):
-                self.scheduler.abort(item)
+            if isinstance(item, Abort):
+                self.scheduler.abort(*item)
                 continue
             try:
                 self.scheduler.add(item, now)

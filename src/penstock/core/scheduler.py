@@ -94,10 +94,10 @@ class Scheduler:
         self.samples[submission.id] = family
         self.counters.prompt_tokens += len(submission.tokens)
 
-    def abort(self, id: str) -> None:
-        """Ends all samples of a submission. Unknown ids are ignored: they may have just finished."""
+    def abort(self, id: str, sample: int | None = None) -> None:
+        """Ends one sample of a submission, or all. Unknown ids are ignored: they may have just finished."""
         for request in self.samples.get(id, ()):
-            if request.phase is not Phase.DONE:
+            if request.phase is not Phase.DONE and sample in (None, request.sample):
                 self._finish(request, Update(id, request.sample, finish_reason="abort"))
 
     @property

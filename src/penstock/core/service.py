@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from penstock.base import PenstockError
 from penstock.spec import FinishReason, SamplingParams, TokenLogprobs
@@ -29,6 +29,13 @@ class Submission:
     priority: int = 0
     tenant: str = ""
     adapter: str = ""
+
+
+class Abort(NamedTuple):
+    """Ends one sample of a submission, or all of them."""
+
+    id: str
+    sample: int | None = None
 
 
 @dataclass(slots=True)
@@ -83,8 +90,8 @@ class Service(Protocol):
 
     def submit(self, submission: Submission, sink: Sink) -> None: ...
 
-    def abort(self, id: str) -> None:
-        """Ends all samples of a submission; each still gets its last update. Unknown ids are ignored."""
+    def abort(self, id: str, sample: int | None = None) -> None:
+        """Ends one sample of a submission, or all; each still gets its last update. Unknown ids are ignored."""
         ...
 
     def status(self) -> Status: ...

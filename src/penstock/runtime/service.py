@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -10,7 +11,7 @@ from penstock.base import EngineError, InvalidRequest
 from penstock.core.engine import Engine, Journal
 from penstock.core.plan import Executor
 from penstock.core.scheduler import Scheduler
-from penstock.core.service import Sink, Status, Submission, Update
+from penstock.core.service import Abort, Sink, Status, Submission, Update
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class LocalService:
         self._fault: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread that is inside torch when the interpreter ends aborts the process
 
     def submit(self, submission: Submission, sink: Sink) -> None:
         """Raises InvalidRequest(duplicate_request_id), or EngineError(engine_dead) after a fault of the loop."""
@@ -42,8 +44,8 @@ class LocalService:
         self._engine.post(submission)
         self._wake.set()
 
-    def abort(self, id: str) -> None:
-        self._engine.post(id)
+    def abort(self, id: str, sample: int | None = None) -> None:
+        self._engine.post(Abort(id, sample))
         self._wake.set()
 
     def status(self) -> Status:
@@ -57,6 +59,7 @@ class LocalService:
         """Aborts what is running and stops the thread."""
         with self._lock:
             self._closing = True
+        atexit.unregister(self.close)
         self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()

@@ -16,7 +16,7 @@ from penstock.core.admission import Limits
 from penstock.core.engine import Engine, Mail
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import StepFailed, StepPlan, StepResult
-from penstock.core.service import Submission, Update
+from penstock.core.service import Abort, Submission, Update
 from penstock.core.setup import EngineSetup
 from penstock.sim.toy import Done
 from penstock.spec import SamplingParams, Vocabulary
@@ -135,12 +135,12 @@ def _ignore(updates: list[Update]) -> None:
 
 
 def _encode_mail(mail: Mail) -> Any:
-    return mail if isinstance(mail, str) else asdict(mail)
+    return list(mail) if isinstance(mail, Abort) else asdict(mail)
 
 
 def _decode_mail(mail: Any) -> Mail:
-    if isinstance(mail, str):
-        return mail
+    if isinstance(mail, list):
+        return Abort(*mail)
     return Submission(**{**mail, "tokens": tuple(mail["tokens"]), "params": SamplingParams(**mail["params"])})
 
 

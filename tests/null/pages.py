@@ -1,0 +1,193 @@
+"""Checks of what is written beside the code, and the pages that are written from it (``make docs``)."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from house import ROOT, Function, Source, base_names, dotted, package_sources
+from penstock.spec import EngineConfig
+
+
+def markdown_pages() -> list[Path]:
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
+
+
+def broken_references(name: str, text: str, sources: Iterable[Source]) -> list[str]:
+    """Relative links, and files and `file.py:name` in backquotes, that lead nowhere. ``name``: the page's path."""
+    modules = {source.path: source for source in sources}
+    out = []
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        if not (ROOT / name).parent.joinpath(link).exists():
+            out.append(f"{name}: link to {link}")
+    for path, qualified in re.findall(r"`([\w/.-]+\.py)(?::([\w.]+))?`", text):
+        found = [m for p, m in modules.items() if p == path or p.endswith(f"/{path}")]
+        if qualified:
+            found = [m for m in found if qualified in qualified_names(m.tree)]
+        elif (ROOT / path).exists():
+            continue
+        if not found:
+            out.append(f"{name}: `{path}{qualified and ':' + qualified}`")
+    return out
+
+
+def qualified_names(node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[str]:
+    for child in node.body:
+        if isinstance(child, Function | ast.ClassDef):
+            yield prefix + child.name
+        if isinstance(child, ast.ClassDef):
+            yield from qualified_names(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.Assign | ast.AnnAssign):
+            targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+            yield from (prefix + dotted(target) for target in targets)
+
+
+# Written with a class in each name, so that this file does not break its own rule.
+PLACES = re.compile(r"(?<![\w.~-])/(?:[h]ome|[r]oot|[U]sers|[w]ork)/\w|/[o]pt/(?:wheels|pypi)")
+HOSTS = re.compile(
+    r"[p]ypi\.org|[p]ythonhosted|[d]ownload\.pytorch|[g]hcr\.io|[d]ocker\.io|[q]uay\.io|[-]-(extra-)?index-url"
+)
+
+
+def machine_traces(files: Iterable[tuple[str, str]]) -> list[str]:
+    """``files``: name and text. Nothing tracked may depend on, or tell of, the machine it was written on."""
+    out = []
+    for name, text in files:
+        for number, line in enumerate(text.splitlines(), 1):
+            for match in (*PLACES.finditer(line), *HOSTS.finditer(line)):
+                out.append(f"{name}:{number}: {match.group()}")
+    return out
+
+
+# -- docs/errors.md ---------------------------------------------------------------------------------------------------
+
+ERRORS_PAGE = ROOT / "docs" / "errors.md"
+
+HEAD = """# Error codes
+
+Every error says what failed, why with numbers, and what to do, and carries a code that never changes. In Python it is a
+`penstock.PenstockError` with `.code`, `.what`, `.why` and `.fix`; over HTTP the code is `error.code` in OpenAI's error
+shape. The command line prints all four and ends with 2 for a bad request, 3 for a model or configuration that cannot
+run, and 1 for anything else.
+
+This page is generated from the code (`make docs`). "…" stands for what the message fills in.
+
+| code | HTTP | says | what to do |
+| --- | --- | --- | --- |
+"""
+
+
+@dataclass(frozen=True, order=True)
+class ErrorSite:
+    code: str
+    status: int
+    what: str
+    fix: str
+
+
+def error_statuses(sources: Iterable[Source]) -> dict[str, int]:
+    """HTTP status of each error class, inherited where the class sets none."""
+    classes = {n.name: n for s in sources for n in s.nodes if isinstance(n, ast.ClassDef)}
+    statuses = {"PenstockError": 500}
+    while found := {
+        name: next(iter(own_status(node)), statuses[base])
+        for name, node in classes.items()
+        for base in base_names(node)
+        if base in statuses and name not in statuses
+    }:
+        statuses |= found
+    return statuses
+
+
+def own_status(node: ast.ClassDef) -> Iterator[int]:
+    for line in node.body:
+        if isinstance(line, ast.Assign) and dotted(line.targets[0]) == "status":
+            yield ast.literal_eval(line.value)
+
+
+def error_sites(sources: list[Source]) -> list[ErrorSite]:
+    statuses = error_statuses(sources)
+    sites = set()
+    for source in sources:
+        for node in source.nodes:
+            if not isinstance(node, ast.Call) or dotted(node.func).split(".")[-1] not in statuses or not node.args:
+                continue
+            given = dict(zip(("code", "what"), node.args, strict=False)) | {k.arg: k.value for k in node.keywords}
+            code = given["code"]
+            if isinstance(code, ast.Constant):
+                status = given.get("status")
+                default = statuses[dotted(node.func).split(".")[-1]]
+                fixed = status.value if isinstance(status, ast.Constant) else default
+                sites.add(ErrorSite(str(code.value), fixed, message(given.get("what")), message(given.get("fix"))))
+    return sorted(sites)
+
+
+def message(node: ast.expr | None) -> str:
+    """The text of a string or f-string, "…" for whatever is filled in."""
+    if node is None:
+        return ""
+    if isinstance(node, ast.Constant):
+        return str(node.value).replace("|", "\\|").replace("\n", " ")
+    if isinstance(node, ast.JoinedStr):
+        return re.sub(r"…(\s*…)+", "…", "".join(message(part) for part in node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return message(node.left) + message(node.right)
+    if isinstance(node, ast.BoolOp):
+        return message(node.values[-1])
+    if isinstance(node, ast.IfExp):
+        return " / ".join(filter(None, (message(node.body), message(node.orelse))))
+    return "…"
+
+
+def errors_page(sources: list[Source]) -> str:
+    rows: dict[str, list[ErrorSite]] = {}
+    for site in error_sites(sources):
+        rows.setdefault(site.code, []).append(site)
+    lines = []
+    for code, sites in rows.items():
+        statuses = ", ".join(map(str, sorted({site.status for site in sites})))
+        says = "<br>".join(dict.fromkeys(site.what for site in sites))
+        fixes = "<br>".join(dict.fromkeys(site.fix for site in sites if site.fix))
+        lines.append(f"| `{code}` | {statuses} | {says} | {fixes} |\n")
+    return HEAD + "".join(lines)
+
+
+# -- docs/configuration.md ------------------------------------------------------------------------------------------
+
+CONFIGURATION_PAGE = ROOT / "docs" / "configuration.md"
+
+CONFIGURATION_HEAD = """# Configuration
+
+Every field of `EngineConfig` (`spec/config.py`) is a keyword of `LLM(...)` and an option of `penstock run` and
+`penstock serve`. A value that is absent is decided from the model and the machine. Nothing else configures an engine.
+
+This page is generated from the code (`make docs`).
+
+| `LLM(...)` | command line | default | meaning |
+| --- | --- | --- | --- |
+"""
+
+
+def configuration_page() -> str:
+    lines = []
+    for field in dataclasses.fields(EngineConfig):
+        flag = "--" + field.name.replace("_", "-")
+        option = "`MODEL`" if field.name == "model" else f"`{flag}`"
+        if isinstance(field.default, bool):
+            option = f"`{flag}` / `--no-{flag[2:]}`"
+        default = "" if field.default is None else f"`{field.default!r}`".replace("'", '"')
+        lines.append(f"| `{field.name}` | {option} | {default} | {field.metadata['help']} |\n")
+    return CONFIGURATION_HEAD + "".join(lines)
+
+
+def generated_pages(sources: list[Source]) -> dict[Path, str]:
+    return {ERRORS_PAGE: errors_page(sources), CONFIGURATION_PAGE: configuration_page()}
+
+
+if __name__ == "__main__":
+    for page, content in generated_pages(package_sources()).items():
+        page.write_text(content, "utf-8")
