@@ -131,6 +131,16 @@ def test_row_op(name: str, dtype: torch.dtype, shape: Shape, place: tuple[Ops, t
     assert ref.dtype == (torch.float32 if name == "logits" else dtype)
 
 
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_no_rows(name: str, place: tuple[Ops, torch.device]) -> None:
+    """A step that draws no token asks for the hidden states and logits of no row."""
+    (ops, device), op = place, ROW_OPS[name]
+    x_TX, weights = row_inputs(op, SHAPES["odd"], 2, torch.bfloat16)
+    x_TX, weights = x_TX.to(device), [w.to(device) for w in weights]
+    some, none = op.run(ops, x_TX.clone(), *weights), op.run(ops, x_TX[:0], *weights)
+    assert none.shape == (0, *some.shape[1:]) and none.dtype == some.dtype
+
+
 @pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("name", ROW_OPS)
 def test_row_bits(name: str, backend: str, shape: Shape) -> None:

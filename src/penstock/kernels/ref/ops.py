@@ -115,6 +115,9 @@ class RefOps:
 
 
 def each_row(one: Callable[[Tensor], Tensor], x_TX: Tensor) -> Tensor:
+    """Applies ``one`` to each row by a call of its own; no rows are no calls but keep their width."""
+    if len(x_TX) == 0:
+        return one(x_TX.new_zeros(x_TX.shape[1:])).unsqueeze(0)[:0]
     return torch.stack([one(row) for row in x_TX])
 
 

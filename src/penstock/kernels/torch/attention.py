@@ -119,17 +119,19 @@ def _attend_decodes(q_rNd: Tensor, kv: KVLayer, decodes: Decodes, scale: float) 
 
 
 def _attend_chunk(q_tNd: Tensor, kv: KVLayer, chunk: Chunk, scale: float) -> Tensor:
-    k_Hnd, v_Hnd = (_gather(pool, chunk.slots_n).transpose(0, 1) for pool in (kv.k_PBHd, kv.v_PBHd))
-    out_1Ntd = F.scaled_dot_product_attention(
-        q_tNd.transpose(0, 1).unsqueeze(0),
-        k_Hnd.unsqueeze(0),
-        v_Hnd.unsqueeze(0),
-        chunk.mask_tn,
-        is_causal=chunk.mask_tn is None,
-        scale=scale,
-        enable_gqa=True,
-    )
-    return out_1Ntd.squeeze(0).transpose(0, 1)
+    q_1Ntd = q_tNd.transpose(0, 1).unsqueeze(0)
+    k_1Hnd, v_1Hnd = (_gather(pool, chunk.slots_n).transpose(0, 1).unsqueeze(0) for pool in (kv.k_PBHd, kv.v_PBHd))
+    if chunk.mask_tn is None or not q_tNd.is_cuda:
+        out_1Ntd = F.scaled_dot_product_attention(
+            q_1Ntd, k_1Hnd, v_1Hnd, chunk.mask_tn, is_causal=chunk.mask_tn is None, scale=scale, enable_gqa=True
+        )
+        return out_1Ntd.squeeze(0).transpose(0, 1)
+    # CUDA's masked kernels know no grouped heads, and the fallback holds all scores at once: a batch of g instead.
+    kv_heads = k_1Hnd.shape[1]
+    q_gHtd = q_1Ntd.view(kv_heads, -1, *q_1Ntd.shape[2:]).transpose(0, 1)
+    k_gHnd, v_gHnd = (x.expand(len(q_gHtd), -1, -1, -1) for x in (k_1Hnd, v_1Hnd))
+    out_gHtd = F.scaled_dot_product_attention(q_gHtd, k_gHnd, v_gHnd, chunk.mask_tn, scale=scale)
+    return out_gHtd.permute(2, 1, 0, 3).flatten(1, 2)
 
 
 def _gather(pool_PBHd: Tensor, slots: Tensor) -> Tensor:

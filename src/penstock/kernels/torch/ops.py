@@ -26,7 +26,8 @@ class TorchOps:
 
     @property
     def numerics(self) -> str:
-        return f"torch/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        return f"torch/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {gpu}"
 
     def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return F.embedding(ids_T, table_VD)
