@@ -27,7 +27,13 @@ WAYS = {
 
 
 def serve(
-    reference: Reference, prompts: list[list[int]], *, tight: bool = False, backend: str = "torch", **options: object
+    reference: Reference,
+    prompts: list[list[int]],
+    *,
+    tight: bool = False,
+    backend: str = "torch",
+    steps: int = STEPS,
+    **options: object,
 ) -> tuple[list[list[int]], Counters]:
     """Greedy completions of prompts that arrive together; twice, so that the second time the prefixes are cached."""
     config = EngineConfig(
@@ -52,7 +58,7 @@ def serve(
             got.setdefault(update.id, []).extend(update.tokens)
 
     loop = Engine(setup.scheduler(), loaded.executor, deliver, setup.depth)
-    params = SamplingParams(temperature=0.0, max_tokens=STEPS)
+    params = SamplingParams(temperature=0.0, max_tokens=steps)
     for turn in range(2):
         for i, prompt in enumerate(prompts):
             loop.post(Submission(id=f"{turn}.{i}", tokens=tuple(prompt), params=params, seed=0))
@@ -95,3 +101,18 @@ def test_greedy_tokens_whatever_the_scheduler_does(family: str, tmp_path: Path) 
     print(f"{family}: {share:.0%} of {len(reached)} runs reach {STEPS} steps; {events}")
     assert share >= 0.95
     assert events.prefix_hit_tokens and events.preemptions
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_windows_keep_one_answer(family: str, tmp_path: Path) -> None:
+    """On ``ref`` a model with windowed layers gives the same tokens in every way, cached or not."""
+    rng = random.Random(f"windows {family}")
+    window: dict[str, object] = {"sliding_window": 20}
+    if family == "qwen2":  # the first layer sees everything, the others slide: two KV groups
+        window |= {"use_sliding_window": True, "max_window_layers": 1}
+    reference = build_reference(family, rng, tmp_path, **window)
+    assert 20 in reference.spec.windows
+    stem = reference.tokens(rng, 50)
+    prompts = [stem[:cut] + reference.tokens(rng, extra) for cut, extra in ((50, 3), (50, 9), (37, 1), (0, 30))]
+    answers = [serve(reference, prompts, backend="ref", steps=24, **options)[0] for options in WAYS.values()]  # type: ignore[arg-type]
+    assert all(answer == answers[0] for answer in answers)
