@@ -38,22 +38,22 @@ class Counters:
 
 
 def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary) -> None:
-    """Raises InvalidRequest: empty_prompt, token_out_of_range, prompt_too_long."""
+    """Raises InvalidRequest: empty_prompt, prompt_too_long, token_out_of_range."""
     if not tokens:
         raise InvalidRequest("empty_prompt", "The prompt has no tokens", fix="send at least one token")
-    low, high = min(tokens), max(tokens)
-    if low < 0 or high >= vocabulary.size:
-        raise InvalidRequest(
-            "token_out_of_range",
-            f"Token id {low if low < 0 else high} is not in the vocabulary",
-            why=f"its ids are 0 to {vocabulary.size - 1}",
-        )
     if len(tokens) >= limits.max_model_len:
         raise InvalidRequest(
             "prompt_too_long",
             f"The prompt has {len(tokens)} tokens",
             why=f"the context holds {limits.max_model_len}, of which at least one is for the completion",
             fix="shorten the prompt or raise max_model_len",
+        )
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high >= vocabulary.size:
+        raise InvalidRequest(
+            "token_out_of_range",
+            f"Token id {low if low < 0 else high} is not in the vocabulary",
+            why=f"its ids are 0 to {vocabulary.size - 1}",
         )
 
 

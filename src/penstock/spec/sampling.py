@@ -11,6 +11,8 @@ from penstock.base import InvalidRequest
 MAX_N = 128
 MAX_LOGPROBS = 128
 MAX_STOP = 64
+MAX_STOP_LENGTH = 1024
+MAX_STOP_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 
 
@@ -84,10 +86,13 @@ class SamplingParams:
 
     def _normalise_collections(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        if len(stop) > MAX_STOP or any(not isinstance(s, str) or not s for s in stop):
-            raise _invalid("stop", self.stop, f"it must be at most {MAX_STOP} strings, none of them empty")
+        if len(stop) > MAX_STOP or any(not isinstance(s, str) or not 0 < len(s) <= MAX_STOP_LENGTH for s in stop):
+            why = f"it must be at most {MAX_STOP} strings of 1 to {MAX_STOP_LENGTH} characters"
+            raise _invalid("stop", repr(self.stop)[:80], why)
         object.__setattr__(self, "stop", tuple(stop))
         ids = tuple(self.stop_token_ids or ())
+        if len(ids) > MAX_STOP_IDS:
+            raise _invalid("stop_token_ids", "...", f"it must be at most {MAX_STOP_IDS} ids")
         for token in ids:
             _int("stop_token_ids", token, 0, 2**31 - 1)
         object.__setattr__(self, "stop_token_ids", ids)

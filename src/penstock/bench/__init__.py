@@ -1,0 +1,1 @@
+"""Measurements that own the numbers Penstock publishes."""

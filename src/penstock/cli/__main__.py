@@ -1,0 +1,3 @@
+from penstock.cli.app import main
+
+main()

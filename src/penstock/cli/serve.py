@@ -1,0 +1,53 @@
+"""``penstock serve``: an OpenAI-compatible HTTP server over one model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Annotated, Any
+
+import typer
+
+from penstock.cli.options import MODEL_HELP, engine_options
+from penstock.spec import EngineConfig
+
+
+@engine_options
+def serve(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
+    *,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; by default only this machine can reach it")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="8000, or the next free one, unless given; 0 takes any")
+    ] = None,
+    engine: dict[str, Any],
+) -> None:
+    """Serve MODEL over HTTP, with the API of OpenAI."""
+    from penstock.llm import AsyncLLM
+    from penstock.serving import server
+
+    with server.listen(host, port) as bound:
+        llm = AsyncLLM(EngineConfig(model=model, **engine))
+        assembled = llm.engine
+        url, public = server.url_of(bound), not server.is_loopback(bound)
+
+        def announce() -> None:
+            print(f"Serving {assembled.name} at {url}/v1")
+            if not assembled.one_answer:
+                print(
+                    f"The {assembled.config.backend} backend does not promise one answer: tokens can depend on what "
+                    "else runs at the same time. --backend ref promises it, slowly."
+                )
+            if public:
+                print("Anyone who can reach this address can use it: this server asks for no key.")
+            print(f"Try it:\n  {example(url, assembled.name)}", flush=True)
+
+        server.serve(llm, bound, announce)
+
+
+def example(url: str, name: str) -> str:
+    """A line to paste into a shell."""
+    body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 48, "temperature": 0})
+    return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"

@@ -1,0 +1,176 @@
+"""What the routes share, and the one way they make an engine generate."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from penstock.base import PenstockError, Unavailable
+from penstock.llm import AsyncLLM, TokensPrompt
+from penstock.serving.errors import HTTPError
+from penstock.serving.limits import MAX_CHOICES
+from penstock.serving.metrics import Metrics
+from penstock.serving.schemas import PromptTokensDetails, Usage
+from penstock.spec import SamplingParams
+from penstock.text import Delta
+
+
+@dataclass(slots=True, kw_only=True)
+class Context:
+    """One served model.
+
+    Attributes:
+        name: what clients call it.
+        live: engine ids of the requests under way.
+        draining: no new requests; the process is about to end.
+    """
+
+    llm: AsyncLLM
+    metrics: Metrics
+    name: str
+    created: int
+    live: set[str] = field(default_factory=set)
+    draining: bool = False
+
+    def admit(self, model: str | None) -> None:
+        """Refuses a model this server does not have, and everything while it ends."""
+        if self.draining:
+            raise shutting_down()
+        if model is not None and model != self.name:
+            raise HTTPError(
+                "model_not_found",
+                "This server does not have the model that was asked for",
+                why=f"it serves {self.name!r}",
+                fix="see GET /v1/models",
+                param="model",
+                status=404,
+            )
+
+    async def abort_all(self) -> None:
+        for engine_id in tuple(self.live):
+            await self.llm.abort(engine_id)
+
+
+def shutting_down() -> Unavailable:
+    return Unavailable(
+        "shutting_down", "This server is shutting down", fix="send the request again, elsewhere or later"
+    )
+
+
+def engine_stopped() -> Unavailable:
+    return Unavailable("engine_stopped", "The engine has stopped", fix="restart the server and report its log")
+
+
+@dataclass(slots=True)
+class Generation:
+    """All samples of all prompts of one HTTP request.
+
+    Attributes:
+        id: the id of the response; the engine's ids are made from it.
+    """
+
+    context: Context
+    id: str
+    prompts: Sequence[TokensPrompt]
+    params: SamplingParams
+    priority: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) * self.params.n > MAX_CHOICES:
+            raise HTTPError(
+                "too_many_choices",
+                "The request asks for too many completions",
+                why=f"{len(self.prompts)} prompts times n = {self.params.n}; at most {MAX_CHOICES}",
+                fix="split it into several requests",
+                param="n",
+            )
+
+    def usage(self) -> Usage:
+        prompt = sum(len(prompt["prompt_token_ids"]) for prompt in self.prompts)
+        return Usage(
+            prompt, self.completion_tokens, prompt + self.completion_tokens, PromptTokensDetails(self.cached_tokens)
+        )
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """(choice, what is new of it), as it comes. Closing it aborts what is still running.
+
+        Choice ``i * n + j`` is sample j of prompt i.
+        """
+        async with aclosing(merged([self._one(i) for i in range(len(self.prompts))])) as news:
+            async for prompt, delta in news:
+                self.completion_tokens += len(delta.token_ids)
+                yield prompt * self.params.n + delta.index, delta
+
+    async def _one(self, prompt: int) -> AsyncGenerator[Delta, None]:
+        metrics, engine_id = self.context.metrics, f"{self.id}-{prompt}"
+        started = time.perf_counter()
+        latest: dict[int, float] = {}
+        unfinished, cached, reason = self.params.n, 0, "abort"
+        self.context.live.add(engine_id)
+        try:
+            stream = self.context.llm.stream(self.prompts[prompt], self.params, engine_id, self.priority)
+            async with aclosing(stream):
+                async for delta in stream:
+                    now = time.perf_counter()
+                    if delta.token_ids:
+                        if (before := latest.get(delta.index)) is None:
+                            metrics.first_token.observe(now - started)
+                        else:
+                            metrics.between.observe((now - before) / len(delta.token_ids))
+                        latest[delta.index] = now
+                    self.cached_tokens += delta.num_cached_tokens - cached
+                    cached = delta.num_cached_tokens
+                    if delta.finish_reason is not None:
+                        if delta.finish_reason == "abort":
+                            raise shutting_down()
+                        unfinished -= 1
+                        metrics.finished.labels(delta.finish_reason).inc()
+                        metrics.whole.observe(now - started)
+                    yield delta
+        except PenstockError:
+            reason = "error"
+            raise
+        finally:
+            self.context.live.discard(engine_id)
+            metrics.finished.labels(reason).inc(unfinished)
+
+
+async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """(index of the stream, item) in order of arrival. The first error ends all; closing it closes all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for delta in only:
+                yield 0, delta
+        return
+    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
+
+    async def pump(index: int, stream: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for delta in stream:
+                    queue.put_nowait((index, delta))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    running = len(tasks)
+    try:
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

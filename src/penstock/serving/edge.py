@@ -1,0 +1,165 @@
+"""The outermost layer: who may speak to this server, how much, and under which request id."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from penstock.serving.errors import HTTPError, error_response, internal_error
+from penstock.serving.limits import BODY_SECONDS, INLINE_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_HEADERS
+
+T = TypeVar("T")
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_PORT = re.compile(r":\d{0,5}$")
+_log = logging.getLogger(__name__)
+
+
+class Edge:
+    """Wraps the whole application.
+
+    Args:
+        hosts: names a Host header may carry, without port; None for any. A server on loopback needs the list:
+            a web page can point its own name at 127.0.0.1 (DNS rebinding) but cannot forge this header.
+        count: called with (path, status) of each response.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, count: Callable[[str, int], None]) -> None:
+        self.app, self.hosts, self.count = app, hosts, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("ascii"))]
+                self.count(scope["path"], message["status"])
+            await send(message)
+
+        try:
+            self._admit(headers)
+        except HTTPError as error:
+            await error_response(error)(scope, receive, send_named)
+            return
+        try:
+            await self.app(scope, receive, send_named)
+        except Exception:
+            _log.exception("request %s failed", request_id)
+            if not started:
+                await error_response(internal_error())(scope, receive, send_named)
+
+    def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
+        size = sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            raise HTTPError(
+                "headers_too_large",
+                "The request carries too many headers",
+                why=f"{len(headers)} headers of {size} bytes; at most {MAX_HEADERS} of {MAX_HEADER_BYTES}",
+                status=431,
+            )
+        named = [value.decode("latin-1").lower() for name, value in headers if name == b"host"]
+        if self.hosts is not None and (len(named) != 1 or _PORT.sub("", named[0]) not in self.hosts):
+            raise HTTPError(
+                "host_not_allowed",
+                "This server listens on loopback and answers only to its own name",
+                fix=f"use one of {', '.join(sorted(self.hosts))} as the host, or start it with --host",
+                status=403,
+            )
+
+
+def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    """The client's own x-request-id if it is a plain one, else a new one."""
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text := value.decode("latin-1")):
+            return text
+    return uuid.uuid4().hex
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body, at most MAX_BODY_BYTES of it, within BODY_SECONDS.
+
+    Raises:
+        HTTPError: 413, 408, or 415 unless it is declared to be JSON. A browser sends other types across
+            origins without asking first, so the declaration is also what keeps web pages out.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPError(
+            "unsupported_media_type",
+            "The body is not declared to be JSON",
+            fix="send the header Content-Type: application/json",
+            status=415,
+        )
+    body = bytearray()
+    received = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                received += len(chunk)
+                if received <= MAX_BODY_BYTES:
+                    body += chunk
+                elif received > 4 * MAX_BODY_BYTES:
+                    break  # up to here it was drained, so that a client busy sending gets to read the answer
+    except TimeoutError:
+        raise HTTPError(
+            "request_timeout", "The body did not arrive in time", why=f"waited {BODY_SECONDS:g} s", status=408
+        ) from None
+    if received > MAX_BODY_BYTES:
+        raise HTTPError(
+            "body_too_large",
+            "The request body is too large",
+            why=f"more than {MAX_BODY_BYTES} bytes",
+            fix="send less text in one request",
+            status=413,
+        )
+    return bytes(body)
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """Runs work on ``size`` bytes here if that is quick, else in a thread."""
+    return work() if size <= INLINE_BYTES else await asyncio.to_thread(work)
+
+
+_PATH = re.compile(r"^(?P<text>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`$", re.DOTALL)
+_PLAIN = re.compile(r"(Expected `[^`]{1,80}`( (<=|>=|<|>) [-\d.]+| of length (<=|>=) \d+)?(, got `[^`]{1,40}`)?)")
+
+
+def parse(body: bytes, shape: type[T]) -> T:
+    """Decodes JSON of a declared shape.
+
+    Raises:
+        HTTPError: (invalid_json) not JSON, or nested too deeply; (invalid_parameter) a field of the wrong
+            type or out of its range, named.
+    """
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except msgspec.ValidationError as error:
+        found = _PATH.match(str(error))
+        text, path = (found["text"], found["path"].lstrip(".")) if found else (str(error), "")
+        plain = _PLAIN.fullmatch(text)
+        raise HTTPError(
+            "invalid_parameter",
+            f"{path or 'The body'} has the wrong type or is out of range",
+            why=plain[0].replace("`", "") if plain else "",
+            param=path or None,
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise HTTPError("invalid_json", "The body is not valid JSON", fix="check quotes, commas and UTF-8") from None
+    except RecursionError:
+        raise HTTPError("invalid_json", "The body is nested too deeply", fix="flatten it") from None

@@ -1,0 +1,114 @@
+"""Errors as OpenAI clients expect them: ``{"error": {"message", "type", "param", "code"}}``.
+
+A client sees texts that were written for it: those of PenstockError. The text of any other exception goes to the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from penstock.base import InvalidRequest, PenstockError
+from penstock.serving.limits import MAX_ERROR_CHARS
+
+_TYPES = {429: "rate_limit_error", 503: "overloaded_error"}
+_log = logging.getLogger(__name__)
+_PARAMETER = re.compile(r"(\w+) = ")
+
+
+class HTTPError(InvalidRequest):
+    """A request refused at the edge, with its own HTTP status and the parameter at fault."""
+
+    def __init__(
+        self, code: str, what: str, *, why: str = "", fix: str = "", param: str | None = None, status: int = 400
+    ) -> None:
+        super().__init__(code, what, why=why, fix=fix)
+        self.param, self.status = param, status
+
+
+class Fault(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(msgspec.Struct):
+    error: Fault
+
+
+def unsupported(param: str, *, what: str = "") -> HTTPError:
+    return HTTPError(
+        "unsupported_parameter",
+        what or f"{param} is not supported by this server",
+        fix="leave it out",
+        param=param,
+    )
+
+
+def internal_error() -> PenstockError:
+    return PenstockError("internal_error", "The server failed to handle this request", fix="report its x-request-id")
+
+
+def body_of(error: PenstockError) -> ErrorBody:
+    """The client is told the causes of its own faults; the causes of ours are for the log."""
+    message = f"{error.what} [{error.code}]" if _is_ours(error) else str(error)
+    if len(message) > MAX_ERROR_CHARS:
+        message = message[: MAX_ERROR_CHARS // 2] + " ... " + message[-MAX_ERROR_CHARS // 2 :]
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return ErrorBody(Fault(message, kind, param_of(error), error.code))
+
+
+def log_fault(error: PenstockError) -> None:
+    if _is_ours(error):
+        _log.error("%s", error)
+
+
+def _is_ours(error: PenstockError) -> bool:
+    return error.status >= 500 and error.status != 503
+
+
+def param_of(error: PenstockError) -> str | None:
+    if isinstance(error, HTTPError):
+        return error.param
+    match = _PARAMETER.match(error.what) if error.code == "invalid_parameter" else None
+    return match[1] if match else None
+
+
+def error_response(error: PenstockError) -> Response:
+    headers = {"retry-after": "1"} if error.status in (429, 503) else None
+    return Response(msgspec.json.encode(body_of(error)), error.status, headers, "application/json")
+
+
+async def on_penstock_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, PenstockError)
+    log_fault(error)
+    return error_response(error)
+
+
+async def on_disconnect(_: Request, __: Exception) -> Response:
+    """Nobody reads it; the status is for the metrics (nginx's number)."""
+    return Response(status_code=499)
+
+
+async def on_other_exception(_: Request, __: Exception) -> Response:
+    """The exception itself goes on to the edge, which logs it."""
+    return error_response(internal_error())
+
+
+async def on_http_exception(_: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such route, wrong method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        refusal = HTTPError("method_not_allowed", "This path does not take this method", fix="see Allow", status=405)
+    else:
+        fix = "the API is /v1/completions, /v1/chat/completions and /v1/models"
+        refusal = HTTPError("unknown_path", "There is nothing at this path", fix=fix, status=error.status_code)
+    response = error_response(refusal)
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,72 @@
+"""What Prometheus reads at /metrics, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from penstock.core.service import Status
+
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
+_ITL = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
+_E2E = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+
+_GAUGES = {
+    "running": ("penstock_requests_running", "Samples that are being computed"),
+    "waiting": ("penstock_requests_waiting", "Samples that wait to be computed"),
+    "blocks_total": ("penstock_kv_blocks", "KV blocks of the pool"),
+    "blocks_used": ("penstock_kv_blocks_used", "KV blocks held by requests"),
+}
+_COUNTERS = {
+    "steps": ("penstock_steps", "Steps executed"),
+    "prompt_tokens": ("penstock_prompt_tokens", "Prompt tokens accepted"),
+    "generated_tokens": ("penstock_generation_tokens", "Tokens generated"),
+    "prefix_hit_tokens": ("penstock_prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
+    "preemptions": ("penstock_preemptions", "Requests whose KV was given up and recomputed"),
+    "failed_steps": ("penstock_failed_steps", "Steps that raised and were rolled back"),
+}
+
+
+class EngineCollector(Collector):
+    """Asks the engine at the moment of the scrape."""
+
+    def __init__(self, status: Callable[[], Status]) -> None:
+        self.status = status
+
+    def collect(self) -> Iterator[Metric]:
+        status = self.status()
+        for field, (name, text) in _GAUGES.items():
+            yield GaugeMetricFamily(name, text, value=getattr(status, field))
+        usage = status.blocks_used / status.blocks_total if status.blocks_total else 0.0
+        yield GaugeMetricFamily("penstock_kv_usage_ratio", "Share of the KV pool held by requests", value=usage)
+        for field, (name, text) in _COUNTERS.items():
+            yield CounterMetricFamily(name, text, value=getattr(status, field))
+
+
+class Metrics:
+    """Counters and histograms of the requests as clients see them, beside the engine's own."""
+
+    def __init__(self, status: Callable[[], Status], paths: frozenset[str]) -> None:
+        self.paths = paths
+        self.registry = registry = CollectorRegistry()
+        registry.register(EngineCollector(status))
+        self.responses = Counter("penstock_http_responses", "HTTP responses", ["path", "status"], registry=registry)
+        self.finished = Counter("penstock_samples_finished", "Finished samples", ["reason"], registry=registry)
+        self.first_token = _histogram("penstock_time_to_first_token_seconds", "Arrival to first token", _TTFT, registry)
+        self.between = _histogram("penstock_inter_token_latency_seconds", "Token to next token", _ITL, registry)
+        self.whole = _histogram("penstock_e2e_request_latency_seconds", "Arrival to last token", _E2E, registry)
+
+    def count(self, path: str, status: int) -> None:
+        """Unknown paths share one label, so that a scanner cannot grow the registry."""
+        self.responses.labels(path if path in self.paths else "other", str(status)).inc()
+
+    def expose(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+def _histogram(name: str, text: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> Histogram:
+    return Histogram(name, text, buckets=buckets, registry=registry)

@@ -1,0 +1,294 @@
+"""Requests and responses on the wire: OpenAI's names and shapes, and vLLM's extra sampling fields.
+
+Types are declared here; ranges of sampling parameters are SamplingParams' own. An explicit null is the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+from msgspec import Meta
+
+from penstock.serving.errors import HTTPError, unsupported
+from penstock.serving.limits import MAX_MESSAGES, MAX_MODEL_NAME, MAX_PROMPTS, MAX_STOP_CHARS, MAX_STOP_IDS
+from penstock.spec import FinishReason, SamplingParams
+
+Name = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
+Stop = Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
+Priority = Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool | None = None
+
+
+class GenerationRequest(msgspec.Struct, kw_only=True):
+    """What completions and chat have in common."""
+
+    model: Name | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: Stop | list[Stop] | None = None
+    stop_token_ids: Annotated[list[int], Meta(max_length=MAX_STOP_IDS)] | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: Priority | None = None
+    add_special_tokens: bool | None = None
+
+    def check(self) -> None:
+        """What types cannot say. Raises HTTPError(invalid_parameter)."""
+        if self.stream_options is not None and not self.stream:
+            raise _contradiction("stream_options", "stream")
+
+    def usage_wanted(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """POST /v1/completions"""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+
+    def check(self) -> None:
+        GenerationRequest.check(self)
+        if isinstance(self.prompt, list):
+            kinds = {type(part) for part in self.prompt}
+            if len(kinds) != 1 or (kinds != {int} and len(self.prompt) > MAX_PROMPTS):
+                raise HTTPError(
+                    "invalid_parameter",
+                    "prompt cannot be used",
+                    why=f"it must be a text, token ids, or 1 to {MAX_PROMPTS} of either kind",
+                    param="prompt",
+                )
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The four forms OpenAI allows: a text, several texts, token ids, several lists of token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [cast("list[int]", self.prompt)]
+        return cast("list[str] | list[list[int]]", self.prompt)
+
+    def sampling_params(self) -> SamplingParams:
+        return _params(self, max_tokens=16 if self.max_tokens is None else self.max_tokens, logprobs=self.logprobs)
+
+
+class ContentPart(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: Name | None = None
+    tool_calls: list[Any] | None = None
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+    def check(self) -> None:
+        GenerationRequest.check(self)
+        if self.top_logprobs and not self.logprobs:
+            raise _contradiction("top_logprobs", "logprobs")
+
+    def sampling_params(self) -> SamplingParams:
+        """As many tokens as the context holds, unless the request says less."""
+        return _params(
+            self,
+            max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+def _contradiction(field: str, needed: str) -> HTTPError:
+    return HTTPError("invalid_parameter", f"{field} needs {needed}", fix=f"set {needed} to true", param=field)
+
+
+_SHARED = (
+    "n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty logit_bias seed stop "
+    "stop_token_ids min_tokens ignore_eos skip_special_tokens include_stop_str_in_output"
+).split()
+
+
+def _params(request: GenerationRequest, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    given = {name: value for name in _SHARED if (value := getattr(request, name)) is not None}
+    return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+
+
+_HARMLESS: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+"""Fields this server knows but cannot honour yet, and the values that ask for nothing. Null always asks for nothing."""
+
+_COMPLETION_HARMLESS = _HARMLESS | {"prompt_embeds": (), "suffix": ("",)}
+_CHAT_HARMLESS = _HARMLESS | {
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "store": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+
+def refuse_unsupported(fields: Mapping[str, msgspec.Raw], *, chat: bool) -> None:
+    """Raises HTTPError(unsupported_parameter) rather than answering as if the field had not been sent."""
+    for name, harmless in (_CHAT_HARMLESS if chat else _COMPLETION_HARMLESS).items():
+        value = msgspec.json.decode(fields[name]) if name in fields else None
+        if value is not None and value not in harmless:
+            raise unsupported(name)
+
+
+# -- responses ---------------------------------------------------------------------------------------
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(msgspec.Struct):
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class CompletionChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(msgspec.Struct):
+    """Also each chunk of its stream."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class TopLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(msgspec.Struct):
+    content: str
+    role: str = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatDelta(msgspec.Struct, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletion(msgspec.Struct):
+    """Also each chunk of its stream, with ChatChunkChoice."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice] | list[ChatChunkChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Model(msgspec.Struct):
+    id: str
+    created: int
+    max_model_len: int | None
+    object: str = "model"
+    owned_by: str = "penstock"
+
+
+class ModelList(msgspec.Struct):
+    data: list[Model]
+    object: str = "list"

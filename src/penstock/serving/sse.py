@@ -1,0 +1,82 @@
+"""Server-sent events (WHATWG HTML, section 9.2), the subset OpenAI streams with, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from penstock.base import PenstockError
+from penstock.serving.errors import body_of, internal_error, log_fault
+
+T = TypeVar("T")
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+_encode = msgspec.json.Encoder().encode
+_log = logging.getLogger(__name__)
+
+
+def event(chunk: object) -> bytes:
+    return b"data: " + _encode(chunk) + b"\n\n"
+
+
+class EventStream:
+    """A response that sends each chunk as one event, then ``[DONE]``. An error becomes the last event instead.
+
+    The first chunk has been waited for, so that what fails before it is answered with a status of its own.
+    """
+
+    def __init__(self, first: object, rest: AsyncGenerator[object, None]) -> None:
+        self.first, self.rest = first, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.rest):
+            with suppress(ClientDisconnect):
+                await unless_disconnected(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        last = b"data: [DONE]\n\n"
+        try:
+            await send({"type": "http.response.body", "body": event(self.first), "more_body": True})
+            async for chunk in self.rest:
+                await send({"type": "http.response.body", "body": event(chunk), "more_body": True})
+        except PenstockError as error:
+            log_fault(error)
+            last = event(body_of(error))
+        except Exception:
+            _log.exception("a stream failed")
+            last = event(body_of(internal_error()))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits work on a request whose body has been read, and cancels it when the client goes away.
+
+    Raises:
+        ClientDisconnect: it went away; by then the work has been cancelled and has cleaned up.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
