@@ -118,7 +118,7 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
         failed = plan.number in life.failing
         return failed or any(POISON in executor.rows[id].tokens[: start + count] for id, start, count in plan.slices)
 
-    executor = ToyExecutor(setup.pools, setup.block_size, VOCAB, fault)
+    executor = ToyExecutor(setup.pools, setup.block_size, VOCAB, fault, setup.limits.max_batch_requests)
     scheduler = setup.scheduler()
     engine = Engine(scheduler, executor, deliver, setup.depth, outcome.recorder)
 

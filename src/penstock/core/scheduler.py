@@ -250,7 +250,9 @@ class Scheduler:
         """Tells the executor to forget a request. Plans are executed in order, so earlier steps still know it."""
         if request.resident:
             request.resident = False
-            self._draft.plan.gone.append(request.id)
+            draft = self._draft.plan
+            draft.gone.append(request.id)
+            draft.blocks = [write for write in draft.blocks if write.request != request.id]
 
     def _settle(self, request: Request) -> None:
         """Takes a departed request's blocks back once no step in flight touches them."""
@@ -345,7 +347,7 @@ class Scheduler:
         self.counters.failed_steps += 1
         present = self.inflight[0].requests
         accused = [r for r in present if r.phase is not Phase.DONE]
-        forgotten = dict.fromkeys(self._draft.plan.gone)
+        forgotten: dict[int, None] = {}
         touched: dict[Request, None] = {}
         lowest: dict[Request, int] = {}
         for record in self.inflight:
@@ -358,9 +360,10 @@ class Scheduler:
         self.inflight.clear()
         self.kv.pending.clear()
         for request in self.running:
-            request.resident = False
+            self._evict(request)
             self.kv.rewind(request, min(request.computed, lowest.get(request, request.computed)))
             request.planned, request.owed = request.computed, 0
+        forgotten.update(dict.fromkeys(self._draft.plan.gone))
         self._draft = InFlight(StepPlan(self._draft.plan.number, gone=list(forgotten)))
         for request in touched:
             if request.phase is not Phase.RUNNING:

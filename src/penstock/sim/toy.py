@@ -65,12 +65,14 @@ class _Row:
 class ToyExecutor:
     """Attributes:
     fault: says of a plan whether its step fails.
+    max_rows: more requests than this at a time are a fault of whoever plans.
     """
 
     pools: Sequence[PoolSpec]
     block_size: int
     vocab_size: int
     fault: Callable[[StepPlan], bool] = lambda plan: False
+    max_rows: int | None = None
     rows: dict[int, _Row] = field(default_factory=dict)
     storage: list[list[list[bytes]]] = field(default_factory=list)
 
@@ -82,6 +84,8 @@ class ToyExecutor:
             self.rows.pop(id, None)
         for new in plan.new:
             self.rows[new.id] = self._row(new)
+        if self.max_rows is not None and len(self.rows) > self.max_rows:
+            raise ValueError(f"plan {plan.number} makes {len(self.rows)} requests known, of at most {self.max_rows}")
         for write in plan.blocks:
             self.rows[write.request].tables[write.group][write.first :] = write.blocks
         if self.fault(plan):
