@@ -16,6 +16,7 @@ from penstock.core.plan import Executor
 from penstock.core.setup import EngineSetup
 from penstock.spec import Dtype, EngineConfig, ModelSpec, Vocabulary
 from penstock.spec.hf import read_model_spec
+from penstock.spec.sizing import weight_bytes
 from penstock.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: tor
     length = spec.max_positions
     while length > MIN_CONTEXT:
         try:
-            plan_pools(spec, replace(config, max_model_len=length), dtype, device)
+            plan_pools(spec, replace(config, max_model_len=length), dtype, device, reserved=weight_bytes(spec, dtype))
             break
         except ConfigError as error:
             if error.code != "kv_memory_too_small":

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.plan import NewRequest
-from penstock.sampling import Drawn, Sampler, draw_error, exact, make_rules, order, philox
+from penstock.sampling import Drawn, Sampler, candidates, draw_error, exact, gumbel, make_rules, order, philox
 from penstock.sampling.sampler import MASKED, NUMERICAL
-from penstock.spec import SamplingParams
+from penstock.spec import SamplingParams, TokenLogprobs
 
 CPU = torch.device("cpu")
 
@@ -40,12 +40,16 @@ def request(
     )
 
 
-def draw(logits_RV: torch.Tensor, requests: Sequence[NewRequest]) -> Drawn:
-    sampler = Sampler(len(requests), logits_RV.shape[1], CPU)
+def draw(logits_RV: torch.Tensor, requests: Sequence[NewRequest], chunk: int = 1 << 16) -> Drawn:
+    sampler = Sampler(len(requests), logits_RV.shape[1], CPU, chunk)
     for row, new in enumerate(requests):
         sampler.place(row, new)
     positions = np.array([len(new.tokens) for new in requests])
     return sampler.draw(logits_RV.clone(), np.arange(len(requests)), positions)
+
+
+def logprobs(drawn: Drawn) -> dict[int, TokenLogprobs]:
+    return drawn.logprobs.entries(drawn.logprobs.columns) if drawn.logprobs else {}
 
 
 def random_logits(seed: int, rows: int, vocab_size: int, spread: float = 3.0) -> torch.Tensor:
@@ -112,6 +116,7 @@ def test_rough_noise_is_close_enough() -> None:
     bits = torch.cat([edges, torch.randint(0, 2**32, (200_000,), generator=torch.Generator().manual_seed(1))])
     off = philox.rough_gumbel(bits).double() - philox.gumbel(bits)
     assert off.min() > -0.1 and off.max() < 0.4
+    assert off.max() - off.min() < gumbel.SLACK / 2
 
 
 # -- elementary functions ------------------------------------------------------------------------------------------
@@ -147,7 +152,7 @@ def test_bits_do_not_depend_on_the_neighbours() -> None:
 
 
 def test_order_is_value_then_id() -> None:
-    row = torch.tensor([[0.0, -0.0, 1.5, -torch.inf, 1.5, -2.0, 3e38, 1e-40]])
+    row = torch.tensor([[-0.0, 0.0, 1.5, -torch.inf, 1.5, -2.0, 3e38, 1e-40]])
     assert order.top_ids(order.sort_keys(row), 8).tolist() == [[6, 2, 4, 7, 0, 1, 5, 3]]
 
 
@@ -286,6 +291,7 @@ def test_top_p_keeps_the_token_that_crosses() -> None:
 def test_equal_values_are_cut_by_id() -> None:
     assert reachable([0.25] * 4, top_k=3) == {0, 1, 2}
     assert reachable([0.25] * 4, top_p=0.45) == {0, 1}
+    assert reachable([0.25] * 4, top_p=0.5) == {0, 1}  # p is reached, exactly
     assert reachable([0.1, 0.3, 0.3, 0.3], min_p=0.5) == {1, 2, 3}
 
 
@@ -297,6 +303,10 @@ def test_top_p_is_taken_of_what_top_k_left() -> None:
 def test_greedy_takes_the_lower_of_equal_ids() -> None:
     row = torch.tensor([[1.0, 3.0, 3.0, 2.0], [-0.0, 0.0, -1.0, 0.0]])
     assert draw(row, [request(temperature=0.0), request(temperature=0.0)]).tokens_R.tolist() == [1, 0]
+    for vocab_size in (7, 1000, 40_003):
+        rows = random_logits(vocab_size, 5, vocab_size).round()
+        drawn = draw(rows, [request(temperature=0.0)] * 5).tokens_R.tolist()
+        assert drawn == np.argmax(rows.numpy(), axis=1).tolist()
 
 
 # -- rows never see each other -------------------------------------------------------------------------------------
@@ -323,11 +333,31 @@ def test_a_row_is_the_same_alone_and_in_any_batch(threads: int) -> None:
     rng = np.random.default_rng(0)
     for _ in range(10):
         at = rng.permutation(len(requests)).repeat(rng.integers(1, 4))[: rng.integers(1, 20)]
-        together = draw(logits[torch.from_numpy(at)], [requests[i] for i in at])
+        together = draw(logits[torch.from_numpy(at)], [requests[i] for i in at], chunk=int(rng.integers(1, 30_000)))
         assert together.codes_R.tolist() == [alone[i].codes_R.item() for i in at]
-        found = together.logprobs.collect() if together.logprobs else {}
-        expected = {r: entry.logprobs.collect()[0] for r, i in enumerate(at) if (entry := alone[i]).logprobs}
-        assert found == expected
+        assert logprobs(together) == {r: logprobs(alone[i])[0] for r, i in enumerate(at) if alone[i].logprobs}
+
+
+def test_a_cut_at_the_very_edge_of_p_ignores_how_much_was_sorted() -> None:
+    """p is a quotient of two sums of the row, so that the last bit of either decides; a mate makes the sort wider."""
+    rows, vocab_size, top_k = 2000, 64, 21
+    logits = random_logits(12, rows, vocab_size)
+    weights = exact.exp(
+        logits.double().sort(dim=1, descending=True).values[:, :top_k] - logits.amax(1, keepdim=True).double()
+    )
+    running = exact.prefix_sum(weights)
+    edge = running.gather(1, torch.arange(rows).unsqueeze(1) % (top_k - 1)) / running[:, -1:]
+
+    def kept(top_p: torch.Tensor, mate: int) -> set[tuple[int, int]]:
+        """With the last row's top_k as given."""
+        one = torch.ones(rows, 1, dtype=torch.float64)
+        filters = candidates.Filters(one, -torch.inf * one, torch.full((rows, 1), top_k), top_p)
+        filters.top_k[-1] = mate
+        found = candidates.sorted_candidates(logits, filters)
+        return {(r, t) for r, t in zip(found.rows_N.tolist(), found.tokens_N.tolist(), strict=True) if r < rows - 1}
+
+    assert kept(edge, top_k) == kept(edge, 33) == kept(edge, vocab_size)
+    assert kept(edge * (1 + 2.0**-50), top_k) != kept(edge * (1 - 2.0**-50), top_k)
 
 
 # -- rules ---------------------------------------------------------------------------------------------------------
@@ -425,8 +455,7 @@ def test_logit_bias_precedes_penalties_and_temperature() -> None:
 def test_logprobs_are_of_the_raw_softmax() -> None:
     logits = random_logits(6, 1, 500)
     drawn = draw(logits, [request(seed=1, temperature=3.0, logprobs=4, logit_bias={7: 100.0}, top_k=1)])
-    assert drawn.logprobs is not None
-    found = drawn.logprobs.collect()[0]
+    found = logprobs(drawn)[0]
     expected = torch.log_softmax(logits[0].double(), 0)
     assert drawn.tokens_R.tolist() == [7]
     assert found.drawn == pytest.approx(expected[7].item(), abs=1e-12)
@@ -439,16 +468,13 @@ def test_logprobs_are_of_the_raw_softmax() -> None:
 def test_logprob_ties_go_by_id() -> None:
     row = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
     new = request(temperature=0.0, logprobs=2, logit_bias={3: 1.0})
-    found = draw(row, [new]).logprobs
-    assert found is not None
-    entry = found.collect()[0]
+    entry = logprobs(draw(row, [new]))[0]
     assert entry.rank == 3 and [token for token, _ in entry.top] == [1, 2]
 
 
 def test_logprobs_may_ask_for_more_than_the_vocabulary() -> None:
-    found = draw(torch.zeros(2, 3), [request(logprobs=8), request(logprobs=0)]).logprobs
-    assert found is not None
-    assert [len(entry.top) for entry in found.collect().values()] == [3, 0]
+    found = logprobs(draw(torch.zeros(2, 3), [request(logprobs=8), request(logprobs=0)]))
+    assert [len(entry.top) for entry in found.values()] == [3, 0]
 
 
 # -- rows that cannot be drawn -------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +74,7 @@ class Inputs:
             row = self.row_of[request.id] = self.free.pop()
         count = len(request.tokens)
         self.known[row] = count
-        self.tokens_SL[row, :count] = torch.tensor(request.tokens, dtype=torch.int64)
+        self.tokens_SL[row, :count] = self._put(np.array(request.tokens, np.int64))
         for table, blocks in zip(self.tables, request.tables, strict=True):
             table[row, : len(blocks)] = blocks
         return row
@@ -90,9 +89,10 @@ class Inputs:
         Raises:
             EngineError: (token_unknown) a slice goes past the last known token, as after a failed step.
         """
-        count = len(slices)
-        requests, starts, counts = np.fromiter(chain.from_iterable(slices), np.int64, 3 * count).reshape(-1, 3).T.copy()
-        rows = np.fromiter(map(self.row_of.__getitem__, requests.tolist()), np.int64, count)
+        count, row_of = len(slices), self.row_of
+        requests, *spans = zip(*slices, strict=True)
+        starts, counts = np.array(spans, np.int64)
+        rows = np.array([row_of[request] for request in requests], np.int64)
         ends, known = starts + counts, self.known[rows]
         if (ends > known).any():
             bad = int((ends > known).argmax())
@@ -129,8 +129,10 @@ class Inputs:
         block_T, offset_T = np.divmod(positions_T, size)
         groups = []
         for table in self.tables:
-            # NO_BLOCK times the size plus an offset is below 0 as well: nothing is written there.
-            slots_T = np.maximum(table[rows_T, block_T] * np.int64(size) + offset_T, -1)
+            slots_T = table[rows_T, block_T].astype(np.int64)
+            slots_T *= size
+            slots_T += offset_T
+            np.maximum(slots_T, -1, out=slots_T)  # below 0 where there is NO_BLOCK: nothing is written
             groups.append(GroupBatch(self._put(slots_T), self._put(table[rows, : -(-longest // size)])))
         return groups
 

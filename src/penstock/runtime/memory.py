@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from penstock.base import ConfigError
 from penstock.core.kv.groups import PoolSpec
@@ -42,7 +44,24 @@ def free_memory(device: torch.device) -> int:
 
 def working_set(device: torch.device) -> int:
     """Numbers to work on together: on a CPU what its caches hold, on a GPU what is worth a launch."""
-    return 1 << 24 if device.type == "cuda" else 1 << 16
+    return 1 << 24 if device.type == "cuda" else 1 << 17
+
+
+class HostCopy:
+    """Tensors on their way to the host, from this point of the device's queue: work queued later is not waited for."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._arrived = list(tensors), None
+        if tensors[0].device.type == "cuda":
+            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            self._tensors = [host.copy_(t, non_blocking=True) for host, t in zip(pinned, tensors, strict=True)]
+            self._arrived = torch.Event(tensors[0].device)
+            self._arrived.record()
+
+    def wait(self) -> list[Tensor]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors
 
 
 def check_weights(spec: ModelSpec, dtype: Dtype, device: torch.device) -> None:

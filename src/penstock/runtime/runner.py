@@ -12,8 +12,8 @@ from penstock.core.plan import BlockCopy, StepPlan, StepResult
 from penstock.kernels import KVLayer, Ops
 from penstock.models import Decoder
 from penstock.runtime.inputs import Inputs, StepInputs
-from penstock.runtime.memory import working_set
-from penstock.sampling import Drawn, Sampler, draw_error
+from penstock.runtime.memory import HostCopy, working_set
+from penstock.sampling import RawLogprobs, Sampler, draw_error
 from penstock.spec import ModelSpec
 
 NOTHING: tuple[int, ...] = ()
@@ -25,22 +25,24 @@ class PendingStep:
 
     slices: int
     inputs: StepInputs
-    drawn: Drawn | None
+    logprobs: RawLogprobs | None
+    drawn: HostCopy | None  # codes, then the columns of logprobs
     started: float
 
     def result(self) -> StepResult:
         tokens: list[tuple[int, ...]] = [NOTHING] * self.slices
         step = StepResult(tokens)
         if self.drawn is not None:
-            codes, draws = self.drawn.codes_R.tolist(), self.inputs.draws
+            codes_R, *columns = self.drawn.wait()
+            codes, draws = codes_R.tolist(), self.inputs.draws
             for r, code in enumerate(codes):
                 if code >= 0:
                     tokens[draws[r]] = (code,)
                 else:
                     step.failed[draws[r]] = draw_error(code, int(self.inputs.positions[r]))
-            if self.drawn.logprobs is not None:
-                found = self.drawn.logprobs.collect()
-                step.logprobs = {draws[r]: (entry,) for r, entry in found.items() if codes[r] >= 0}
+            if self.logprobs is not None:
+                entries = self.logprobs.entries(columns)
+                step.logprobs = {draws[r]: (entry,) for r, entry in entries.items() if codes[r] >= 0}
         step.seconds = time.perf_counter() - self.started
         return step
 
@@ -82,10 +84,11 @@ class Runner:
         step = self.inputs.build(plan.slices)
         hidden_RD = self.decoder.forward(step.ids_T, step.batch, self.layers, step.out_rows_R)
         if not step.draws:
-            return PendingStep(len(plan.slices), step, None, started)
+            return PendingStep(len(plan.slices), step, None, None, started)
         drawn = self.sampler.draw(self.decoder.logits(hidden_RD), step.rows, step.positions)
         self.inputs.append(step, drawn.tokens_R)
-        return PendingStep(len(plan.slices), step, drawn, started)
+        arriving = HostCopy([drawn.codes_R, *(drawn.logprobs.columns if drawn.logprobs else ())])
+        return PendingStep(len(plan.slices), step, drawn.logprobs, arriving, started)
 
     def _apply(self, plan: StepPlan) -> None:
         for request in plan.gone:

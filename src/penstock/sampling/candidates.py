@@ -34,6 +34,7 @@ class Filters(NamedTuple):
     top_p: Tensor
 
     def rows(self, index: Tensor) -> Filters:
+        """Of some of the rows."""
         return Filters(*(column[index] for column in self))
 
 
@@ -42,27 +43,22 @@ def gaps(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
     return (logits.to(torch.float64) / temperature).sub_(largest.to(torch.float64) / temperature)
 
 
-def sorted_candidates(logits_RV: Tensor, filters: Filters, chunk: int) -> Candidates:
-    """Candidates of rows with top_k or top_p; the token that crosses p is kept.
-
-    Args:
-        chunk: logits looked at together where all of a row's are needed.
-    """
+def sorted_candidates(logits_RV: Tensor, filters: Filters) -> Candidates:
+    """Candidates of rows with top_k or top_p; the token that crosses p is kept."""
     vocab_size = logits_RV.shape[1]
     largest_R1 = logits_RV.amax(dim=1, keepdim=True)
     mass_R1 = torch.zeros_like(largest_R1, dtype=torch.float64)
     endless_R = filters.top_k[:, 0] == vocab_size
     if bool(endless_R.any()):
-        searched = (logits_RV, largest_R1, filters.temperature, filters.min_gap)
-        mass_R1[endless_R] = exact.by_parts(_mass, chunk, *(column[endless_R] for column in searched))
+        mass_R1[endless_R] = _mass(logits_RV[endless_R], largest_R1[endless_R], filters.rows(endless_R))
     width = int(torch.where(endless_R, FIRST_WIDTH, filters.top_k[:, 0]).max())
     return _prefix(logits_RV, order.sort_keys(logits_RV), largest_R1, mass_R1, filters, min(width, vocab_size))
 
 
-def _mass(logits_RV: Tensor, largest_R1: Tensor, temperature_R1: Tensor, min_gap_R1: Tensor) -> Tensor:
+def _mass(logits_RV: Tensor, largest_R1: Tensor, filters: Filters) -> Tensor:
     """Sum of the weights of all tokens that min_p leaves, for top_p without top_k: (R, 1)."""
-    gaps_RV = gaps(logits_RV, largest_R1, temperature_R1)
-    return exact.tree_sum(exact.exp(gaps_RV).mul_(gaps_RV >= min_gap_R1)).unsqueeze(1)
+    gaps_RV = gaps(logits_RV, largest_R1, filters.temperature)
+    return exact.tree_sum(exact.exp(gaps_RV).mul_(gaps_RV >= filters.min_gap)).unsqueeze(1)
 
 
 def _prefix(

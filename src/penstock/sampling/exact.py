@@ -9,7 +9,6 @@ sums follow trees that depend on the length alone (ONE_ANSWER rules 4 and 12).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,10 +66,3 @@ def prefix_sum(x: Tensor) -> Tensor:
         x = torch.cat([x[..., :shift], x[..., shift:] + x[..., :-shift]], dim=-1)
         shift *= 2
     return x
-
-
-def by_parts(function: Callable[..., Tensor], chunk: int, *columns: Tensor) -> Tensor:
-    """``function`` of tensors with R rows each, a few rows at a time: about ``chunk`` elements of the first tensor."""
-    height = max(1, chunk // columns[0].shape[1])
-    parts = zip(*(torch.split(column, height) for column in columns), strict=True)
-    return torch.cat([function(*part) for part in parts])

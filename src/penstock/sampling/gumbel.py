@@ -20,25 +20,8 @@ Finalists = tuple[Tensor, Tensor, Tensor]
 """Rows, tokens and exact scores."""
 
 
-def open_finalists(logits_RV: Tensor, filters: Filters, sites_R5: Tensor, chunk: int) -> Finalists:
-    """Of rows with neither top_k nor top_p, where any token may be a candidate; about ``chunk`` logits at a time."""
-    height = max(1, chunk // logits_RV.shape[1])
-    found = []
-    for start in range(0, len(logits_RV), height):
-        part = slice(start, start + height)
-        rows, tokens, scores = _open(logits_RV[part], Filters(*(column[part] for column in filters)), sites_R5[part])
-        found.append((rows + start, tokens, scores))
-    return merge(found)
-
-
-def merge(found: list[Finalists]) -> Finalists:
-    if len(found) == 1:
-        return found[0]
-    rows_N, tokens_N, scores_N = map(torch.cat, zip(*found, strict=True))
-    return rows_N, tokens_N, scores_N
-
-
-def _open(logits_RV: Tensor, filters: Filters, sites_R5: Tensor) -> Finalists:
+def open_finalists(logits_RV: Tensor, filters: Filters, sites_R5: Tensor) -> Finalists:
+    """Of rows with neither top_k nor top_p, where any token may be a candidate."""
     largest_R1 = logits_RV.amax(dim=1, keepdim=True)
     rough_RV = (logits_RV - largest_R1) / filters.temperature.to(torch.float32)
     live_RV = rough_RV >= filters.min_gap.clamp(min=-GUMBEL_SPAN).to(torch.float32) - SLACK
@@ -57,6 +40,7 @@ def _open(logits_RV: Tensor, filters: Filters, sites_R5: Tensor) -> Finalists:
 
 
 def finalists(found: Candidates, sites_R5: Tensor) -> Finalists:
+    """Of rows whose candidates are known."""
     bits_N = philox.token_bits(sites_R5[found.rows_N], found.tokens_N)
     rough_N = found.gaps_N + philox.rough_gumbel(bits_N)
     near_N = rough_N >= _row_max(rough_N, found.rows_N, len(sites_R5))[found.rows_N] - SLACK
@@ -64,9 +48,9 @@ def finalists(found: Candidates, sites_R5: Tensor) -> Finalists:
     return rows_N, tokens_N, gaps_N + philox.gumbel(bits_N[near_N])
 
 
-def winners(entrants: Finalists, rows: int, none: int) -> Tensor:
+def winners(entrants: list[Finalists], rows: int, none: int) -> Tensor:
     """The token of each row; ``none`` for a row without any."""
-    rows_N, tokens_N, scores_N = entrants
+    rows_N, tokens_N, scores_N = map(torch.cat, zip(*entrants, strict=True))
     wins_N = scores_N == _row_max(scores_N, rows_N, rows)[rows_N]
     unset = torch.iinfo(torch.int64).max
     tokens_R = torch.full((rows,), unset, device=rows_N.device)

@@ -24,7 +24,7 @@ NUMERICAL, MASKED = -1, -2
 
 @dataclass(slots=True)
 class Drawn:
-    """What a step drew. Tensors on the device; the lists come when asked for, and wait for the device.
+    """What a step drew, on the device.
 
     Attributes:
         tokens_R: int64, drawn tokens; 0 where there is none.
@@ -42,10 +42,10 @@ class Sampler:
 
     Args:
         rows: how many there are.
-        chunk: logits looked at together where all of a row's are needed; sets the work done, not the outcome.
+        chunk: logits of drawing rows looked at together; sets the speed and the memory taken, not the outcome.
     """
 
-    def __init__(self, rows: int, vocab_size: int, device: torch.device, chunk: int = 1 << 16) -> None:
+    def __init__(self, rows: int, vocab_size: int, device: torch.device, chunk: int = 1 << 17) -> None:
         self.vocab_size, self.device, self.chunk = vocab_size, device, chunk
         self.temperature, self.min_gap, self.top_p = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         self.top_k, self.logprobs = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
@@ -91,28 +91,35 @@ class Sampler:
         for r in ruled:
             for rule in self.rules[rows[r]]:
                 rule.append(tokens_R[r : r + 1])
-        if raw_LV is None:
-            return Drawn(tokens_R, codes_R, None)
-        drawn_L, counts = tokens_R[self._put(asked)], self.logprobs[rows[asked]].tolist()
-        return Drawn(tokens_R, codes_R, raw_logprobs(raw_LV, drawn_L, asked.tolist(), counts, self.chunk))
+        logprobs = None if raw_LV is None else self._logprobs(raw_LV, tokens_R[self._put(asked)], asked, rows[asked])
+        return Drawn(tokens_R, codes_R, logprobs)
+
+    def _logprobs(self, raw_LV: Tensor, tokens_L: Tensor, at: Ints, rows: Ints) -> RawLogprobs:
+        counts = np.minimum(self.logprobs[rows], self.vocab_size)
+        parts = [raw_logprobs(raw_LV[p], tokens_L[p], int(counts.max())) for p in self._parts(len(at))]
+        drawn_L, ranks_L, top_ids_LK, top_LK = map(torch.cat, zip(*parts, strict=True))
+        return RawLogprobs(at.tolist(), counts.tolist(), (drawn_L, ranks_L, top_ids_LK, top_LK))
 
     def _draw_random(self, logits_RV: Tensor, at: Ints, rows: Ints, positions: Ints) -> Tensor:
         """Draws for the rows ``at`` of the logits, whose requests are placed at ``rows``."""
         sites_R5 = self._put(np.concatenate([self.streams[rows], positions[:, None]], axis=1))
         sorting = (self.top_k[rows] < self.vocab_size) | (self.top_p[rows] < 1.0)
         entrants = []
-        for ordered in (False, True):
-            chosen = np.flatnonzero(sorting == ordered)
-            if not chosen.size:
-                continue
-            part_R, filters = self._put(chosen), self._filters(rows[chosen])
-            logits_rV, sites_r5 = logits_RV[self._put(at[chosen])], sites_R5[part_R]
-            if ordered:
-                found = gumbel.finalists(candidates.sorted_candidates(logits_rV, filters, self.chunk), sites_r5)
-            else:
-                found = gumbel.open_finalists(logits_rV, filters, sites_r5, self.chunk)
-            entrants.append((part_R[found[0]], *found[1:]))
-        return gumbel.winners(gumbel.merge(entrants), len(rows), MASKED)
+        for ordered in np.unique(sorting).tolist():
+            group = np.flatnonzero(sorting == ordered)
+            for part in self._parts(group.size):
+                some, filters = self._put(group[part]), self._filters(rows[group[part]])
+                logits_rV, sites_r5 = logits_RV[self._put(at[group[part]])], sites_R5[some]
+                if ordered:
+                    found = gumbel.finalists(candidates.sorted_candidates(logits_rV, filters), sites_r5)
+                else:
+                    found = gumbel.open_finalists(logits_rV, filters, sites_r5)
+                entrants.append((some[found[0]], *found[1:]))
+        return gumbel.winners(entrants, len(rows), MASKED)
+
+    def _parts(self, rows: int) -> list[slice]:
+        height = max(1, self.chunk // self.vocab_size)
+        return [slice(start, start + height) for start in range(0, rows, height)]
 
     def _filters(self, rows: Ints) -> Filters:
         columns = (self.temperature, self.min_gap, self.top_k, self.top_p)
