@@ -24,6 +24,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 HELLO = [{"role": "user", "content": "hello"}]
+SHARED_NAMES = "{% set n = namespace(a=1) %}" + "{% set n = namespace(a=n, b=n) %}" * 60
 TWICE = "{% set x = (x, x) %}"
 MEGABYTE = "{% set a = 'ab' * 500000 %}"
 FOREVER = "{% for i in range(100000) %}"
@@ -49,7 +50,7 @@ BOMBS = {
     "macro": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "block": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
-    "callers": "{%macro m()%}{{ caller() }}{{ caller() }}{% endmacro %}" + nested("{% call m() %}", "{% endcall %}", 19),
+    "callers": "{%macro m()%}{{ caller() }}{{ caller() }}{%endmacro%}" + nested("{% call m() %}", "{% endcall %}", 19),
     "times": "{{ 'x' * 10**10 }}",
     "times, reversed": "{{ 10**10 * 'x' }}",
     "list times": "{{ ([1] * 10**10) | length }}",
@@ -118,6 +119,16 @@ BOMBS = {
     "map": FOREVER + "{% set x = range(99999) | map('string') | list %}{% endfor %}",
     "selecting": "{% set zeros = [0] * 99999 %}" + FOREVER + "{{ zeros | select | first }}{% endfor %}",
     "methods": FOREVER + "{% set x = messages[0].content.upper().lower().strip() %}{% endfor %}",
+    "searching": "{% set a = 'a' * 999999 %}{% set b = 'a' * 99 ~ 'b' %}" + FOREVER + "{{ b in a }}{% endfor %}",
+    "counting": "{% set a = 'a' * 999999 %}{% set b = 'a' * 99 ~ 'b' %}" + FOREVER + "{{ a.count(b) }}{% endfor %}",
+    "splitting": "{% set a = 'ab ' * 5000000 %}{{ a.split() | length }}",
+    "splitting by": "{% set a = 'ab ' * 5000000 %}{{ a.split(sep=' ') | length }}",
+    "lines": "{% set a = 'ab\n' * 5000000 %}{{ a.splitlines() | length }}",
+    "characters": "{% set a = 'ab ' * 5000000 %}{{ a | list | length }}",
+    "format braces": "{{ ('{' ~ 'a:' * 3000000).format(1) }}",
+    "format fields": "{{ ('{a:x}' * 60000).format(a=messages) }}",
+    "attribute path": "{% set n = namespace() %}{% set n.n = n %}"
+    "{{ ([n] * 9999) | map(attribute=(['n'] * 9999) | join('.')) | list | length }}",
     "hexadecimal": FOREVER + "{% set x = ('f' * 100000) | int(0, 16) %}{% endfor %}",
 }  # fmt: skip
 
@@ -133,7 +144,9 @@ def test_a_bomb_ends_at_once_in_a_clear_error(name: str) -> None:
     assert seconds < 1.0
 
 
-@pytest.mark.parametrize("name", ["doubling set", "split", "printing much", "title", "growing", "JSON separators"])
+@pytest.mark.parametrize(
+    "name", ["doubling set", "split", "printing much", "title", "growing", "JSON separators", "splitting", "lines"]
+)
 def test_a_bomb_ends_before_the_memory_does(name: str) -> None:
     template = ChatTemplate(BOMBS[name])
     tracemalloc.start()
@@ -231,6 +244,17 @@ ESCAPES = [
     "{{ namespace(a=1) }}",
     "{{ messages | map('upper') }}",
     "{% set n = namespace() %}{% set n.n = n %}{{ n }}",
+    SHARED_NAMES + "{{ n }}",
+    SHARED_NAMES + "{{ n | string }}",
+    SHARED_NAMES + "{{ [n] | upper }}",
+    SHARED_NAMES + "{{ [n] is upper }}",
+    SHARED_NAMES + "{{ n ~ '' }}",
+    SHARED_NAMES + "{{ '%s' % n }}",
+    SHARED_NAMES + "{{ '{}'.format(n) }}",
+    SHARED_NAMES + "{{ raise_exception(n) }}",
+    SHARED_NAMES + "{{ [n] | join }}",
+    SHARED_NAMES + "{{ [n] | map('string') | list }}",
+    SHARED_NAMES + "{{ [[n]] | tojson }}",
     "{{ 1 / 0 }}",
     "{{ messages.x.y }}",
     "{{ [1, 'a'] | sort }}",
@@ -416,6 +440,7 @@ def test_refusal_by_the_template_carries_its_message() -> None:
 
 def test_only_variables_the_template_reads_are_let_through() -> None:
     source = "{{ enable_thinking }}{{ tokenize is defined }}"
+    assert rendered("{{ range(2) | list }}", range="x") == "[0, 1]"  # what is there already is no variable
     assert rendered("{{ enable_thinking }}", enable_thinking=True, tokenize=1, conversation=2) == "True"
     assert rendered(source, enable_thinking=False, tokenize=1) == "FalseTrue"
     for name in ("documents",):

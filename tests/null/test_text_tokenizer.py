@@ -169,7 +169,7 @@ def test_streamed_text_is_the_decoded_text(kind: str, data: st.DataObject, skip:
     assert whole == tokenizer.decode(ids, skip_special_tokens=skip)
     reference = tokenizer._backend.decode(ids, skip_special_tokens=skip)
     # tokenizers gives up on a whole run of byte tokens if any of it is damaged; we only on the damaged part.
-    if "\ufffd" not in whole and "\ufffd" not in reference:
+    if kind == "byte_level" or "\ufffd" not in whole + reference:
         assert whole == reference
     for cut in range(len(ids)):  # nothing shown is ever taken back
         assert whole.startswith("".join(pieces[:cut]))
@@ -257,26 +257,6 @@ def test_vocabulary_from_files(tmp_path: Path) -> None:
 def test_no_configs_at_all(tmp_path: Path) -> None:
     vocabulary = load_tokenizer(write_model(tmp_path), 400).vocabulary
     assert (vocabulary.eos_ids, vocabulary.bos_id) == (frozenset(), None)
-
-
-@pytest.mark.parametrize(
-    ("config", "before", "after"),
-    [
-        ({}, [1], []),
-        ({"add_bos_token": False}, [], []),
-        ({"add_bos_token": True}, [1], []),
-        ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
-        ({"add_eos_token": False}, [], []),
-    ],
-)
-@pytest.mark.parametrize("parse_special", [True, False])
-def test_add_bos_token(
-    tmp_path: Path, config: dict[str, bool], before: list[int], after: list[int], parse_special: bool
-) -> None:
-    write_model(tmp_path, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"} | config)
-    tokenizer = load_tokenizer(tmp_path, 400)
-    bare = tokenizer.encode("the", add_special_tokens=False)
-    assert tokenizer.encode("the", parse_special=parse_special) == [*before, *bare, *after]
 
 
 def test_truncation_and_padding_of_the_file_do_not_apply(tmp_path: Path) -> None:

@@ -1,0 +1,248 @@
+"""LLM: a model in this process, for scripts."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from itertools import count
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from penstock.assemble import build_engine
+from penstock.base import InvalidRequest, PenstockError
+from penstock.core.service import Update
+from penstock.llm.config import engine_config
+from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt, not_a_prompt
+from penstock.spec import RequestOutput, SamplingParams
+from penstock.text import ChatTemplate, Delta, Tokenizer
+
+T = TypeVar("T")
+log = logging.getLogger("penstock")
+
+
+class LLM:
+    """A model in this process, for scripts.
+
+    ``LLM()`` is the bundled model. All fields of ``EngineConfig`` are keyword arguments; vLLM's keywords that change
+    nothing here are accepted, and what cannot be honoured is a ConfigError.
+
+    Requests without a seed get one derived from ``seed`` and a counter, so that a script gives the same answers each
+    time it runs; with ``seed=None`` they are random.
+
+    Raises:
+        ConfigError: unknown_option, and what this build cannot do.
+        NotFound, ModelFormatError: the model cannot be loaded.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        config = engine_config(model, options)
+        self._requests = Requests(build_engine(config), _seeds(config.seed))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
+        parse_special: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts; the outputs are in the order of the prompts.
+
+        All prompts are checked before the first is started. One that fails while it runs does not harm the others: its
+        output has finish_reason "error" and the reason is logged; if all fail, the first error is raised.
+
+        Args:
+            prompts: one or several; a list of integers is one prompt.
+            sampling_params: one for all, or one for each.
+            use_tqdm: show progress over several prompts when the terminal can.
+            priority: one for all, or one for each; lower is served earlier.
+            parse_special: special tokens written in a text prompt become tokens.
+
+        Raises:
+            InvalidRequest: a prompt or parameter cannot be used.
+        """
+        tokenized = [self._requests.tokenize(prompt, parse_special=parse_special) for prompt in _as_prompts(prompts)]
+        return self._complete(tokenized, sampling_params, priority, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several. Special tokens in the content of messages are ordinary text.
+
+        Args:
+            chat_template: Jinja source to use instead of the model's own.
+            chat_template_kwargs: variables for the template; those it does not read are ignored.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        template = None
+        if chat_template is not None:
+            model_own = self._requests.engine.chat
+            template = ChatTemplate(chat_template, special_tokens=model_own.special_tokens if model_own else {})
+        tokenized = [
+            self._requests.tokenize_chat(
+                cast("Sequence[Message]", conversation),
+                template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self._complete(tokenized, sampling_params, None, use_tqdm)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        parse_special: bool = True,
+    ) -> Iterator[Delta]:
+        """Yields a completion piece by piece as it is computed; with ``n`` > 1 the samples interleave.
+
+        >>> for delta in llm.stream("Once upon a time"):  # doctest: +SKIP
+        ...     print(delta.text, end="", flush=True)
+
+        Leaving the loop early ends the request.
+
+        Raises:
+            PenstockError: the request was refused or failed.
+        """
+        tokenized = self._requests.tokenize(prompt, parse_special=parse_special)
+        job = self._requests.job(tokenized, sampling_params or SamplingParams(), priority=priority)
+        for _, delta in self._follow([job]):
+            if job.error is not None:
+                raise job.error
+            yield delta
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._requests.engine.tokenizer
+
+    def close(self) -> None:
+        """Ends what is running and frees the model. Needed only to free it before the process ends."""
+        self._requests.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _complete(
+        self,
+        prompts: Sequence[TokensPrompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int] | None,
+        show_progress: bool,
+    ) -> list[RequestOutput]:
+        every_params = _one_each("sampling_params", params or SamplingParams(), SamplingParams, len(prompts))
+        priorities = _one_each("priority", priority or 0, int, len(prompts))
+        jobs = [
+            self._requests.job(prompt, one_params, priority=one_priority)
+            for prompt, one_params, one_priority in zip(prompts, every_params, priorities, strict=True)
+        ]
+        with _progress(len(jobs), show_progress) as done:
+            for job, _ in self._follow(jobs):
+                if job.finished:
+                    done(job)
+        failed = [job for job in jobs if job.error is not None]
+        if failed and len(failed) == len(jobs):
+            raise cast(PenstockError, failed[0].error)
+        for job in failed:
+            log.error("request %s failed: %s", job.submission.id, job.error)
+        return [job.output() for job in jobs]
+
+    def _follow(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Delta]]:
+        """Submits jobs and yields their deltas until all are finished; leaving early aborts the rest."""
+        news: SimpleQueue[tuple[Job, Update]] = SimpleQueue()
+        unfinished = {job.submission.id: job for job in jobs}
+        try:
+            for job in jobs:
+                self._requests.submit(job, lambda job, update: news.put((job, update)))
+            while unfinished:
+                job, update = news.get()
+                delta = self._requests.apply(job, update)
+                if job.finished:
+                    unfinished.pop(job.submission.id, None)
+                if delta is not None:
+                    yield job, delta
+        finally:
+            for job in unfinished.values():
+                self._requests.end(job)
+
+
+def _seeds(root: int | None) -> Callable[[], int]:
+    """Seed of the i-th request: blake2b-64 of root and i."""
+    if root is None:
+        return lambda: secrets.randbits(64)
+    numbers = count()
+    return lambda: int.from_bytes(blake2b(f"{root}:{next(numbers)}".encode(), digest_size=8).digest(), "little")
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [cast(Prompt, prompts)]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise not_a_prompt(prompts)
+    every = list(prompts)
+    if every and not isinstance(every[0], (str, Mapping, Iterable)):
+        return [cast(Prompt, every)]
+    return cast("list[Prompt]", every)
+
+
+def _one_each(name: str, value: T | Sequence[T], kind: type[T], number: int) -> list[T]:
+    if isinstance(value, kind):
+        return [value] * number
+    every = list(cast("Sequence[T]", value))
+    if len(every) != number:
+        raise InvalidRequest(
+            "invalid_parameter", f"{name} is a list of {len(every)}", why=f"there are {number} prompts"
+        )
+    return every
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[Job], None]]:
+    """Yields a function that counts a finished job on a bar, which only a terminal shows."""
+    console = Console(stderr=True)
+    tokens = 0
+    with Progress(
+        TextColumn("Prompts"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not shown or total < 2 or not console.is_terminal,
+        transient=False,
+    ) as bar:
+        task = bar.add_task("", total=total, rate=0.0)
+        start = time.monotonic()
+
+        def done(job: Job) -> None:
+            nonlocal tokens
+            tokens += job.num_tokens
+            bar.update(task, advance=1, rate=tokens / max(time.monotonic() - start, 1e-9))
+
+        yield done

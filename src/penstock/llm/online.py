@@ -1,0 +1,166 @@
+"""AsyncLLM: a model in this process, for asyncio. The server is built on it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Sized
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from penstock.assemble import Assembled, build_engine
+from penstock.core.service import Update
+from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt
+from penstock.spec import EngineConfig, RequestOutput, SamplingParams
+from penstock.text import Delta
+
+T = TypeVar("T")
+
+
+class AsyncLLM:
+    """A model in this process, for asyncio: what the server is built on.
+
+    Requests without a seed get a random one.
+
+    Args:
+        engine: a configuration to build from, or an engine that was built; the bundled model by default.
+    """
+
+    def __init__(self, engine: EngineConfig | Assembled | None = None) -> None:
+        built = build_engine(engine or EngineConfig()) if engine is None or isinstance(engine, EngineConfig) else engine
+        self._requests = Requests(built, lambda: secrets.randbits(64))
+        self._mailbox: _Mailbox | None = None
+
+    @property
+    def engine(self) -> Assembled:
+        return self._requests.engine
+
+    async def tokenize(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = True
+    ) -> TokensPrompt:
+        """The prompt as ``stream`` and ``generate`` would submit it, to learn its length first or to send it twice.
+
+        Raises:
+            InvalidRequest: invalid_prompt, invalid_text, prompt_too_long, token_out_of_range.
+        """
+        return await _beside_the_loop(
+            prompt,
+            lambda: self._requests.tokenize(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special),
+        )
+
+    async def tokenize_chat(self, messages: Sequence[Message], **options: Any) -> TokensPrompt:
+        """A conversation as the model reads it; ``options`` are those of ``text.ChatTemplate.apply``.
+
+        Raises:
+            InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises.
+        """
+        return await asyncio.to_thread(self._requests.tokenize_chat, messages, **options)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[Delta, None]:
+        """Yields a completion piece by piece; each sample's last delta has a finish_reason.
+
+        Cancelling the task or closing the iterator aborts the request (``contextlib.aclosing`` closes it in time).
+
+        Raises:
+            PenstockError: the request was refused (before the first delta) or failed.
+        """
+        async with aclosing(self._follow(prompt, sampling_params, request_id, priority)) as news:
+            async for _, delta in news:
+                yield delta
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As ``stream``, but yields all that there is so far; the last output has ``finished`` set."""
+        async with aclosing(self._follow(prompt, sampling_params, request_id, priority)) as news:
+            async for job, _ in news:
+                yield job.output()
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; whoever iterates over it gets its last piece, with finish_reason "abort"."""
+        self.engine.service.abort(request_id)
+
+    def close(self) -> None:
+        """Ends what is running and frees the model."""
+        self.engine.close()
+
+    async def _follow(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, priority: int
+    ) -> AsyncGenerator[tuple[Job, Delta], None]:
+        name = request_id or secrets.token_hex(8)
+        job = await _beside_the_loop(
+            prompt,
+            lambda: self._requests.job(
+                self._requests.tokenize(prompt), params or SamplingParams(), request_id=name, priority=priority
+            ),
+        )
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = _Mailbox(loop)
+        mailbox, news = self._mailbox, asyncio.Queue[Update]()
+        self._requests.submit(job, lambda _, update: mailbox.post(news, update))
+        try:
+            while not job.finished:
+                delta = self._requests.apply(job, await news.get())
+                if job.error is not None:
+                    raise job.error
+                if delta is not None:
+                    yield job, delta
+        finally:
+            if not job.finished:
+                self._requests.end(job)
+
+
+async def _beside_the_loop(prompt: Prompt, work: Callable[[], T]) -> T:
+    """On a thread of its own if the prompt is so long that the work would hold up the event loop for a millisecond."""
+    content: Any = prompt
+    if isinstance(prompt, Mapping):
+        content = prompt.get("prompt_token_ids") or prompt.get("prompt")
+    size = len(content) if isinstance(content, Sized) else 0
+    return work() if size < 2_000 else await asyncio.to_thread(work)
+
+
+LINGER = 0.001
+"""Seconds for which a woken loop collects further updates before it delivers them."""
+
+
+class _Mailbox:
+    """Carries updates from the engine's thread into an event loop, with few wake-ups.
+
+    Waking a loop is a system call, on which the engine's thread also loses the interpreter. So the first update of a
+    step wakes the loop and is delivered at once, and those that follow within LINGER are delivered together.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._posted: deque[tuple[asyncio.Queue[Update], Update]] = deque()
+        self._awake = False
+
+    def post(self, queue: asyncio.Queue[Update], update: Update) -> None:
+        self._posted.append((queue, update))
+        if not self._awake:
+            self._awake = True
+            with suppress(RuntimeError):  # a closed loop has no readers left
+                self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        if not self._posted:
+            self._awake = False
+            if not self._posted:  # posted before the line above: nobody woke us for it
+                return
+            self._awake = True
+        while self._posted:
+            queue, update = self._posted.popleft()
+            queue.put_nowait(update)
+        self.loop.call_later(LINGER, self._deliver)

@@ -1,0 +1,184 @@
+"""A request from prompt to text, whoever waits for it: checked, tokenized, submitted, and its updates made readable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from operator import index as as_int
+from typing import Any, NotRequired, TypedDict, cast
+
+from penstock.assemble import Assembled
+from penstock.base import InvalidRequest, PenstockError
+from penstock.core.admission import check_prompt
+from penstock.core.service import Submission, Update
+from penstock.spec import RequestMetrics, RequestOutput, SamplingParams
+from penstock.text import ChatTemplate, Completion, Delta, Tokenizer
+
+Message = Mapping[str, Any]
+"""{"role": ..., "content": ...} and whatever else the model's chat template reads."""
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids; ``prompt`` is its text, only to be shown again."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str | None]
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+Prompt = str | TextPrompt | TokensPrompt | Sequence[int]
+
+
+class Job:
+    """One prompt and what has come of it."""
+
+    def __init__(self, submission: Submission, prompt: str | None, tokenizer: Tokenizer) -> None:
+        self.submission = submission
+        self.prompt = prompt
+        self.error: PenstockError | None = None
+        params, tokens = submission.params, submission.tokens
+        self._completions = [Completion(i, params, tokenizer, tokens) for i in range(params.n)]
+        self._running = params.n
+        self._metrics = RequestMetrics(arrival_time=time.monotonic())
+        self._cached_tokens = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finished for completion in self._completions)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(completion.num_tokens for completion in self._completions)
+
+    @property
+    def complete(self) -> bool:
+        """The engine has said its last word on every sample."""
+        return self._running == 0
+
+    def apply(self, update: Update) -> Delta | None:
+        """Takes in the engine's news; None if the sample was over already, by a stop string.
+
+        A sample that failed ends with finish_reason "error", and ``error`` is set.
+        """
+        self._running -= update.finish_reason is not None
+        completion = self._completions[update.sample]
+        if completion.finished:
+            return None
+        now = time.monotonic()
+        if update.tokens and self._metrics.first_token_time is None:
+            self._metrics.first_token_time = now
+        self._cached_tokens = max(self._cached_tokens, update.cached_tokens)
+        self.error = self.error or update.error
+        delta = completion.extend(update.tokens, update.logprobs, update.finish_reason, update.stop_reason)
+        delta.num_cached_tokens = self._cached_tokens
+        if self.finished and self._metrics.finished_time is None:
+            self._metrics.finished_time = now
+        return delta
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.submission.id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.submission.tokens),
+            outputs=[completion.output() for completion in self._completions],
+            finished=self.finished,
+            num_cached_tokens=self._cached_tokens,
+            metrics=replace(self._metrics),
+        )
+
+
+class Requests:
+    """Checks, tokenizes and numbers the requests of one engine."""
+
+    def __init__(self, engine: Assembled, next_seed: Callable[[], int]) -> None:
+        self.engine = engine
+        self._next_seed = next_seed
+        self._numbers = count()
+        self._longest = cast(int, engine.config.max_model_len)  # filled in by assemble.resolve
+        self._max_chars = max(1 << 20, 64 * self._longest)
+
+    def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = True) -> TokensPrompt:
+        """Raises InvalidRequest: invalid_prompt, and what ``Tokenizer.encode`` raises."""
+        text, ids = _parts(prompt)
+        if ids is None:
+            ids = self.engine.tokenizer.encode(
+                text or "",
+                add_special_tokens=add_special_tokens,
+                parse_special=parse_special,
+                max_chars=self._max_chars,
+            )
+        return TokensPrompt(prompt_token_ids=ids, prompt=text)
+
+    def tokenize_chat(
+        self, messages: Sequence[Message], template: ChatTemplate | None = None, **options: Any
+    ) -> TokensPrompt:
+        """Raises InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises."""
+        template = template or self.engine.chat
+        if template is None:
+            raise InvalidRequest(
+                "no_chat_template",
+                f"The model {self.engine.name} has no chat template",
+                fix="send a plain prompt, or start with chat_template=FILE",
+            )
+        chat = template.apply(self.engine.tokenizer, messages, **options)
+        return TokensPrompt(prompt_token_ids=chat.token_ids, prompt=chat.text)
+
+    def job(
+        self, prompt: TokensPrompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
+    ) -> Job:
+        """Raises InvalidRequest: empty_prompt, token_out_of_range, prompt_too_long."""
+        tokens = tuple(prompt["prompt_token_ids"])
+        check_prompt(tokens, self.engine.setup.limits, self.engine.vocabulary)
+        submission = Submission(
+            id=request_id or f"{next(self._numbers)}",
+            tokens=tokens,
+            params=params,
+            seed=(self._next_seed() if params.seed is None else params.seed) % 2**64,
+            priority=priority,
+        )
+        return Job(submission, prompt.get("prompt"), self.engine.tokenizer)
+
+    def submit(self, job: Job, sink: Callable[[Job, Update], None]) -> None:
+        """``sink`` is called from the engine's thread. Raises what ``Service.submit`` raises."""
+        self.engine.service.submit(job.submission, lambda update: sink(job, update))
+
+    def apply(self, job: Job, update: Update) -> Delta | None:
+        """What a caller sees of an update; None for news of a sample that is over for its caller."""
+        delta = job.apply(update)
+        if delta is not None and delta.finish_reason and not update.finish_reason:  # a stop string
+            self.engine.service.abort(job.submission.id, update.sample)
+        return delta
+
+    def end(self, job: Job) -> None:
+        """The caller is done with it; what the engine still computes for it is aborted."""
+        if not job.complete:
+            self.engine.service.abort(job.submission.id)
+
+
+def _parts(prompt: Prompt) -> tuple[str | None, list[int] | None]:
+    """(text, token ids) of a prompt; one of them may be None."""
+    text: Any = prompt if isinstance(prompt, str) else None
+    ids: Any = None if isinstance(prompt, str) else prompt
+    if isinstance(prompt, Mapping):
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    try:
+        if isinstance(text, str | None) and not isinstance(ids, bytes) and (text, ids) != (None, None):
+            return text, None if ids is None else [as_int(i) for i in ids]
+    except TypeError:
+        pass
+    raise not_a_prompt(prompt)
+
+
+def not_a_prompt(prompt: object) -> InvalidRequest:
+    return InvalidRequest(
+        "invalid_prompt",
+        f"A prompt cannot be a {type(prompt).__name__} like {repr(prompt)[:60]}",
+        fix='pass text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}',
+    )

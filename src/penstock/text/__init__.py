@@ -1,0 +1,18 @@
+"""Text on both sides of a model: tokenizers, chat templates, detokenizing, stop strings. Text stays above this room."""
+
+from penstock.text.completion import Completion, Delta, StopStrings
+from penstock.text.detokenize import Detokenizer
+from penstock.text.template import ChatTemplate, RenderedChat, load_chat_template
+from penstock.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "Completion",
+    "Delta",
+    "Detokenizer",
+    "RenderedChat",
+    "StopStrings",
+    "Tokenizer",
+    "load_chat_template",
+    "load_tokenizer",
+]
