@@ -38,7 +38,8 @@ def record(folder: Path) -> list[str]:
             scheduling_policy="priority",
         )
     )
-    recorder = Recorder(engine.setup)
+    lines: list[str] = []
+    recorder = Recorder(engine.setup, lines.append)
     loop = Engine(engine.setup.scheduler(), engine.executor, lambda updates: None, engine.setup.depth, recorder)
     rng, now = random.Random(7), 0.0
     stems = [engine.tokenizer.encode(text) for text in ("Once upon a time, there was a big", "The dog said")]
@@ -55,7 +56,7 @@ def record(folder: Path) -> list[str]:
     counters = loop.scheduler.counters
     engine.close()
     assert counters.preemptions and counters.prefix_hit_tokens and counters.copies and not counters.failed_steps
-    return recorder.lines
+    return lines
 
 
 def submission(index: int, rng: random.Random, stems: list[list[int]]) -> Submission:

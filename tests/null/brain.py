@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -25,8 +26,7 @@ STEM = [2 + (7 * i) % 61 for i in range(64)]
 class Arrival:
     step: int
     submission: Submission
-    abort_step: int | None
-    abort_sample: int | None
+    aborts: tuple[tuple[int, int | None], ...]  # (step, sample or all)
     poisoned: bool
 
 
@@ -35,6 +35,7 @@ class Life:
     setup: EngineSetup
     arrivals: list[Arrival]
     failing: frozenset[int]  # numbers of plans whose step fails whoever is in it
+    bad_rows: frozenset[tuple[int, int]]  # plan and slice whose row fails alone
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Outcome:
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     last: dict[tuple[str, int], Update] = field(default_factory=dict)
     events: Counter[str] = field(default_factory=Counter)
-    recorder: Recorder | None = None
+    recording: list[str] = field(default_factory=list)
 
 
 @st.composite
@@ -50,7 +51,8 @@ def lives(draw: st.DrawFn) -> Life:
     size = draw(st.sampled_from([1, 2, 4, 8]))
     windows = draw(st.sampled_from([(None,), (None, 5), (None, 9), (3,), (7,), (2, 6)]))
     longest = draw(st.sampled_from([24, 40, 64]))
-    blocks = [draw(st.integers(2, 1 + 3 * longest // size)) for _ in windows]
+    most = draw(st.sampled_from([7, 1 + 3 * longest // size]))
+    blocks = [draw(st.integers(2, max(2, most))) for _ in windows]
     rows = draw(st.integers(1, 6))
     setup = EngineSetup(
         pools=tuple(PoolSpec(b, w) for b, w in zip(blocks, windows, strict=True)),
@@ -66,17 +68,27 @@ def lives(draw: st.DrawFn) -> Life:
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         age_seconds=3.0,
         prefix_cache=draw(st.sampled_from([True, True, True, False])),
-        depth=draw(st.sampled_from([1, 2, 2, 3])),
+        depth=draw(st.sampled_from([1, 2, 2, 3, 4])),
     )
-    faulty = draw(st.sampled_from(["none", "none", "poison", "steps"]))
+    faulty = draw(st.sampled_from(["none", "none", "poison", "steps", "many steps", "rows"]))
     arrivals = [draw(_arrival(i, longest, faulty == "poison")) for i in range(draw(st.integers(1, 9)))]
-    failing = draw(st.frozensets(st.integers(0, 40), max_size=4)) if faulty == "steps" else frozenset()
-    return Life(setup, arrivals, frozenset(failing))
+    failing = {
+        "steps": st.frozensets(st.integers(0, 40), max_size=4),
+        "many steps": st.frozensets(st.integers(0, 30), min_size=5, max_size=15),
+    }
+    bad_rows = st.frozensets(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=6)
+    nothing: frozenset[Any] = frozenset()
+    return Life(
+        setup,
+        arrivals,
+        draw(failing[faulty]) if faulty in failing else nothing,
+        draw(bad_rows) if faulty == "rows" else nothing,
+    )
 
 
 @st.composite
 def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool) -> Arrival:
-    shared = draw(st.integers(0, longest))
+    shared = draw(st.one_of(st.integers(0, 10), st.integers(0, longest)))
     own = draw(st.lists(st.integers(2, VOCAB - 1), min_size=0 if shared else 1, max_size=6))
     prompt = STEM[:shared] + own
     poisoned = poison and draw(st.integers(0, 3)) == 0
@@ -84,10 +96,11 @@ def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool) -> Arrival
         prompt[draw(st.integers(0, len(prompt) - 1))] = POISON
     step = draw(st.integers(0, 12))
     params = SamplingParams(
-        n=draw(st.sampled_from([1, 2, 3])),
+        n=draw(st.sampled_from([1, 2, 3, 6])),
         max_tokens=draw(st.sampled_from([1, 3, 8, 20, None])),
         ignore_eos=draw(st.booleans()),
-        min_tokens=0,
+        min_tokens=draw(st.sampled_from([0, 0, 1])),
+        stop_token_ids=draw(st.sampled_from([(), (), (3, 9, 27)])),
     )
     submission = Submission(
         id=f"r{index}",
@@ -97,20 +110,24 @@ def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool) -> Arrival
         priority=draw(st.integers(-2, 2)),
         tenant=draw(st.sampled_from(["", "", "other"])),
     )
-    abort = draw(st.one_of(st.none(), st.none(), st.integers(step, step + 20)))
-    return Arrival(step, submission, abort, draw(st.sampled_from([None, None, 0, 1])), poisoned)
+    one_abort = st.tuples(st.integers(step, step + 20), st.sampled_from([None, None, 0, 1]))
+    aborts = draw(st.one_of(st.just([]), st.just([]), st.lists(one_abort, min_size=1, max_size=3)))
+    return Arrival(step, submission, tuple(aborts), poisoned)
 
 
 def live(life: Life, max_launches: int = 4000) -> Outcome:
     """Runs a life to its end; checks the books after every launch and landing."""
     setup = life.setup
-    outcome = Outcome(recorder=Recorder(setup))
+    outcome = Outcome()
+
+    prompts = {arrival.submission.id: len(arrival.submission.tokens) for arrival in life.arrivals}
 
     def deliver(updates: list[Update]) -> None:
         for update in updates:
             key = (update.id, update.sample)
             assert key not in outcome.last, f"{key} heard something after its end"
             outcome.tokens.setdefault(key, []).extend(update.tokens)
+            assert update.cached_tokens <= prompts[update.id], "more was found than there is"
             if update.finish_reason:
                 outcome.last[key] = update
 
@@ -118,9 +135,12 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
         failed = plan.number in life.failing
         return failed or any(POISON in executor.rows[id].tokens[: start + count] for id, start, count in plan.slices)
 
-    executor = ToyExecutor(setup.pools, setup.block_size, VOCAB, fault, setup.limits.max_batch_requests)
+    def bad_row(plan: StepPlan, index: int) -> bool:
+        return (plan.number, index) in life.bad_rows
+
+    executor = ToyExecutor(setup.pools, setup.block_size, VOCAB, fault, bad_row, setup.limits.max_batch_requests)
     scheduler = setup.scheduler()
-    engine = Engine(scheduler, executor, deliver, setup.depth, outcome.recorder)
+    engine = Engine(scheduler, executor, deliver, setup.depth, Recorder(setup, outcome.recording.append))
 
     def check() -> None:
         holders = {r.id: r for r in scheduler.running}
@@ -132,8 +152,9 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
         for arrival in life.arrivals:
             if arrival.step == step:
                 engine.post(arrival.submission)
-            if arrival.abort_step == step:
-                engine.post(Abort(arrival.submission.id, arrival.abort_sample))
+            for abort_step, sample in arrival.aborts:
+                if abort_step == step:
+                    engine.post(Abort(arrival.submission.id, sample))
         engine.launch(float(step))
         check()
         outcome.events["overlap"] += len(engine.inflight) > 1
@@ -172,19 +193,20 @@ def verify(life: Life, outcome: Outcome) -> None:
             count = min(room, params.max_tokens or room)
             expected = toy_completion(prompt, count, windows, submission.seed, sample, VOCAB)
             reason = "length"
-            if not params.ignore_eos and EOS in expected:
-                expected, reason = expected[: expected.index(EOS) + 1], "stop"
+            stops = {*(() if params.ignore_eos else (EOS,)), *params.stop_token_ids}
+            if ends := [i for i, token in enumerate(expected) if token in stops and i >= params.min_tokens]:
+                expected, reason = expected[: ends[0] + 1], "stop"
             if last.finish_reason == "error":
-                assert last.error is not None and last.error.code == "injected_fault"
-                assert arrival.poisoned or life.failing, "an innocent request failed"
+                code = last.error.code if last.error else None
+                guilty = arrival.poisoned or life.failing if code == "injected_fault" else life.bad_rows
+                assert guilty and code in ("injected_fault", "numerical_error"), "an innocent request failed"
                 assert got == expected[: len(got)]
             elif last.finish_reason == "abort":
-                assert arrival.abort_step is not None and got == expected[: len(got)]
+                assert arrival.aborts and got == expected[: len(got)]
             else:
                 assert not arrival.poisoned and (got, last.finish_reason) == (expected, reason)
 
 
 def replays(outcome: Outcome) -> None:
-    assert outcome.recorder is not None
-    replayed = replay(outcome.recorder.lines)
+    replayed = replay(outcome.recording)
     assert replayed.differs_at is None

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from brain import Life, lives, live, verify
 from hypothesis import Phase, given, settings
 
+from brain import Life, live, lives, verify
+from penstock.base import PenstockError
 from penstock.core.kv.blocks import BlockPool
 from penstock.core.kv.groups import KVCache
 from penstock.core.kv.prefix import BlockNames
@@ -66,9 +67,24 @@ def hash_without_parent(patch: pytest.MonkeyPatch) -> None:
 
 
 def copies_forgotten_in_rollback(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCache, "intact", lambda self, request, torn: request.computed)
+
+
+def hits_counted_twice(patch: pytest.MonkeyPatch) -> None:
+    def adopt(self: Scheduler, request: Request) -> int:
+        before = request.cached
+        gained = original(self, request)
+        request.cached = before + gained
+        return gained
+
+    original = Scheduler._adopt
+    patch.setattr(Scheduler, "_adopt", adopt)
+
+
+def rows_forgotten_in_rollback(patch: pytest.MonkeyPatch) -> None:
     def roll_back(self: Scheduler, error: Any) -> None:
-        for record in self.inflight:
-            record.copied.clear()
+        for request in self.running:
+            request.resident = False
         original(self, error)
 
     original = Scheduler._roll_back
@@ -111,6 +127,8 @@ MUTATIONS: list[Patch] = [
     window_too_narrow,
     hash_without_parent,
     copies_forgotten_in_rollback,
+    hits_counted_twice,
+    rows_forgotten_in_rollback,
     share_without_counting,
     idle_blocks_never_reused,
     convict_whoever_is_there,
@@ -127,5 +145,5 @@ def test_a_bug_is_noticed(mutate: Patch, monkeypatch: pytest.MonkeyPatch) -> Non
     def run(life: Life) -> None:
         verify(life, live(life, max_launches=600))
 
-    with pytest.raises((AssertionError, KeyError, IndexError, ValueError, TypeError)):
+    with pytest.raises((AssertionError, KeyError, IndexError, ValueError, TypeError, PenstockError)):
         run()

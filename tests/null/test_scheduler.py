@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from penstock.core.plan import StepFailed, StepPlan, StepResult
 from penstock.core.scheduler import Scheduler
 from penstock.core.service import Submission, Update
 from penstock.core.setup import EngineSetup
-from penstock.sim.toy import ToyExecutor
+from penstock.sim.toy import ToyExecutor, toy_completion
 from penstock.spec import SamplingParams, Vocabulary
 
 PROMPT = tuple(range(1, 33))
@@ -275,3 +276,47 @@ def test_a_hit_moves_the_window_too() -> None:
     scheduler.add(job("b", PROMPT[:8], max_tokens=1), 0.0)
     while not scheduler.idle:
         step(scheduler, executor)
+
+
+def test_nobody_finds_what_a_failed_row_computed() -> None:
+    s = setup(tokens=64)
+    executor = ToyExecutor(s.pools, s.block_size, 50, bad_row=lambda plan, index: plan.number == 0)
+    scheduler = s.scheduler()
+    scheduler.add(job("bad"), 0.0)
+    step(scheduler, executor)
+    assert [u.finish_reason for u in scheduler.outbox] == ["error"]
+    scheduler.outbox.clear()
+    scheduler.add(job("good"), 1.0)
+    while not scheduler.idle:
+        step(scheduler, executor)
+    assert scheduler.counters.prefix_hit_tokens == 0
+    tokens = [token for update in scheduler.outbox for token in update.tokens]
+    assert tokens == toy_completion(PROMPT, 8, [None], 0, 0, 50)
+
+
+def test_ended_requests_do_not_pile_up_behind_a_waiting_one() -> None:
+    s = setup(rows=1)
+    scheduler, executor = s.scheduler(), toy(s)
+    scheduler.add(job("running"), 0.0)
+    step(scheduler, executor)
+    scheduler.add(job("head"), 1.0)
+    for i in range(1000):
+        scheduler.add(job(f"r{i}"), 2.0)
+        scheduler.abort(f"r{i}")
+    assert len(scheduler.waiting) < 100 and scheduler.status().waiting == 1
+
+
+@pytest.mark.parametrize(
+    "odd", [{"priority": 10**400}, {"tenant": "\ud800"}, {"tokens": (1.5,)}, {"tokens": ("a",)}, {"tokens": 5}]
+)
+def test_an_odd_submission_never_ends_the_loop(odd: dict[str, Any]) -> None:
+    s = setup(policy="priority")
+    last: dict[str, Update] = {}
+    engine = Engine(s.scheduler(), toy(s), lambda us: last.update((u.id, u) for u in us if u.finish_reason))
+    engine.post(job("good"))
+    engine.post(replace(job("odd"), **odd))
+    while engine.busy:
+        engine.launch(0.0)
+        engine.land()
+    assert last["good"].finish_reason == "length"
+    assert last["odd"].finish_reason in ("length", "error")

@@ -10,6 +10,8 @@ from penstock.core.kv.groups import KVCache
 from penstock.core.service import Submission
 from penstock.spec import Vocabulary
 
+MAX_PRIORITY = 10**6
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -26,19 +28,8 @@ class Limits:
     max_prefix_waits: int = 32
 
 
-@dataclass(slots=True)
-class Counters:
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    copies: int = 0
-    failed_steps: int = 0
-
-
 def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary) -> None:
-    """Raises InvalidRequest: empty_prompt, prompt_too_long, token_out_of_range."""
+    """Raises InvalidRequest: empty_prompt, prompt_too_long, invalid_prompt, token_out_of_range."""
     if not tokens:
         raise InvalidRequest("empty_prompt", "The prompt has no tokens", fix="send at least one token")
     if len(tokens) >= limits.max_model_len:
@@ -48,6 +39,8 @@ def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary) 
             why=f"the context holds {limits.max_model_len}, of which at least one is for the completion",
             fix="shorten the prompt or raise max_model_len",
         )
+    if not {int}.issuperset(map(type, tokens)):
+        raise InvalidRequest("invalid_prompt", "Token ids must be integers", fix="convert them to int")
     low, high = min(tokens), max(tokens)
     if low < 0 or high >= vocabulary.size:
         raise InvalidRequest(
@@ -64,6 +57,9 @@ def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary,
         InvalidRequest: as ``check_prompt``, or kv_too_small when not even an empty pool could hold it.
     """
     check_prompt(submission.tokens, limits, vocabulary)
+    if abs(submission.priority) > MAX_PRIORITY:
+        why = f"it must be from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+        raise InvalidRequest("invalid_parameter", "priority is out of range", why=why)
     longest = limits.max_model_len
     limit = min(longest, len(submission.tokens) + (submission.params.max_tokens or longest))
     if shortage := kv.shortage(limit - 1):  # the last token is never computed

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-from penstock.base import PenstockError
+from penstock.base import EngineError, PenstockError
 from penstock.core.plan import Executor, StepFailed, StepPlan, StepResult, Ticket
 from penstock.core.scheduler import Scheduler
 from penstock.core.service import Abort, Submission, Update
@@ -21,15 +20,6 @@ class Journal(Protocol):
     def launched(self, now: float, mail: tuple[Mail, ...], plans: tuple[StepPlan, ...]) -> None: ...
 
     def landed(self, plan: StepPlan, result: StepResult | StepFailed) -> None: ...
-
-
-@dataclass(slots=True)
-class _NoJournal:
-    def launched(self, now: float, mail: tuple[Mail, ...], plans: tuple[StepPlan, ...]) -> None:
-        pass
-
-    def landed(self, plan: StepPlan, result: StepResult | StepFailed) -> None:
-        pass
 
 
 class Engine:
@@ -54,7 +44,7 @@ class Engine:
         self.inbox: deque[Mail] = deque()  # append and popleft are atomic
         self.inflight: deque[tuple[StepPlan, Ticket]] = deque()
         self._deliver = deliver
-        self._journal = journal or _NoJournal()
+        self._journal = journal
 
     def post(self, mail: Mail) -> None:
         self.inbox.append(mail)
@@ -70,8 +60,11 @@ class Engine:
         while len(self.inflight) < self.depth and (plan := self.scheduler.plan(now)):
             self.inflight.append((plan, self.executor.submit(plan)))
             plans.append(plan)
-        self._journal.launched(now, mail, tuple(plans))
+        if self._journal:
+            self._journal.launched(now, mail, tuple(plans))
         self._flush()
+        if not self.inflight and not self.scheduler.idle:
+            raise EngineError("engine_stalled", "Requests wait and nothing can be computed", fix="report this")
 
     def land(self) -> None:
         """Waits for the oldest step and takes in its result. A failed one takes the later ones with it."""
@@ -83,7 +76,8 @@ class Engine:
             while self.inflight:
                 self.inflight.popleft()[1].wait()
         self.scheduler.commit(plan, result)
-        self._journal.landed(plan, result)
+        if self._journal:
+            self._journal.landed(plan, result)
         self._flush()
 
     def _take_mail(self, now: float) -> tuple[Mail, ...]:
@@ -97,9 +91,15 @@ class Engine:
             try:
                 self.scheduler.add(item, now)
             except PenstockError as error:
-                for sample in range(item.params.n):
-                    self.scheduler.outbox.append(Update(item.id, sample, finish_reason="error", error=error))
+                self._refuse(item, error)
+            except Exception as cause:  # a caller's fault must not end the engine of all others
+                why = type(cause).__name__
+                self._refuse(item, EngineError("submission_failed", "The request could not be read", why=why))
         return tuple(mail)
+
+    def _refuse(self, submission: Submission, error: PenstockError) -> None:
+        for sample in range(submission.params.n):
+            self.scheduler.outbox.append(Update(submission.id, sample, finish_reason="error", error=error))
 
     def _flush(self) -> None:
         if news := self.scheduler.outbox:

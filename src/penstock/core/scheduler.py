@@ -8,29 +8,28 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from dataclasses import asdict, dataclass, field
+from heapq import heapify, heappop, heappush
 
 from penstock.base import InvalidRequest, PenstockError
-from penstock.core.admission import Counters, Limits, final_length
+from penstock.core.admission import Limits, final_length
 from penstock.core.kv.groups import KVCache
 from penstock.core.plan import StepFailed, StepPlan, StepResult
 from penstock.core.policy import SchedulingPolicy
 from penstock.core.request import Phase, Request
-from penstock.core.service import Status, Submission, Update
+from penstock.core.service import Counters, Status, Submission, Update
 from penstock.spec import FinishReason, TokenLogprobs, Vocabulary
 
 _NONE: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(slots=True)
-class InFlight:
-    """A plan that was handed out, and what must be undone if it fails."""
+class StepRecord:
+    """A plan being drafted or in flight, and what the scheduler must remember of it."""
 
     plan: StepPlan
     requests: list[Request] = field(default_factory=list)
     filling: list[bytes] = field(default_factory=list)
-    copied: list[tuple[Request, int]] = field(default_factory=list)  # first position that rests on a copy
     starved: bool = False  # somebody found no blocks, so nobody new is let in
 
 
@@ -51,13 +50,13 @@ class Scheduler:
         self.waiting: list[Request] = []  # heap in policy order; ended requests are dropped when they surface
         self.suspects: list[Request] = []
         self.samples: dict[str, list[Request]] = {}  # of the submissions that are not finished
-        self.inflight: deque[InFlight] = deque()
+        self.inflight: deque[StepRecord] = deque()
         self.outbox: list[Update] = []
         self.counters = Counters()
         self._leaving = 0  # preempted requests whose blocks are not back yet
         self._waiting_count = 0
         self._next_id = 0
-        self._draft = InFlight(StepPlan(0))
+        self._draft = StepRecord(StepPlan(0))
 
     # -- arrivals and departures ---------------------------------------------------------------------
 
@@ -105,18 +104,12 @@ class Scheduler:
         return not self.samples and not self.inflight
 
     def status(self) -> Status:
-        c = self.counters
         return Status(
             running=len(self.running),
             waiting=self._waiting_count + self._leaving,
             blocks_total=self.kv.total,
             blocks_used=self.kv.used,
-            steps=c.steps,
-            prompt_tokens=c.prompt_tokens,
-            generated_tokens=c.generated_tokens,
-            prefix_hit_tokens=c.prefix_hit_tokens,
-            preemptions=c.preemptions,
-            failed_steps=c.failed_steps,
+            **asdict(self.counters),
         )
 
     # -- planning ------------------------------------------------------------------------------------
@@ -139,12 +132,13 @@ class Scheduler:
             index += 1
         if only is not None:
             self._advance(only, budget)
-        if not draft.plan.slices:
+        if not draft.plan.slices:  # what it says of blocks and departures stays for the next one
             draft.starved = False
-            return None  # what the draft says of blocks and departures stays for the next one
+            return self._plan_suspect(now) if only is None and self.suspects and not self.inflight else None
         self.inflight.append(draft)
         self.counters.steps += 1
-        self._draft = InFlight(StepPlan(draft.plan.number + 1))
+        self.counters.copies += len(draft.plan.copies)
+        self._draft = StepRecord(StepPlan(draft.plan.number + 1))
         return draft.plan
 
     def _candidate(self, index: int) -> Request | None:
@@ -180,15 +174,11 @@ class Scheduler:
                 request.waits += 1
                 return 0
         if count > 1 or start % size == 0 or request.tail_shared:
-            copies = len(draft.plan.copies)
             while not (got := self.kv.grow(request, count, draft.plan)):
                 if not self._make_room(request):
                     draft.starved = True
                     return 0
             count = got
-            if len(draft.plan.copies) > copies:
-                draft.copied.append((request, start // size * size))
-                self.counters.copies += len(draft.plan.copies) - copies
         if not request.resident:
             request.resident = True
             draft.plan.new.append(request.introduction())
@@ -196,6 +186,7 @@ class Scheduler:
         draft.requests.append(request)
         request.planned = start + count
         request.inflight += 1
+        request.waits = 0
         if request.planned == ahead:
             request.owed += 1
         if (start + count) // size > start // size:
@@ -221,10 +212,9 @@ class Scheduler:
     def _adopt(self, request: Request) -> int:
         gained = self.kv.adopt(request, self._draft.plan)
         if gained:
-            request.waits = 0
             self.counters.prefix_hit_tokens += gained
-            if not request.emitted:
-                request.cached += gained
+            if not request.emitted:  # what it had found before a preemption or a failed step may be gone
+                request.cached = min(request.cached, request.computed - gained) + gained
         return gained
 
     def _make_room(self, request: Request) -> bool:
@@ -285,13 +275,15 @@ class Scheduler:
         for index, request in enumerate(record.requests):
             _, start, count = plan.slices[index]
             request.inflight -= 1
-            if request.phase is not Phase.DONE:
+            if request.phase is Phase.DONE:
+                pass
+            elif error := result.failed.get(index):
+                self._fail(request, error)
+            else:
                 request.computed = start + count
                 if windowed or request.computed // size > request.sealed:
                     self.kv.keep(request)
-                if error := result.failed.get(index):
-                    self._fail(request, error)
-                elif tokens := result.tokens[index]:
+                if tokens := result.tokens[index]:
                     request.owed -= 1
                     self._accept(request, tokens, result.logprobs.get(index, _NONE))
             if request.phase is not Phase.RUNNING:
@@ -305,7 +297,7 @@ class Scheduler:
         for taken, token in enumerate(tokens, 1):
             request.tokens.append(token)
             if token in request.stop_ids and request.emitted > request.submission.params.min_tokens:
-                reason, stop = "stop", token if token in (request.submission.params.stop_token_ids or ()) else None
+                reason, stop = "stop", None if self._is_eos(request, token) else token
             elif len(request.tokens) >= request.limit:
                 reason = "length"
             if reason:
@@ -319,7 +311,17 @@ class Scheduler:
         else:
             self.outbox.append(update)
 
+    def _is_eos(self, request: Request, token: int) -> bool:
+        return token in self.vocabulary.eos_ids and not request.submission.params.ignore_eos
+
+    def _sweep(self) -> None:
+        """Drops ended requests from the waiting heap when they are most of it; they hold their prompts."""
+        if len(self.waiting) > 2 * self._waiting_count + 64:
+            self.waiting = [request for request in self.waiting if request.phase is Phase.WAITING]
+            heapify(self.waiting)
+
     def _fail(self, request: Request, error: PenstockError) -> None:
+        self.kv.condemn(request)
         self._finish(request, Update(request.submission.id, request.sample, finish_reason="error", error=error))
 
     def _finish(self, request: Request, update: Update) -> None:
@@ -328,6 +330,7 @@ class Scheduler:
             self.running.remove(request)
         elif request.phase is Phase.WAITING:
             self._waiting_count -= 1
+            self._sweep()
         else:
             self._leaving -= 1
         request.phase = Phase.DONE
@@ -349,11 +352,9 @@ class Scheduler:
         accused = [r for r in present if r.phase is not Phase.DONE]
         forgotten: dict[int, None] = {}
         touched: dict[Request, None] = {}
-        lowest: dict[Request, int] = {}
+        torn = {(copy.group, copy.dst) for record in self.inflight for copy in record.plan.copies}
         for record in self.inflight:
             forgotten.update(dict.fromkeys(record.plan.gone))
-            for request, start in record.copied:  # the copy may not have been made
-                lowest[request] = min(start, lowest.get(request, start))
             for request in record.requests:
                 request.inflight -= 1
                 touched[request] = None
@@ -361,10 +362,10 @@ class Scheduler:
         self.kv.pending.clear()
         for request in self.running:
             self._evict(request)
-            self.kv.rewind(request, min(request.computed, lowest.get(request, request.computed)))
+            self.kv.rewind(request, self.kv.intact(request, torn))
             request.planned, request.owed = request.computed, 0
         forgotten.update(dict.fromkeys(self._draft.plan.gone))
-        self._draft = InFlight(StepPlan(self._draft.plan.number, gone=list(forgotten)))
+        self._draft = StepRecord(StepPlan(self._draft.plan.number, gone=list(forgotten)))
         for request in touched:
             if request.phase is not Phase.RUNNING:
                 request.owed = 0

@@ -61,9 +61,27 @@ class Update:
     cached_tokens: int = 0
 
 
+@dataclass(slots=True)
+class Counters:
+    """What happened since an engine's start.
+
+    Attributes:
+        prefix_hit_tokens: positions found rather than computed, those found again after a preemption included.
+        copies: blocks copied because a sample was about to write to a shared one.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    copies: int = 0
+    failed_steps: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """Gauges of a running engine; counters count since its start."""
+    """Gauges of a running engine, and its Counters."""
 
     running: int = 0
     waiting: int = 0
@@ -74,6 +92,7 @@ class Status:
     generated_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    copies: int = 0
     failed_steps: int = 0
 
 
@@ -88,7 +107,9 @@ class Service(Protocol):
     (too long, cannot fit) arrive the same way, with an error.
     """
 
-    def submit(self, submission: Submission, sink: Sink) -> None: ...
+    def submit(self, submission: Submission, sink: Sink) -> None:
+        """Raises PenstockError, and calls no sink, if the service is closed or the id is still running."""
+        ...
 
     def abort(self, id: str, sample: int | None = None) -> None:
         """Ends one sample of a submission, or all; each still gets its last update. Unknown ids are ignored."""

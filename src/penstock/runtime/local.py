@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+import queue
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from penstock.base import EngineError, PenstockError
@@ -36,16 +38,29 @@ class LocalExecutor:
 
     def __init__(self, runner: Runner, *, overlap: bool = False) -> None:
         self.runner = runner
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="penstock-step") if overlap else None
+        self._steps: queue.SimpleQueue[tuple[StepPlan, Future[Launched]] | None] = queue.SimpleQueue()
+        self._worker = threading.Thread(target=self._work, name="penstock-step", daemon=True) if overlap else None
+        if self._worker:
+            self._worker.start()
 
     def submit(self, plan: StepPlan) -> LocalTicket:
-        step = self._worker.submit(self._launch, plan) if self._worker else self._launch(plan)
+        if not self._worker:
+            return LocalTicket(self._launch(plan), plan.number)
+        step: Future[Launched] = Future()
+        self._steps.put((plan, step))
         return LocalTicket(step, plan.number)
 
     def close(self) -> None:
         """Waits for the steps in flight."""
         if self._worker:
-            self._worker.shutdown(wait=True)
+            self._steps.put(None)
+            self._worker.join()
+
+    def _work(self) -> None:
+        # Not a ThreadPoolExecutor: the interpreter shuts those down before it lets a running engine close.
+        while work := self._steps.get():
+            plan, step = work
+            step.set_result(self._launch(plan))
 
     def _launch(self, plan: StepPlan) -> Launched:
         try:

@@ -84,6 +84,15 @@ class LocalService:
         self._end_all(error)
         self._executor.close()
 
+    def _tell(self, sink: Sink, update: Update) -> bool:
+        """Whether the caller took it. A caller's fault is not the engine's."""
+        try:
+            sink(update)
+        except Exception:
+            log.exception("the sink of request %s raised", update.id)
+            return False
+        return True
+
     def _deliver(self, updates: list[Update]) -> None:
         for update in updates:
             sink, left = self._sinks[update.id]
@@ -92,10 +101,8 @@ class LocalService:
                 if not left:
                     with self._lock:
                         del self._sinks[update.id]
-            try:
-                sink(update)
-            except Exception:  # a caller's fault is not the engine's
-                log.exception("the sink of request %s raised", update.id)
+            if not self._tell(sink, update) and not update.finish_reason:
+                self._engine.post(Abort(update.id, update.sample))
 
     def _end_all(self, error: EngineError) -> None:
         with self._lock:
@@ -103,4 +110,4 @@ class LocalService:
             open_sinks, self._sinks = self._sinks, {}
         for id, (sink, left) in open_sinks.items():
             for sample in sorted(left):
-                sink(Update(id, sample, finish_reason="error", error=error))
+                self._tell(sink, Update(id, sample, finish_reason="error", error=error))

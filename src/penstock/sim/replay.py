@@ -6,7 +6,7 @@ It is the regression test of the scheduler and the proof that a simulation decid
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -29,10 +29,10 @@ def plan_digest(plan: StepPlan) -> str:
 
 @dataclass(slots=True)
 class Recorder:
-    """A Journal of JSON lines. Write ``lines`` to a file, one entry per line."""
+    """A Journal that writes JSON, one line to a call of ``write``."""
 
     setup: EngineSetup
-    lines: list[str] = field(default_factory=list)
+    write: Callable[[str], object]
 
     def __post_init__(self) -> None:
         self._write({"setup": {**asdict(self.setup), **_encoded(self.setup)}})
@@ -48,7 +48,7 @@ class Recorder:
         self._write({"landed": plan.number, "drawn": drawn, "refused": sorted(result.failed)})
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self.lines.append(json.dumps(entry, separators=(",", ":")))
+        self.write(json.dumps(entry, separators=(",", ":")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class _Row:
 class ToyExecutor:
     """Attributes:
     fault: says of a plan whether its step fails.
+    bad_row: says of a plan and the index of a slice whether that row alone fails, as one with NaN logits does.
     max_rows: more requests than this at a time are a fault of whoever plans.
     """
 
@@ -72,6 +73,7 @@ class ToyExecutor:
     block_size: int
     vocab_size: int
     fault: Callable[[StepPlan], bool] = lambda plan: False
+    bad_row: Callable[[StepPlan, int], bool] = lambda plan, index: False
     max_rows: int | None = None
     rows: dict[int, _Row] = field(default_factory=dict)
     storage: list[list[list[bytes]]] = field(default_factory=list)
@@ -94,7 +96,12 @@ class ToyExecutor:
             self.storage[group][dst] = list(self.storage[group][src])
         if any(start + count > len(self.rows[id].tokens) for id, start, count in plan.slices):
             return Done(StepFailed(EngineError("step_failed", f"Step {plan.number} follows one that failed")))
-        return Done(StepResult([self._slice(self.rows[id], start, count) for id, start, count in plan.slices]))
+        tokens = [self._slice(self.rows[id], start, count) for id, start, count in plan.slices]
+        bad = [index for index in range(len(plan.slices)) if self.bad_row(plan, index)]
+        for index in bad:
+            self._scribble(*plan.slices[index])
+        error = EngineError("numerical_error", "The row was made to fail")
+        return Done(StepResult(tokens, failed=dict.fromkeys(bad, error)))
 
     def close(self) -> None:
         pass
@@ -102,10 +109,13 @@ class ToyExecutor:
     def _break(self, plan: StepPlan) -> StepFailed:
         """Fails as badly as a step can: nothing was copied and all it should have written is garbage."""
         for id, start, count in plan.slices:
-            for group, table in enumerate(self.rows[id].tables):
-                for position in range(start, start + count):
-                    self.storage[group][table[position // self.block_size]][position % self.block_size] = EMPTY
+            self._scribble(id, start, count)
         return StepFailed(EngineError("injected_fault", f"Step {plan.number} was made to fail"))
+
+    def _scribble(self, id: int, start: int, count: int) -> None:
+        for group, table in enumerate(self.rows[id].tables):
+            for position in range(start, start + count):
+                self.storage[group][table[position // self.block_size]][position % self.block_size] = EMPTY
 
     def _row(self, new: NewRequest) -> _Row:
         return _Row(list(new.tokens), [list(table) for table in new.tables], new.seed, new.sample)

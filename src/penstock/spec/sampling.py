@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from penstock.base import InvalidRequest
 
 MAX_N = 128
+_REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 MAX_LOGPROBS = 128
 MAX_STOP = 64
 MAX_STOP_LENGTH = 1024
@@ -82,9 +83,11 @@ class SamplingParams:
             _int("seed", self.seed, -(2**63), 2**64 - 1)
         if self.logprobs is not None:
             _int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        self._normalise_collections()
+        self._normalise()
 
-    def _normalise_collections(self) -> None:
+    def _normalise(self) -> None:
+        for name in _REALS:  # a numpy scalar would not survive a recording
+            object.__setattr__(self, name, float(getattr(self, name)))
         stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         if len(stop) > MAX_STOP or any(not isinstance(s, str) or not 0 < len(s) <= MAX_STOP_LENGTH for s in stop):
             why = f"it must be at most {MAX_STOP} strings of 1 to {MAX_STOP_LENGTH} characters"

@@ -8,6 +8,8 @@ idle    sealed and read by nobody; kept for a prefix hit until its place is need
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 
 class BlockPool:
     """``total`` blocks, of which ``free + open + sealed + idle == total`` at any moment."""
@@ -20,7 +22,7 @@ class BlockPool:
         self.keys: list[bytes | None] = [None] * total
         self.by_key: dict[bytes, int] = {}
         self.free = list(range(total - 1, -1, -1))
-        self.idle: dict[int, None] = {}  # insertion order: the least recently used comes first
+        self.idle: OrderedDict[int, None] = OrderedDict()  # the least recently used comes first
 
     @property
     def available(self) -> int:
@@ -32,8 +34,7 @@ class BlockPool:
         if self.free:
             block = self.free.pop()
         else:
-            block = next(iter(self.idle))
-            del self.idle[block]
+            block, _ = self.idle.popitem(last=False)
             self.reopen(block)
         self.refs[block] = 1
         return block
@@ -60,7 +61,7 @@ class BlockPool:
             self.by_key[key] = block
 
     def reopen(self, block: int) -> None:
-        """Makes a block that its only reader is about to write to unfindable again."""
+        """Makes a block unfindable again."""
         key = self.keys[block]
         if key is not None:
             del self.by_key[key]

@@ -177,6 +177,7 @@ class KVCache:
                     pool.share(block)
         request.computed = request.planned = length
         request.sealed = length // self.block_size
+        request.names = leader.names[: request.sealed]
         request.tail_shared = leader.tail_shared = True
         return True
 
@@ -217,6 +218,23 @@ class KVCache:
                 block = table.pop()
                 if block != NO_BLOCK:
                     pool.drop(block)
+
+    def intact(self, request: Request, torn: set[tuple[int, int]]) -> int:
+        """Computed positions before the first that rests on one of the ``torn`` (group, block)."""
+        indices = [
+            index
+            for group, table in enumerate(request.tables)
+            for index, block in enumerate(table)
+            if (group, block) in torn
+        ]
+        return min(request.computed, min(indices) * self.block_size) if indices else request.computed
+
+    def condemn(self, request: Request) -> None:
+        """Makes sure that nobody finds what a failed request computed and nobody else reads yet."""
+        for pool, table in zip(self.pools, request.tables, strict=True):
+            for block in table:
+                if block != NO_BLOCK and pool.refs[block] == 1:
+                    pool.reopen(block)
 
     def rewind(self, request: Request, length: int) -> None:
         """Takes back what was computed past ``length``; everything, if a window has dropped what must be read again."""

@@ -21,7 +21,7 @@ class BlockNames:
         self.block_size = block_size
 
     def root(self, tenant: str, adapter: str) -> bytes:
-        who = b"".join(len(part).to_bytes(8, "little") + part for part in (tenant.encode(), adapter.encode()))
+        who = b"".join(len(part).to_bytes(8, "little") + part for part in (_bytes(tenant), _bytes(adapter)))
         return blake2b(who, digest_size=16, key=self.numerics_id).digest()
 
     def extend(self, names: list[bytes], root: bytes, tokens: Sequence[int], count: int) -> None:
@@ -31,3 +31,7 @@ class BlockNames:
             parent = names[i - 1] if i else root
             content = array("q", tokens[i * size : (i + 1) * size]).tobytes()
             names.append(blake2b(parent + content, digest_size=16, key=self.numerics_id).digest())
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # a name may be anything that a caller can write
