@@ -189,7 +189,12 @@ def resolve(config: EngineConfig, spec: ModelSpec, accelerator: str, cpus: int) 
             )
     device = accelerator if config.device == "auto" else config.device
     if device != "cpu" and device != accelerator:
-        raise ConfigError("device_missing", f"device = {device} cannot run", why="torch finds no such device here")
+        raise ConfigError(
+            "device_missing",
+            f"device = {device} cannot run",
+            why="torch finds no such device here",
+            fix="use device = auto",
+        )
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
         raise ConfigError(
             "context_too_long",
@@ -201,7 +206,12 @@ def resolve(config: EngineConfig, spec: ModelSpec, accelerator: str, cpus: int) 
     stored = "bfloat16" if device == "cpu" and spec.dtype == "float16" else spec.dtype
     for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "depth", "num_threads"):
         if (value := getattr(config, name)) is not None and value < 1:
-            raise ConfigError("option_invalid", f"{name} = {value} cannot run", why="it must be at least 1")
+            raise ConfigError(
+                "option_invalid",
+                f"{name} = {value} cannot run",
+                why="it must be at least 1",
+                fix="leave it out to have it chosen",
+            )
     return replace(
         config,
         device=cast(Literal["cpu", "cuda"], device),

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from penstock.base import InvalidRequest
 from penstock.core.kv.groups import KVCache
-from penstock.core.service import Submission
+from penstock.core.service import MAX_PRIORITY, Submission
 from penstock.spec import Vocabulary
-
-MAX_PRIORITY = 10**6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +45,7 @@ def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary) 
             "token_out_of_range",
             f"Token id {low if low < 0 else high} is not in the vocabulary",
             why=f"its ids are 0 to {vocabulary.size - 1}",
+            fix="tokenize with the model's own tokenizer",
         )
 
 

@@ -94,7 +94,8 @@ class Engine:
                 self._refuse(item, error)
             except Exception as cause:  # a caller's fault must not end the engine of all others
                 why = type(cause).__name__
-                self._refuse(item, EngineError("submission_failed", "The request could not be read", why=why))
+                fix = "check the types of its fields"
+                self._refuse(item, EngineError("submission_failed", "The request could not be read", why=why, fix=fix))
         return tuple(mail)
 
     def _refuse(self, submission: Submission, error: PenstockError) -> None:

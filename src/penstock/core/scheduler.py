@@ -11,13 +11,13 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from heapq import heapify, heappop, heappush
 
-from penstock.base import InvalidRequest, PenstockError
+from penstock.base import PenstockError
 from penstock.core.admission import Limits, final_length
 from penstock.core.kv.groups import KVCache
 from penstock.core.plan import StepFailed, StepPlan, StepResult
 from penstock.core.policy import SchedulingPolicy
 from penstock.core.request import Phase, Request
-from penstock.core.service import Counters, Status, Submission, Update
+from penstock.core.service import Counters, Status, Submission, Update, duplicate_id
 from penstock.spec import FinishReason, TokenLogprobs, Vocabulary
 
 _NONE: tuple[TokenLogprobs, ...] = ()
@@ -67,7 +67,7 @@ class Scheduler:
             InvalidRequest: it could not run even on an idle engine.
         """
         if submission.id in self.samples:
-            raise InvalidRequest("duplicate_request_id", f"A request with id {submission.id!r} is still running")
+            raise duplicate_id(submission.id)
         limit = final_length(submission, self.limits, self.vocabulary, self.kv)
         place = self.policy.place(submission, now)
         params = submission.params

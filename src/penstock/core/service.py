@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from penstock.base import PenstockError
+from penstock.base import InvalidRequest, PenstockError
 from penstock.spec import FinishReason, SamplingParams, TokenLogprobs
+
+MAX_PRIORITY = 10**6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,8 @@ class Submission:
         id: chosen by the caller, unique among live requests.
         tokens: the prompt's token ids.
         seed: root of the noise; given at the outermost face when the caller brought none.
-        priority: lower is served earlier; a level is worth ``priority_age_seconds`` of waiting.
+        priority: from -MAX_PRIORITY to MAX_PRIORITY, lower is served earlier; a level is worth
+            ``priority_age_seconds`` of waiting.
         tenant, adapter: KV blocks are shared only within the same pair.
     """
 
@@ -116,3 +119,8 @@ class Service(Protocol):
         ...
 
     def status(self) -> Status: ...
+
+
+def duplicate_id(id: str) -> InvalidRequest:
+    what = f"A request with id {id!r} is still running"
+    return InvalidRequest("duplicate_request_id", what, fix="use another id, or none to be given one")

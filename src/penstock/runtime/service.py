@@ -7,11 +7,11 @@ import logging
 import threading
 import time
 
-from penstock.base import EngineError, InvalidRequest
+from penstock.base import EngineError
 from penstock.core.engine import Engine, Journal
 from penstock.core.plan import Executor
 from penstock.core.scheduler import Scheduler
-from penstock.core.service import Abort, Sink, Status, Submission, Update
+from penstock.core.service import Abort, Sink, Status, Submission, Update, duplicate_id
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class LocalService:
             if self._fault or self._closing:
                 raise self._fault or EngineError("engine_closed", "The engine was closed", fix="make a new one")
             if submission.id in self._sinks:
-                raise InvalidRequest("duplicate_request_id", f"A request with id {submission.id!r} is still running")
+                raise duplicate_id(submission.id)
             self._sinks[submission.id] = (sink, set(range(submission.params.n)))
         self._engine.post(submission)
         self._wake.set()

@@ -24,8 +24,6 @@ MAX_CHOICES = 512
 
 MAX_MESSAGES = 2048
 MAX_MODEL_NAME = 512
-MAX_STOP_CHARS = 1024
-MAX_STOP_IDS = 1024
 MAX_ERROR_CHARS = 600
 """An error message may quote what the client sent, but not all of it."""
 

@@ -11,13 +11,15 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
+from penstock.core.service import MAX_PRIORITY
 from penstock.serving.errors import HTTPError, unsupported
-from penstock.serving.limits import MAX_MESSAGES, MAX_MODEL_NAME, MAX_PROMPTS, MAX_STOP_CHARS, MAX_STOP_IDS
+from penstock.serving.limits import MAX_MESSAGES, MAX_MODEL_NAME, MAX_PROMPTS
 from penstock.spec import FinishReason, SamplingParams
+from penstock.spec.sampling import MAX_STOP_IDS, MAX_STOP_LENGTH
 
 Name = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
-Stop = Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
-Priority = Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
+Stop = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]
+Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
