@@ -119,6 +119,12 @@ BOMBS = {
     "map": FOREVER + "{% set x = range(99999) | map('string') | list %}{% endfor %}",
     "selecting": "{% set zeros = [0] * 99999 %}" + FOREVER + "{{ zeros | select | first }}{% endfor %}",
     "methods": FOREVER + "{% set x = messages[0].content.upper().lower().strip() %}{% endfor %}",
+    "passing on": "{% set n = namespace(g=[0] * 99999) %}"
+    + "{% set n.g = n.g | reject %}" * 300
+    + "{{ n.g | select | first }}",
+    "heavy block": "{% block a %}" + "{{ 1 < 2 }}" * 300 + "{% endblock %}" + FOREVER + "{{ self.a() }}{% endfor %}",
+    "deep JSON": "{% set n = namespace(x=[1]) %}{% for i in range(400) %}{% set n.x = [n.x, 1] %}{% endfor %}"
+    "{{ n.x | tojson(indent=1000) | length }}",
     "searching": "{% set a = 'a' * 999999 %}{% set b = 'a' * 99 ~ 'b' %}" + FOREVER + "{{ b in a }}{% endfor %}",
     "counting": "{% set a = 'a' * 999999 %}{% set b = 'a' * 99 ~ 'b' %}" + FOREVER + "{{ a.count(b) }}{% endfor %}",
     "splitting": "{% set a = 'ab ' * 5000000 %}{{ a.split() | length }}",

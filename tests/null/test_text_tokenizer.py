@@ -100,6 +100,15 @@ def test_barrier_makes_text_of_one_token_only(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False).replace(" ", "") == f"the{end}{end}{end}"
 
 
+def test_barrier_before_a_token_of_one_character() -> None:
+    backend = Backend.from_str(toytext.byte_level()._backend.to_str())
+    backend.add_special_tokens([AddedToken("☃", normalized=False)])
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode(f"☃{MARKS[0]}☃", barrier=MARKS[0])
+    assert ids.count(tokenizer.special_tokens["☃"]) == 1
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "☃☃"
+
+
 def test_barrier_alone_changes_nothing(tokenizer: Tokenizer) -> None:
     text = "the </s> cats<s>the"
     assert tokenizer.encode(MARKS[3] + text, barrier=MARKS[3]) == tokenizer.encode(text)
