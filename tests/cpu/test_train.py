@@ -234,6 +234,8 @@ def test_held_out_books_are_in_neither_ids_nor_tokenizer(corpus: Path, tmp_path:
         assert "robin" in text
         for word in ("zyxomma", "quagga", "xylem", "vizier"):
             assert word not in text.lower()
+    assert "robin" in (training := (work / "training.txt").read_text("utf-8"))
+    assert "zyxomma" not in training.lower()
     # A word that the tokenizer had seen 100 times would be one token.
     assert len(tokenizer.encode(" garden").ids) == 1
     assert len(tokenizer.encode(" zyxomma").ids) > 4

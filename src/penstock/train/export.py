@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from penstock.train.model import Llama, save_hf_weights
 from penstock.train.recipe import Recipe
-from penstock.train.tokenizer import EOS, PAD, load_tokenizer, special_id
+from penstock.train.tokenizer import EOS, IM_END, PAD, load_tokenizer, special_id
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:
@@ -30,7 +30,7 @@ def export(recipe: Recipe, work: Path, run: Path, out: Path) -> None:
         out / "generation_config.json",
         {
             "bos_token_id": eos,
-            "eos_token_id": eos,
+            "eos_token_id": [eos, special_id(tokenizer, IM_END)],  # a turn of a chat ends too
             "pad_token_id": pad,
             "do_sample": True,
             "temperature": 0.8,

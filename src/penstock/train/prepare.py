@@ -63,6 +63,10 @@ def _write(
         write_ids(work / f"{name}.ids", ids)
         report[f"{name}_tokens"] = len(ids)
         report[f"{name}_bytes"] = sum(len(b.text.encode("utf-8")) for b in books)
+    # For a compressor that reads it before a held-out book. Such a one weighs most what it read last, so the first
+    # source, the nearest to the held-out books, goes last.
+    texts = (b.text for books in reversed(kept.values()) for b in books)
+    (work / "training.txt").write_text("\n\n".join(texts), "utf-8")
     (work / "validation.txt").write_text("\n\n".join(b.text for b in validation), "utf-8")
     sizes = {}
     for book in held_out:
