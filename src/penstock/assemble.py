@@ -204,14 +204,6 @@ def resolve(config: EngineConfig, spec: ModelSpec, accelerator: str, cpus: int) 
         )
     # fp16 products on CPUs take a path without matrix instructions; bfloat16 has the same size.
     stored = "bfloat16" if device == "cpu" and spec.dtype == "float16" else spec.dtype
-    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "depth", "num_threads"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ConfigError(
-                "option_invalid",
-                f"{name} = {value} cannot run",
-                why="it must be at least 1",
-                fix="leave it out to have it chosen",
-            )
     return replace(
         config,
         device=cast(Literal["cpu", "cuda"], device),

@@ -83,7 +83,14 @@ OPTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"kv_memory": "lots"}, "size_invalid", ("lots",)),
     ({"block_size": 24}, "block_size_invalid", ("24",)),
     ({"max_num_seqs": 0}, "option_invalid", ("max_num_seqs",)),
-    ({"backend": "magic"}, "unknown_variant", ("magic", "ref", "torch")),
+    ({"backend": "magic"}, "option_invalid", ("magic", "ref", "torch")),
+    ({"num_threads": 10**6}, "option_invalid", ("num_threads", "4096")),
+    ({"max_model_len": "8"}, "option_invalid", ("max_model_len", "int", "str")),
+    ({"max_model_len": 1.5}, "option_invalid", ("max_model_len", "float")),
+    ({"gpu_memory_utilization": 3}, "option_invalid", ("gpu_memory_utilization", "0.01")),
+    ({"enforce_eager": 1}, "option_invalid", ("enforce_eager", "bool")),
+    ({"kv_memory": "-1"}, "size_invalid", ("-1",)),
+    ({"kv_memory": "1K"}, "kv_memory_too_small", ("1.00 KiB",)),
 ]
 
 
@@ -126,6 +133,7 @@ def test_refused_requests_leave_the_others_alone(test_data: Path) -> None:
     engine = build_engine(EngineConfig(model=str(test_data / "models" / "stories260k"), device="cpu", backend="ref"))
     good = tuple(engine.tokenizer.encode("Once upon a time"))
     params = SamplingParams(temperature=0.0, max_tokens=24)
+    odd = {"stop": SamplingParams(stop_token_ids=[10**9]), "bias": SamplingParams(logit_bias={512: 1.0})}
     bad = {"long": (1,) * 600, "empty": (), "high": (1, 512), "low": (-1,)}
 
     def run(submissions: list[Submission]) -> dict[str, list[Update]]:
@@ -143,15 +151,18 @@ def test_refused_requests_leave_the_others_alone(test_data: Path) -> None:
     alone = run([Submission(id="alone", tokens=good, params=params, seed=0)])["alone"]
     jobs = [Submission(id="first", tokens=good, params=params, seed=0)]
     jobs += [Submission(id=name, tokens=tokens, params=params, seed=0) for name, tokens in bad.items()]
+    jobs += [Submission(id=name, tokens=good, params=params, seed=0) for name, params in odd.items()]
     jobs += [Submission(id="last", tokens=good, params=params, seed=0)]
     among = run(jobs)
     engine.close()
-    codes = {name: among[name][-1].error.code for name in bad}  # type: ignore[union-attr]
+    codes = {name: among[name][-1].error.code for name in (*bad, *odd)}  # type: ignore[union-attr]
     assert codes == {
         "long": "prompt_too_long",
         "empty": "empty_prompt",
         "high": "token_out_of_range",
         "low": "token_out_of_range",
+        "stop": "token_out_of_range",
+        "bias": "token_out_of_range",
     }
     expected = [token for update in alone for token in update.tokens]
     for name in ("first", "last"):

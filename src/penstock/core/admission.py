@@ -53,14 +53,21 @@ def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary,
     """Tokens, prompt included, at which a submission's samples end for lack of room.
 
     Raises:
-        InvalidRequest: as ``check_prompt``, or kv_too_small when not even an empty pool could hold it.
+        InvalidRequest: as ``check_prompt``; token_out_of_range, invalid_parameter; kv_too_small when not even an
+            empty pool could hold it.
     """
     check_prompt(submission.tokens, limits, vocabulary)
     if abs(submission.priority) > MAX_PRIORITY:
         why = f"it must be from {-MAX_PRIORITY} to {MAX_PRIORITY}"
         raise InvalidRequest("invalid_parameter", "priority is out of range", why=why)
+    params = submission.params
+    named = {"logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
+    for name, ids in named.items():
+        if (high := max(ids, default=0)) >= vocabulary.size:
+            why = f"the vocabulary has ids 0 to {vocabulary.size - 1}"
+            raise InvalidRequest("token_out_of_range", f"{name} names token id {high}", why=why, fix="leave it out")
     longest = limits.max_model_len
-    limit = min(longest, len(submission.tokens) + (submission.params.max_tokens or longest))
+    limit = min(longest, len(submission.tokens) + (params.max_tokens or longest))
     if shortage := kv.shortage(limit - 1):  # the last token is never computed
         raise InvalidRequest(
             "kv_too_small",

@@ -21,7 +21,7 @@ def engine_config(model: str | None, options: Mapping[str, Any]) -> EngineConfig
     given: dict[str, Any] = {"model": None if model is None else str(model)}
     for name, value in options.items():
         if name in known:
-            given[name] = _DTYPES.get(str(value), str(value)) if name == "dtype" else value
+            given[name] = _as_written(name, value)
         elif name == "tokenizer" and value == model:
             pass
         elif name not in _NEUTRAL:
@@ -39,6 +39,13 @@ def engine_config(model: str | None, options: Mapping[str, Any]) -> EngineConfig
                 fix=f"leave {name} out",
             )
     return EngineConfig(**given)
+
+
+def _as_written(name: str, value: Any) -> Any:
+    """What a script passes as an object and the command line as text: torch dtypes, bytes as a number."""
+    if name == "dtype":
+        return _DTYPES.get(str(value), str(value))
+    return str(value) if name == "kv_memory" and type(value) is int else value
 
 
 _DTYPES = {"half": "float16", "float": "float32"} | {

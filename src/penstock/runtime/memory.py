@@ -158,4 +158,5 @@ def _length(spec: ModelSpec, config: EngineConfig) -> int:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size / (1 << 20):.2f} MiB"
+    unit, name = next(((1 << p, n) for p, n in ((30, "GiB"), (20, "MiB")) if size >= (1 << p) // 100), (1 << 10, "KiB"))
+    return f"{size / unit:.2f} {name}"
