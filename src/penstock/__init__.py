@@ -14,7 +14,7 @@ from penstock.base import PenstockError
 from penstock.spec import CompletionOutput, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
-    from penstock.llm import LLM, AsyncLLM, TokensPrompt
+    from penstock.llm import LLM, AsyncLLM, TextPrompt, TokensPrompt
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,11 +24,12 @@ __all__ = [
     "PenstockError",
     "RequestOutput",
     "SamplingParams",
+    "TextPrompt",
     "TokensPrompt",
     "__version__",
 ]
 
-_LATE = {"LLM", "AsyncLLM", "TokensPrompt"}
+_LATE = {"LLM", "AsyncLLM", "TextPrompt", "TokensPrompt"}
 
 
 def __getattr__(name: str) -> Any:

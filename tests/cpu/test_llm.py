@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from penstock import LLM, AsyncLLM, CompletionOutput, RequestOutput, SamplingParams, TokensPrompt
+from penstock import LLM, AsyncLLM, CompletionOutput, RequestOutput, SamplingParams, TextPrompt, TokensPrompt
 from penstock.base import ConfigError, EngineError, InvalidRequest, NotFound, PenstockError
 from penstock.core.service import Sink, Status, Submission, Update
 from penstock.llm.config import engine_config
@@ -279,6 +279,71 @@ def test_a_bad_prompt_is_refused_before_any_is_started(llm: LLM, prompt: Any, co
             llm.generate(prompts, GREEDY)
         assert error.value.code == code
     assert status(llm) == before
+
+
+@pytest.mark.parametrize(
+    "params", [{"max_tokens": 3}, {}, "max_tokens", 3, 0, SamplingParams, ["x"], [{"max_tokens": 3}], [None]]
+)
+def test_what_is_no_sampling_params_is_refused(llm: LLM, async_llm: AsyncLLM, params: Any) -> None:
+    async def main() -> list[Delta]:
+        return await collected(async_llm, "x", params)
+
+    calls = (lambda: llm.generate("x", params), lambda: list(llm.stream("x", params)), lambda: asyncio.run(main()))
+    for call in calls:
+        with pytest.raises(InvalidRequest, match=r"sampling_params = .*must be SamplingParams") as error:
+            call()
+        assert error.value.code == "invalid_parameter"
+
+
+def test_what_is_no_priority_is_refused(llm: LLM) -> None:
+    for priority in ("high", ["high"], 1.5):
+        with pytest.raises(InvalidRequest, match=r"priority = .*must be int"):
+            llm.generate("x", priority=priority)  # type: ignore[arg-type]
+
+
+def test_lora_is_not_in_this_build(llm: LLM) -> None:
+    talk, source = [{"role": "user", "content": "Once"}], "{{ messages[0].content }}"
+    for output in (
+        *llm.generate("Once", GREEDY, lora_request=None),
+        *llm.chat(talk, GREEDY, lora_request=None, chat_template=source),
+    ):
+        assert output.finished and output.lora_request is None and output.prompt_logprobs is None
+    lora: Any = object()
+    for call in (
+        lambda: llm.generate("Once", GREEDY, lora_request=lora),
+        lambda: llm.chat(talk, GREEDY, lora_request=lora, chat_template=source),
+    ):
+        with pytest.raises(InvalidRequest, match="lora_request is not in this build yet") as error:
+            call()
+        assert error.value.code == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "refused"),
+    [
+        ("multi_modal_data", {"image": object()}, True),
+        ("prompt_embeds", np.zeros((2, 3)), True),
+        ("cache_salt", "salt", True),
+        ("multi_modal_data", {}, False),
+        ("multi_modal_data", None, False),
+        ("cache_salt", "", False),
+    ],
+)
+def test_prompt_keys_that_would_change_the_answer_are_refused(llm: LLM, key: str, value: Any, refused: bool) -> None:
+    prompt: Any = {"prompt": "Once upon a time", key: value}
+    if refused:
+        with pytest.raises(InvalidRequest, match=f"{key} is not in this build yet") as error:
+            llm.generate(prompt, GREEDY)
+        assert error.value.code == "unsupported_parameter"
+    else:
+        assert only(llm.generate(prompt, GREEDY)).text.startswith(START)
+
+
+def test_default_sampling_params(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    assert params == SamplingParams()
+    prompt = TextPrompt(prompt="Once upon a time")
+    assert len(only(llm.generate(prompt, params)).token_ids) == params.max_tokens
 
 
 def test_errors_have_numbers(llm: LLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -45,6 +46,36 @@ def test_run_prints_text_and_the_same_text_as_json(stories: Path) -> None:
     assert timings["tokens_per_s"] == pytest.approx(24 / timings["total_s"], rel=0.01)
 
 
+def test_a_prompt_from_a_pipe_loses_one_newline(stories: Path) -> None:
+    def tokens(*arguments: str | Path, stdin: bytes = b"") -> int:
+        done = penstock(*RUN, "--max-tokens", "1", "--json", *arguments, stdin=stdin)
+        assert done.returncode == 0, done.stderr
+        count: int = json.loads(done.stdout)["usage"]["prompt_tokens"]
+        return count
+
+    plain = tokens(stories, PROMPT)
+    assert tokens(stories, "-", stdin=f"{PROMPT}\n".encode()) == plain
+    assert tokens(stories, "-", stdin=f"{PROMPT}\n\n".encode()) > plain
+    assert tokens(stdin=f"{PROMPT}\n".encode()) == tokens(PROMPT)  # the bundled model
+    assert b'"-" to read' in penstock("run").stderr
+
+
+def test_a_model_alone_is_no_prompt(stories: Path) -> None:
+    assert penstock("run", stories).stderr.startswith(b"Error: MODEL was given without a PROMPT\n")
+
+
+def test_a_full_disk_and_a_closed_stdout(stories: Path) -> None:
+    command = shlex.join(argv(*RUN, "--max-tokens", "2", stories, PROMPT))
+
+    def end(redirection: str) -> tuple[int, bytes]:
+        done = subprocess.run(["bash", "-c", command + redirection], stderr=subprocess.PIPE, timeout=60)
+        return done.returncode, done.stderr
+
+    code, errors = end(" >/dev/full")
+    assert code == 1 and errors.endswith(b"  code: output_failed\n") and len(errors.splitlines()) == 4, errors
+    assert end(" >&-") == (0, b"")
+
+
 def test_seeds(stories: Path) -> None:
     def text(seed: int) -> bytes:
         return penstock("run", "--max-tokens", "12", "--seed", str(seed), stories, PROMPT).stdout
@@ -56,6 +87,7 @@ def test_seeds(stories: Path) -> None:
     ("arguments", "code", "name"),
     [
         (["run"], 2, "missing_prompt"),
+        (["run", "{model}"], 2, "missing_prompt"),
         (["run", "--temperature", "-1", "{model}", PROMPT], 2, "invalid_parameter"),
         (["run", "--max-tokens", "9", "{model}", "word " * 600], 2, "prompt_too_long"),
         (["run", "no/such/folder", PROMPT], 3, "model_not_found"),

@@ -87,6 +87,19 @@ def test_bad_chat_fields_are_named(server: Server, field: str, value: object) ->
     assert error["code"] == "invalid_parameter" and error["param"].startswith(field), error
 
 
+def test_required_fields_and_allowed_values_are_told(server: Server) -> None:
+    def said(path: str, **fields: Any) -> tuple[str, str]:
+        error = error_of(post(server, path, **fields), 400)
+        return error["message"], error["param"]
+
+    assert said(COMPLETIONS) == ("prompt is required [invalid_parameter]", "prompt")
+    assert said(CHAT)[1] == "messages"
+    text, param = said(CHAT, messages=[USER, {"content": "a"}])
+    assert text.startswith("messages[1].role is required") and param == "messages[1].role"
+    text, param = said(CHAT, messages=[USER, {"role": "pirate", "content": "a"}])
+    assert "system, developer, user, assistant, tool" in text and param == "messages[1].role"
+
+
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
@@ -117,7 +130,7 @@ def test_values_that_ask_for_nothing_are_accepted(server: Server) -> None:
         "user": "u",
         "metadata": {"a": 1},
     }
-    assert post(server, CHAT, messages=[USER], **harmless, store=False, unheard_of=[1]).status_code == 200
+    assert post(server, CHAT, messages=[USER], **harmless, store=False).status_code == 200
     nulls = dict.fromkeys(("temperature", "n", "stop", "seed", "logprobs", "stream", "logit_bias", "suffix", "best_of"))
     assert post(server, COMPLETIONS, prompt=PROMPT, **nulls).status_code == 200
 
@@ -162,6 +175,13 @@ def test_bodies_have_a_limit(server: Server) -> None:
     for chunked in (False, True):
         assert error_of(send(MAX_BODY_BYTES, chunked), 400)["code"] == "prompt_too_long"
         assert error_of(send(MAX_BODY_BYTES + 1, chunked), 413)["code"] == "body_too_large"
+
+
+def test_a_body_declared_too_large_is_refused_unread(server: Server) -> None:
+    with socket.create_connection(server.address, timeout=10) as connection:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
+        assert connection.recv(12) == b"HTTP/1.1 413"
 
 
 def test_headers_have_limits(server: Server) -> None:
@@ -241,6 +261,32 @@ def ask(llm: AsyncLLM, path: str, body: object, hosts: frozenset[str] | None = N
 
 def test_chat_needs_a_template(llm: AsyncLLM) -> None:
     assert error_of(ask(llm, CHAT, {"messages": [USER]}), 400)["code"] == "no_chat_template"
+
+
+def test_unknown_fields_are_ignored_and_logged(llm: AsyncLLM, caplog: pytest.LogCaptureFixture) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 1, "user": "u", "suffix": None}
+    assert ask(llm, COMPLETIONS, body).status_code == 200 and not caplog.records
+    assert ask(llm, COMPLETIONS, body | {"unheard_of": [1], "line\nbreak": 2}).status_code == 200
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage().endswith(r"['line\nbreak', 'unheard_of']")
+    ask(llm, COMPLETIONS, body | {"x" * 9999: 1})
+    assert len(caplog.records[-1].getMessage()) < 400
+
+
+def test_the_model_may_be_named_as_it_was_given(llm: AsyncLLM, stories: Path) -> None:
+    for name, status in ((stories.name, 200), (str(stories), 200), (str(stories.parent), 404)):
+        assert ask(llm, COMPLETIONS, {"model": name, "prompt": PROMPT, "max_tokens": 1}).status_code == status
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_what_ended_a_choice_is_told(server: Server, path: str, stream: bool) -> None:
+    asked = {"prompt": PROMPT} if path == COMPLETIONS else {"messages": [USER]}
+    for fields, reason in (({"stop": ["e"]}, "e"), ({"stop_token_ids": list(range(3, 512))}, int), ({}, None)):
+        response = post(server, path, **asked, **({"max_tokens": 40} | fields if fields else {}), stream=stream)
+        text = response.text.rstrip().split("\n\n")[-2].removeprefix("data: ") if stream else response.text
+        found = json.loads(text)["choices"][0]["stop_reason"]
+        assert isinstance(found, int) if reason is int else found == reason, (fields, found)
 
 
 def test_texts_of_other_exceptions_stay_inside(

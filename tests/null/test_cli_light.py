@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shlex
 import subprocess
 import sys
 
@@ -48,7 +50,23 @@ def test_every_engine_field_is_an_option_with_its_help() -> None:
 def test_version() -> None:
     import penstock as package
 
-    assert penstock("version").stdout.strip() == package.__version__
+    for argument in ("version", "--version"):
+        assert penstock(argument).stdout == f"{package.__version__}\n"
+
+
+def test_the_seed_is_explained() -> None:
+    assert "without it the text is the same at every run" in " ".join(penstock("run", "--help").stdout.split())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+def test_output_that_cannot_be_written_is_an_error_with_a_name() -> None:
+    argv = [sys.executable, "-m", "penstock.cli", "version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("  code: output_failed\n"), done.stderr
+    assert "no space left" in done.stderr and len(done.stderr.splitlines()) == 4
+    closed = subprocess.run(["sh", "-c", f"{shlex.join(argv)} >&-"], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (closed.returncode, closed.stderr) == (0, "")
 
 
 def test_usage_errors_exit_2() -> None:

@@ -35,41 +35,56 @@ class Overhead:
 
 
 def measure_overhead(running: int = 64) -> list[Overhead]:
-    """Steady decode, the same with 10,000 waiting, and steady churn, their rounds in turn."""
+    """Steady decode, the same with 10,000 waiting, and steady churn. All three take each step in turn, so that what
+    the machine does meanwhile happens to all."""
     scenarios = {
         "steady decode": (0, STEPS + WARM_STEPS + 20, False),
         "10,000 waiting": (10_000, STEPS + WARM_STEPS + 20, False),
         "arrivals": (0, 32, True),
     }
-    rounds: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in scenarios}
+    rounds: list[list[_Lane]] = []
     for _ in range(ROUNDS):
-        for name, (waiting, max_tokens, refill) in scenarios.items():
-            rounds[name].append(_round(SteadyState(running, waiting, max_tokens, refill=refill), running))
-    return [
-        Overhead(
-            name,
-            running,
-            scenarios[name][0],
-            arrivals=round(statistics.mean(r[3] for r in measured), 2),
-            scheduler_ms=round(statistics.median(r[0] for r in measured), 4),
-            inputs_ms=round(statistics.median(r[1] for r in measured), 4),
-            total_ms=round(statistics.median(r[2] for r in measured), 4),
-            worst_round_ms=round(max(r[2] for r in measured), 4),
+        lanes = [_Lane(SteadyState(running, waiting, n, refill=refill)) for waiting, n, refill in scenarios.values()]
+        for step in range(WARM_STEPS + STEPS):
+            for lane in lanes:
+                lane.step(counted=step >= WARM_STEPS)
+        rounds.append(lanes)
+    return [_summary(name, running, scenarios[name][0], [r[i] for r in rounds]) for i, name in enumerate(scenarios)]
+
+
+def _summary(name: str, running: int, waiting: int, lanes: list[_Lane]) -> Overhead:
+    median = statistics.median
+    totals = [median(a + b for a, b in zip(lane.scheduler_ms, lane.inputs_ms, strict=True)) for lane in lanes]
+    return Overhead(
+        name,
+        running,
+        waiting,
+        arrivals=round(statistics.mean(lane.arrived / STEPS for lane in lanes), 2),
+        scheduler_ms=round(median(median(lane.scheduler_ms) for lane in lanes), 4),
+        inputs_ms=round(median(median(lane.inputs_ms) for lane in lanes), 4),
+        total_ms=round(median(totals), 4),
+        worst_round_ms=round(max(totals), 4),
+    )
+
+
+class _Lane:
+    """One scenario's scheduler and batch arrays, and the time its steps took."""
+
+    def __init__(self, state: SteadyState) -> None:
+        limits = state.setup.limits
+        self.state = state
+        self.inputs = Inputs(
+            limits.max_batch_requests, limits.max_model_len, state.setup.block_size, 1, torch.device("cpu")
         )
-        for name, measured in rounds.items()
-    ]
+        self.scheduler_ms: list[float] = []
+        self.inputs_ms: list[float] = []
+        self.arrived = 0
 
-
-def _round(state: SteadyState, running: int) -> tuple[float, float, float, float]:
-    limits = state.setup.limits
-    inputs = Inputs(running, limits.max_model_len, state.setup.block_size, 1, torch.device("cpu"))
-    scheduler_ms: list[float] = []
-    inputs_ms: list[float] = []
-    arrived = 0
-    for step in range(WARM_STEPS + STEPS):
+    def step(self, *, counted: bool) -> None:
+        state, inputs = self.state, self.inputs
         started = time.perf_counter()
         plan = state.plan()
-        assert plan is not None
+        assert plan is not None  # somebody always runs
         planned = time.perf_counter()
         for request in plan.gone:
             inputs.forget(request)
@@ -85,10 +100,7 @@ def _round(state: SteadyState, running: int) -> tuple[float, float, float, float
         state.commit(plan, result)
         ended = time.perf_counter()
         state.next()
-        if step >= WARM_STEPS:
-            scheduler_ms.append(1e3 * (planned - started + ended - landed))
-            inputs_ms.append(1e3 * (ready - planned))
-            arrived += len(plan.new)
-    total = [a + b for a, b in zip(scheduler_ms, inputs_ms, strict=True)]
-    median = statistics.median
-    return median(scheduler_ms), median(inputs_ms), median(total), arrived / STEPS
+        if counted:
+            self.scheduler_ms.append(1e3 * (planned - started + ended - landed))
+            self.inputs_ms.append(1e3 * (ready - planned))
+            self.arrived += len(plan.new)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from penstock.cli.exits import guarded
+from penstock.cli.exits import emit, guarded
 from penstock.cli.options import MODEL_HELP
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
@@ -32,12 +32,12 @@ def startup(
 
     report = measure_startup(model, runs=runs)
     if as_json:
-        print(json.dumps(dataclasses.asdict(report)))
+        emit(json.dumps(dataclasses.asdict(report)))
         return
-    print(f"process start to first token: median {report.median_s:.2f} s of {runs} runs")
-    print(f"  from {report.min_s:.2f} to {report.max_s:.2f} s; first run, cold file cache: {report.first_s:.2f} s")
-    print(f"  command: {shlex.join(report.command)}")
-    print(f"  machine: {report.machine}, {report.cpus} CPUs, Python {report.python}; {report.date}")
+    emit(f"process start to first token: median {report.median_s:.2f} s of {runs} runs")
+    emit(f"  from {report.min_s:.2f} to {report.max_s:.2f} s; first run, cold file cache: {report.first_s:.2f} s")
+    emit(f"  command: {shlex.join(report.command)}")
+    emit(f"  machine: {report.machine}, {report.cpus} CPUs, Python {report.python}; {report.date}")
 
 
 @app.command("overhead")
@@ -51,10 +51,10 @@ def overhead(
 
     rows = measure_overhead(running)
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        emit(json.dumps([dataclasses.asdict(row) for row in rows]))
         return
     for row in rows:
-        print(
+        emit(
             f"{row.scenario:15} {row.total_ms:.3f} ms a step at {row.running} requests"
             f" (scheduler {row.scheduler_ms:.3f}, inputs {row.inputs_ms:.3f}; worst round {row.worst_round_ms:.3f};"
             f" {row.arrivals:.1f} arrivals a step)"

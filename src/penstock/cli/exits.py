@@ -28,7 +28,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-            sys.stdout.flush()
+            emit("", end="")
         except PenstockError as error:
             explain(error)
             sys.exit(exit_code(error))
@@ -42,6 +42,27 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             sys.exit(1)
 
     return wrapper
+
+
+def emit(text: str, *, end: str = "\n") -> None:
+    """Prints at once; nothing where stdout is closed.
+
+    Raises:
+        BrokenPipeError: whoever read it went away.
+        PenstockError: (output_failed) it cannot be written, as on a full disk.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_stdout()
+        raise PenstockError(
+            "output_failed",
+            "The output cannot be written",
+            why=(error.strerror or str(error)).lower(),
+            fix="see where stdout goes",
+        ) from error
 
 
 def exit_code(error: PenstockError) -> int:

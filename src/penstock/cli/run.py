@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from penstock.base import InvalidRequest
+from penstock.cli.exits import emit
 from penstock.cli.options import MODEL_HELP, engine_options
 from penstock.spec import SamplingParams
 
@@ -22,20 +25,24 @@ if TYPE_CHECKING:
 def run(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help='what to continue; "-" reads it from stdin')
+        str | None,
+        typer.Argument(metavar="PROMPT", help='what to continue; "-", or none in a pipe, reads it from stdin'),
     ] = None,
     *,
     max_tokens: Annotated[int, typer.Option(help="most tokens to generate")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 1.0,
     top_p: Annotated[float, typer.Option(help="keep the likeliest tokens that reach this probability")] = 1.0,
     top_k: Annotated[int, typer.Option(help="keep this many likeliest tokens; 0 keeps all")] = 0,
-    seed: Annotated[int | None, typer.Option(help="makes the draw reproducible")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="draws another text; without it the text is the same at every run")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of streaming text")] = False,
     engine: dict[str, Any],
 ) -> None:
     """Continue PROMPT and print the text as it comes. A single argument is the prompt."""
     if prompt is None:
         model, prompt = None, model
+        _refuse_model_alone(prompt)
     text = _prompt_text(prompt)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
@@ -48,17 +55,36 @@ def run(
         for delta in llm.stream({"prompt_token_ids": answer.prompt_token_ids}, params):
             answer.take(delta)
             show(delta.text)
-        print(json.dumps(answer.report()) if as_json else "")
+        emit(json.dumps(answer.report()) if as_json else "")
+
+
+def _refuse_model_alone(prompt: str | None) -> None:
+    if prompt is not None and os.path.isfile(os.path.join(prompt, "config.json")):  # false for what is no path at all
+        raise InvalidRequest(
+            "missing_prompt",
+            "MODEL was given without a PROMPT",
+            why=f"{prompt} is a model folder",
+            fix='add the prompt after it, or "-" to read it from stdin',
+        )
 
 
 def _prompt_text(prompt: str | None) -> str:
-    """The prompt, from stdin where it is "-"."""
-    if prompt is None:
-        raise InvalidRequest("missing_prompt", "There is no prompt", fix='try: penstock run "Once upon a time"')
-    if prompt != "-":
+    """The prompt, from stdin where it is "-", or where there is none and stdin is no terminal."""
+    if prompt not in (None, "-"):
         return prompt
+    piped = sys.stdin is not None and (prompt == "-" or not sys.stdin.isatty())
+    text = _read_stdin() if piped else ""
+    if not text and prompt is None:
+        raise InvalidRequest(
+            "missing_prompt", "There is no prompt", fix='try: penstock run "Once upon a time", or "-" to read stdin'
+        )
+    return text
+
+
+def _read_stdin() -> str:
+    """All of stdin, less the newline that ends what echo and editors write."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InvalidRequest(
             "invalid_text", "The prompt on stdin is not UTF-8 text", why=f"byte {error.start} cannot be decoded"
@@ -113,13 +139,14 @@ class _Terminal:
     """Prints pieces of text at once. On a terminal, control characters are shown, never obeyed."""
 
     def __init__(self) -> None:
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if isinstance(sys.stdout, io.TextIOWrapper):  # None where stdout is closed
+            sys.stdout.reconfigure(errors="replace")
         self._controls = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
-        self._plain = not sys.stdout.isatty()
+        self._plain = sys.stdout is None or not sys.stdout.isatty()
 
     def __call__(self, text: str) -> None:
         if text:
-            print(text if self._plain else text.translate(self._controls), end="", flush=True)
+            emit(text if self._plain else text.translate(self._controls), end="")
 
 
 def _discard(_: str) -> None:

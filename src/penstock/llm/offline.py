@@ -20,7 +20,7 @@ from penstock.assemble import build_engine
 from penstock.base import InvalidRequest, PenstockError
 from penstock.core.service import Update
 from penstock.llm.config import engine_config
-from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt, not_a_prompt
+from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt, not_a_prompt, wrong_type
 from penstock.spec import RequestOutput, SamplingParams
 from penstock.text import ChatTemplate, Delta, Tokenizer
 
@@ -52,6 +52,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: None = None,
         priority: int | Sequence[int] | None = None,
         parse_special: bool = True,
     ) -> list[RequestOutput]:
@@ -64,12 +65,14 @@ class LLM:
             prompts: one or several; a list of integers is one prompt.
             sampling_params: one for all, or one for each.
             use_tqdm: show progress over several prompts when the terminal can.
+            lora_request: only None in this build.
             priority: one for all, or one for each; lower is served earlier.
             parse_special: special tokens written in a text prompt become tokens.
 
         Raises:
             InvalidRequest: a prompt or parameter cannot be used.
         """
+        _refuse_lora(lora_request)
         tokenized = [self._requests.tokenize(prompt, parse_special=parse_special) for prompt in _as_prompts(prompts)]
         return self._complete(tokenized, sampling_params, priority, use_tqdm)
 
@@ -79,6 +82,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -88,9 +92,11 @@ class LLM:
         """Answers one conversation or several. Special tokens in the content of messages are ordinary text.
 
         Args:
+            lora_request: only None in this build.
             chat_template: Jinja source to use instead of the model's own.
             chat_template_kwargs: variables for the template; those it does not read are ignored.
         """
+        _refuse_lora(lora_request)
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         template = None
         if chat_template is not None:
@@ -128,11 +134,16 @@ class LLM:
             PenstockError: the request was refused or failed.
         """
         tokenized = self._requests.tokenize(prompt, parse_special=parse_special)
-        job = self._requests.job(tokenized, sampling_params or SamplingParams(), priority=priority)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        job = self._requests.job(tokenized, params, priority=priority)
         for _, delta in self._follow([job]):
             if job.error is not None:
                 raise job.error
             yield delta
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What ``generate``, ``chat`` and ``stream`` use when they are given none."""
+        return SamplingParams()
 
     def get_tokenizer(self) -> Tokenizer:
         return self._requests.engine.tokenizer
@@ -156,8 +167,9 @@ class LLM:
         priority: int | Sequence[int] | None,
         show_progress: bool,
     ) -> list[RequestOutput]:
-        every_params = _one_each("sampling_params", params or SamplingParams(), SamplingParams, len(prompts))
-        priorities = _one_each("priority", priority or 0, int, len(prompts))
+        params = SamplingParams() if params is None else params
+        every_params = _one_each("sampling_params", params, SamplingParams, len(prompts))
+        priorities = _one_each("priority", 0 if priority is None else priority, int, len(prompts))
         jobs = [
             self._requests.job(prompt, one_params, priority=one_priority)
             for prompt, one_params, one_priority in zip(prompts, every_params, priorities, strict=True)
@@ -214,12 +226,22 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _one_each(name: str, value: T | Sequence[T], kind: type[T], number: int) -> list[T]:
     if isinstance(value, kind):
         return [value] * number
-    every = list(cast("Sequence[T]", value))
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise wrong_type(name, value, f"{kind.__name__}, or a list with one for each prompt")
+    every = list(value)
+    for one in every:
+        if not isinstance(one, kind):
+            raise wrong_type(name, one, kind.__name__)
     if len(every) != number:
         raise InvalidRequest(
             "invalid_parameter", f"{name} is a list of {len(every)}", why=f"there are {number} prompts"
         )
     return every
+
+
+def _refuse_lora(lora_request: object) -> None:
+    if lora_request is not None:
+        raise InvalidRequest("unsupported_parameter", "lora_request is not in this build yet", fix="leave it out")
 
 
 @contextmanager

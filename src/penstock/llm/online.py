@@ -102,7 +102,10 @@ class AsyncLLM:
         job = await _beside_the_loop(
             prompt,
             lambda: self._requests.job(
-                self._requests.tokenize(prompt), params or SamplingParams(), request_id=name, priority=priority
+                self._requests.tokenize(prompt),
+                SamplingParams() if params is None else params,
+                request_id=name,
+                priority=priority,
             ),
         )
         loop = asyncio.get_running_loop()

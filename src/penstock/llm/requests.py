@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from itertools import count
 from operator import index as as_int
@@ -133,7 +133,9 @@ class Requests:
     def job(
         self, prompt: TokensPrompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
     ) -> Job:
-        """Raises InvalidRequest: empty_prompt, token_out_of_range, prompt_too_long."""
+        """Raises InvalidRequest: invalid_parameter, empty_prompt, token_out_of_range, prompt_too_long."""
+        if not isinstance(params, SamplingParams):
+            raise wrong_type("sampling_params", params, "SamplingParams")
         tokens = tuple(prompt["prompt_token_ids"])
         check_prompt(tokens, self.engine.setup.limits, self.engine.vocabulary)
         submission = Submission(
@@ -170,10 +172,30 @@ def _parts(prompt: Prompt) -> tuple[str | None, list[int] | None]:
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     try:
         if isinstance(text, str | None) and not isinstance(ids, bytes) and (text, ids) != (None, None):
+            if isinstance(prompt, Mapping):
+                _refuse_other_keys(prompt)
             return text, None if ids is None else [as_int(i) for i in ids]
     except TypeError:
         pass
     raise not_a_prompt(prompt)
+
+
+def _refuse_other_keys(prompt: Mapping[str, Any]) -> None:
+    """Raises InvalidRequest: unsupported_parameter, rather than answering as if a key had not been given."""
+    for key, value in prompt.items():
+        nothing = value is None or value is False or (isinstance(value, Sized) and not len(value))
+        if key not in ("prompt", "prompt_token_ids") and not nothing:
+            raise InvalidRequest(
+                "unsupported_parameter",
+                f"A prompt with {key} is not in this build yet",
+                fix="leave it out; prompt and prompt_token_ids are what is read",
+            )
+
+
+def wrong_type(name: str, value: object, wanted: str) -> InvalidRequest:
+    return InvalidRequest(
+        "invalid_parameter", f"{name} = {repr(value)[:60]} cannot be used", why=f"it must be {wanted}"
+    )
 
 
 def not_a_prompt(prompt: object) -> InvalidRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Protocol, TypeVar
@@ -37,10 +38,12 @@ from penstock.serving.schemas import (
     Model,
     ModelList,
     refuse_unsupported,
+    unknown_fields,
 )
 from penstock.serving.sse import EventStream, unless_disconnected
 
 R = TypeVar("R", bound=GenerationRequest)
+_log = logging.getLogger(__name__)
 
 
 class Task(Protocol):
@@ -113,7 +116,10 @@ async def _generate(
 def _decode(body: bytes, shape: type[R]) -> R:
     asked = parse(body, shape)
     asked.check()
-    refuse_unsupported(parse(body, dict[str, msgspec.Raw]), chat=shape is ChatRequest)
+    fields = parse(body, dict[str, msgspec.Raw])
+    refuse_unsupported(fields, chat=shape is ChatRequest)
+    if unknown := unknown_fields(fields, shape):
+        _log.warning("a request carries unknown fields, which are ignored: %.300r", unknown)
     return asked
 
 

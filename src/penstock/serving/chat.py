@@ -42,10 +42,11 @@ class ChatTask:
         async with aclosing(self.generation.deltas()) as news:
             async for index, delta in news:
                 logprobs = self._logprobs(delta)
-                new = ChatChoice(index, AssistantMessage(delta.text), logprobs, delta.finish_reason)
+                message = AssistantMessage(delta.text)
+                new = ChatChoice(index, message, logprobs, delta.finish_reason, delta.stop_reason)
                 if (choice := choices.setdefault(index, new)) is not new:
                     choice.message.content += delta.text
-                    choice.finish_reason = delta.finish_reason
+                    choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
                     if choice.logprobs is not None and logprobs is not None:
                         choice.logprobs.content += logprobs.content
         ordered = [choices[index] for index in sorted(choices)]
@@ -63,7 +64,8 @@ class ChatTask:
                     logprobs = self._logprobs(delta)
                     yield self._chunk(ChatChunkChoice(index, ChatDelta(content=delta.text), logprobs, None))
                 if delta.finish_reason is not None:
-                    yield self._chunk(ChatChunkChoice(index, ChatDelta(), None, delta.finish_reason))
+                    ended = ChatChunkChoice(index, ChatDelta(), None, delta.finish_reason, delta.stop_reason)
+                    yield self._chunk(ended)
         if self.request.usage_wanted():
             yield self._completion("chat.completion.chunk", [], self.generation.usage())
 

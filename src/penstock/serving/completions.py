@@ -45,7 +45,7 @@ class CompletionTask:
             async for piece in pieces:
                 if (choice := choices.setdefault(piece.index, piece)) is not piece:
                     choice.text += piece.text
-                    choice.finish_reason = piece.finish_reason
+                    choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
                     if choice.logprobs is not None and piece.logprobs is not None:
                         _join(choice.logprobs, piece.logprobs)
         return self._completion([choices[index] for index in sorted(choices)], self.generation.usage())
@@ -73,7 +73,7 @@ class CompletionTask:
                     logprobs = completion_logprobs(delta, tokenizer, offsets[index])
                     offsets[index] += sum(map(len, logprobs.tokens))
                 if text or logprobs or delta.finish_reason:
-                    yield CompletionChoice(index, text, logprobs, delta.finish_reason)
+                    yield CompletionChoice(index, text, logprobs, delta.finish_reason, delta.stop_reason)
 
     def _completion(self, choices: list[CompletionChoice], *usage: Usage | None) -> Completion:
         generation = self.generation

@@ -36,10 +36,10 @@ class Context:
     draining: bool = False
 
     def admit(self, model: str | None) -> None:
-        """Refuses a model this server does not have, and everything while it ends."""
+        """Refuses any model but this one, by its name or as the engine was given it, and everything while it ends."""
         if self.draining:
             raise shutting_down()
-        if model is not None and model != self.name:
+        if model not in (None, self.name, self.llm.engine.config.model):
             raise HTTPError(
                 "model_not_found",
                 "This server does not have the model that was asked for",

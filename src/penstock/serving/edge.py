@@ -106,6 +106,8 @@ async def read_body(request: Request) -> bytes:
             fix="send the header Content-Type: application/json",
             status=415,
         )
+    if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:  # the HTTP parser saw to the digits
+        raise _body_too_large()
     body = bytearray()
     received = 0
     try:
@@ -121,14 +123,18 @@ async def read_body(request: Request) -> bytes:
             "request_timeout", "The body did not arrive in time", why=f"waited {BODY_SECONDS:g} s", status=408
         ) from None
     if received > MAX_BODY_BYTES:
-        raise HTTPError(
-            "body_too_large",
-            "The request body is too large",
-            why=f"more than {MAX_BODY_BYTES} bytes",
-            fix="send less text in one request",
-            status=413,
-        )
+        raise _body_too_large()
     return bytes(body)
+
+
+def _body_too_large() -> HTTPError:
+    return HTTPError(
+        "body_too_large",
+        "The request body is too large",
+        why=f"more than {MAX_BODY_BYTES} bytes",
+        fix="send less text in one request",
+        status=413,
+    )
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
@@ -137,6 +143,7 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
 
 
 _PATH = re.compile(r"^(?P<text>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
 _PLAIN = re.compile(r"(Expected `[^`]{1,80}`( (<=|>=|<|>) [-\d.]+| of length (<=|>=) \d+)?(, got `[^`]{1,40}`)?)")
 
 
@@ -144,14 +151,17 @@ def parse(body: bytes, shape: type[T]) -> T:
     """Decodes JSON of a declared shape.
 
     Raises:
-        HTTPError: (invalid_json) not JSON, or nested too deeply; (invalid_parameter) a field of the wrong
-            type or out of its range, named.
+        HTTPError: (invalid_json) not JSON, or nested too deeply; (invalid_parameter) a field that is missing,
+            of the wrong type or out of its range, named.
     """
     try:
         return msgspec.json.decode(body, type=shape)
     except msgspec.ValidationError as error:
         found = _PATH.match(str(error))
         text, path = (found["text"], found["path"].lstrip(".")) if found else (str(error), "")
+        if missing := _MISSING.fullmatch(text):
+            path = f"{path}.{missing[1]}".lstrip(".")
+            raise HTTPError("invalid_parameter", f"{path} is required", param=path) from None
         plain = _PLAIN.fullmatch(text)
         raise HTTPError(
             "invalid_parameter",

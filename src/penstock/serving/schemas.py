@@ -5,8 +5,8 @@ Types are declared here; ranges of sampling parameters are SamplingParams' own. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, cast
 
 import msgspec
 from msgspec import Meta
@@ -98,8 +98,11 @@ class ContentPart(msgspec.Struct):
     text: str | None = None
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
 class ChatMessage(msgspec.Struct, kw_only=True):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: str  # one of ROLES; as a Literal, its error would not say which there are
     content: str | list[ContentPart] | None = None
     name: Name | None = None
     tool_calls: list[Any] | None = None
@@ -115,6 +118,14 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     def check(self) -> None:
         GenerationRequest.check(self)
+        for i, message in enumerate(self.messages):
+            if message.role not in ROLES:
+                raise HTTPError(
+                    "invalid_parameter",
+                    f"messages[{i}].role cannot be used",
+                    why=f"it must be one of {', '.join(ROLES)}",
+                    param=f"messages[{i}].role",
+                )
         if self.top_logprobs and not self.logprobs:
             raise _contradiction("top_logprobs", "logprobs")
 
@@ -181,6 +192,15 @@ _CHAT_HARMLESS = _HARMLESS | {
     "web_search_options": (),
 }
 
+_LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "service_tier", "user"}
+"""Fields that could not change the text."""
+
+
+def unknown_fields(fields: Iterable[str], shape: type[GenerationRequest]) -> list[str]:
+    """Those this server has never heard of, and ignores."""
+    known = _CHAT_HARMLESS if issubclass(shape, ChatRequest) else _COMPLETION_HARMLESS
+    return sorted(set(fields) - set(shape.__struct_fields__) - set(known) - _LABELS)
+
 
 def refuse_unsupported(fields: Mapping[str, msgspec.Raw], *, chat: bool) -> None:
     """Raises HTTPError(unsupported_parameter) rather than answering as if the field had not been sent."""
@@ -216,6 +236,7 @@ class CompletionChoice(msgspec.Struct):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
 
 
 class Completion(msgspec.Struct):
@@ -258,6 +279,7 @@ class ChatChoice(msgspec.Struct):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
 
 
 class ChatDelta(msgspec.Struct, omit_defaults=True):
@@ -270,6 +292,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
 
 
 class ChatCompletion(msgspec.Struct):

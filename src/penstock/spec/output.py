@@ -74,6 +74,7 @@ class RequestOutput:
     Attributes:
         prompt: the text, None when token ids were given.
         num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+        prompt_logprobs, lora_request: always None in this build, which refuses requests for them.
     """
 
     request_id: str
@@ -83,3 +84,5 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    prompt_logprobs: None = None
+    lora_request: None = None

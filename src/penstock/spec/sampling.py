@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import InitVar, dataclass, replace
+from typing import Any, Self
 
 from penstock.base import InvalidRequest
 
@@ -15,6 +17,24 @@ MAX_STOP = 64
 MAX_STOP_LENGTH = 1024
 MAX_STOP_IDS = 1024
 MAX_LOGIT_BIAS = 1024
+
+_NOT_YET: dict[str, bool | None] = {
+    "detokenize": True,
+    "spaces_between_special_tokens": True,
+    "prompt_logprobs": None,
+    "bad_words": None,
+    "best_of": None,
+    "logits_processors": None,
+    "allowed_token_ids": None,
+    "truncate_prompt_tokens": None,
+    "output_kind": None,
+    "extra_args": None,
+    "structured_outputs": None,
+    "guided_decoding": None,
+}
+"""vLLM's keywords that this build cannot honour, and the value that asks for nothing (beside None, also an empty list
+or mapping; ``best_of`` may equal ``n``). SamplingParams declares each of them as an InitVar, in this order: they are
+checked and not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +60,11 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string at the end of the text.
 
+    vLLM's other keywords are accepted when they ask for nothing; they are not kept.
+
     Raises:
-        InvalidRequest: (invalid_parameter) a value out of range, named with its limits.
+        InvalidRequest: (invalid_parameter) a value out of range, named with its limits; (unsupported_parameter) a
+            keyword of vLLM's that this build cannot honour.
     """
 
     n: int = 1
@@ -63,7 +86,20 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
-    def __post_init__(self) -> None:
+    detokenize: InitVar[bool] = True
+    spaces_between_special_tokens: InitVar[bool] = True
+    prompt_logprobs: InitVar[None] = None
+    bad_words: InitVar[Sequence[str] | None] = None
+    best_of: InitVar[int | None] = None
+    logits_processors: InitVar[Sequence[Any] | None] = None
+    allowed_token_ids: InitVar[Sequence[int] | None] = None
+    truncate_prompt_tokens: InitVar[None] = None
+    output_kind: InitVar[None] = None
+    extra_args: InitVar[Mapping[str, Any] | None] = None
+    structured_outputs: InitVar[None] = None
+    guided_decoding: InitVar[None] = None
+
+    def __post_init__(self, *not_yet: object) -> None:
         _int("n", self.n, 1, MAX_N)
         _real("temperature", self.temperature, 0.0, 1e4)
         if 0.0 < self.temperature < 0.01:  # below this exp(logit / t) overflows; vLLM does the same
@@ -83,25 +119,34 @@ class SamplingParams:
             _int("seed", self.seed, -(2**63), 2**64 - 1)
         if self.logprobs is not None:
             _int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for (name, neutral), value in zip(_NOT_YET.items(), not_yet, strict=True):
+            if value is not neutral and not _empty(value) and not (name == "best_of" and value == self.n):
+                raise InvalidRequest(
+                    "unsupported_parameter",
+                    f"{name} is not in this build yet",
+                    why=f"it was {reprlib.repr(value)}",
+                    fix=f"leave it out or pass {neutral}",
+                )
         self._normalise()
 
     def _normalise(self) -> None:
         for name in _REALS:  # a numpy scalar would not survive a recording
             object.__setattr__(self, name, float(getattr(self, name)))
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        if len(stop) > MAX_STOP or any(not isinstance(s, str) or not 0 < len(s) <= MAX_STOP_LENGTH for s in stop):
-            why = f"it must be at most {MAX_STOP} strings of 1 to {MAX_STOP_LENGTH} characters"
-            raise _invalid("stop", repr(self.stop)[:80], why)
-        object.__setattr__(self, "stop", tuple(stop))
-        ids = tuple(self.stop_token_ids or ())
-        if len(ids) > MAX_STOP_IDS:
-            raise _invalid("stop_token_ids", "...", f"it must be at most {MAX_STOP_IDS} ids")
+        stop = (self.stop,) if isinstance(self.stop, str) else _entries("stop", self.stop, MAX_STOP, "strings")
+        for string in stop:
+            if not isinstance(string, str):
+                raise _invalid("stop", string, "it must be a string")
+            if not 0 < len(string) <= MAX_STOP_LENGTH:
+                raise _invalid("stop", string, f"it has {len(string)} characters, not 1 to {MAX_STOP_LENGTH}")
+        object.__setattr__(self, "stop", stop)
+        ids = _entries("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS, "token ids")
         for token in ids:
             _int("stop_token_ids", token, 0, 2**31 - 1)
         object.__setattr__(self, "stop_token_ids", ids)
         if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_LOGIT_BIAS:
-                raise _invalid("logit_bias", "...", f"it must map at most {MAX_LOGIT_BIAS} token ids to numbers")
+            if not isinstance(self.logit_bias, Mapping):
+                raise _invalid("logit_bias", self.logit_bias, "it must map token ids to numbers")
+            _at_most("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
             bias = {}
             for token, value in self.logit_bias.items():
                 token = int(token) if isinstance(token, str) and token.isdecimal() else token
@@ -109,6 +154,10 @@ class SamplingParams:
                 _real("logit_bias", value, -100.0, 100.0)
                 bias[token] = float(value)
             object.__setattr__(self, "logit_bias", bias)
+
+    def clone(self) -> Self:
+        """A copy that shares nothing with this one."""
+        return replace(self)
 
     @property
     def greedy(self) -> bool:
@@ -121,7 +170,26 @@ class SamplingParams:
 
 
 def _invalid(name: str, value: object, why: str) -> InvalidRequest:
-    return InvalidRequest("invalid_parameter", f"{name} = {value!r} cannot be used", why=why)
+    return InvalidRequest("invalid_parameter", f"{name} = {reprlib.repr(value)} cannot be used", why=why)
+
+
+def _empty(value: object) -> bool:
+    return value is None or (isinstance(value, (list, tuple, Mapping)) and not value)
+
+
+def _entries(name: str, value: object, most: int, what: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise _invalid(name, value, f"it must be a list of {what}")
+    entries = tuple(value)
+    _at_most(name, entries, most)
+    return entries
+
+
+def _at_most(name: str, entries: Sized, most: int) -> None:
+    if len(entries) > most:
+        raise _invalid(name, entries, f"it has {len(entries)} entries, at most {most} are allowed")
 
 
 def _int(name: str, value: object, low: int, high: int) -> None:
