@@ -193,6 +193,7 @@ def test_pairwise(folder: Path, cell: Cell, expected: Answer, events: Counter[st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_full_product(folder: Path, expected: Answer) -> None:
     events: Counter[str] = Counter()
     for values in itertools.product(*AXES.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 
 from brain import Life, live, lives, replays, verify
@@ -11,6 +12,7 @@ from brain import Life, live, lives, replays, verify
 COMMON = ("hits", "preemptions", "aborts", "copies", "overlap")
 
 
+@pytest.mark.timeout(3600)  # in `make test-all` it has twenty times the examples
 def test_random_lives() -> None:
     seen: Counter[str] = Counter()
 
