@@ -20,7 +20,7 @@ import torch
 
 from penstock import LLM, AsyncLLM, CompletionOutput, RequestOutput, SamplingParams, TextPrompt, TokensPrompt
 from penstock.base import ConfigError, EngineError, InvalidRequest, NotFound, PenstockError
-from penstock.core.service import Sink, Status, Submission, Update
+from penstock.core.service import Counters, Sink, Status, Submission, Update
 from penstock.llm.config import engine_config
 from penstock.spec import EngineConfig
 from penstock.text import Delta
@@ -235,7 +235,7 @@ def test_leaving_a_stream_ends_the_request(llm: LLM) -> None:
     before = status(llm)
     stream.close()  # type: ignore[attr-defined]
     wait_until_idle(llm)
-    assert before.running == 1 and status(llm).generated_tokens < before.generated_tokens + 100
+    assert before.running == 1 and status(llm).counters.generated_tokens < before.counters.generated_tokens + 100
 
 
 def test_cached_tokens_are_reported(llm: LLM) -> None:
@@ -419,7 +419,7 @@ class FailingService:
         self.aborted.append(id)
 
     def status(self) -> Status:
-        return Status()
+        return Status(running=0, waiting=0, blocks_total=0, blocks_used=0, counters=Counters())
 
 
 @pytest.fixture
@@ -520,10 +520,10 @@ def test_leaving_an_async_stream_ends_the_request(async_llm: AsyncLLM, how: str)
             task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    before = status(async_llm).generated_tokens
+    before = status(async_llm).counters.generated_tokens
     asyncio.run(main())
     wait_until_idle(async_llm)
-    assert status(async_llm).generated_tokens < before + 300
+    assert status(async_llm).counters.generated_tokens < before + 300
 
 
 def test_abort_gives_a_last_piece(async_llm: AsyncLLM) -> None:

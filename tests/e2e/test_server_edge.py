@@ -329,7 +329,7 @@ def test_what_still_runs_at_the_end_is_told_so(llm: AsyncLLM) -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             body = {"prompt": [PROMPT, "The"], "max_tokens": 400, "ignore_eos": True}
             running = [asyncio.create_task(client.post(COMPLETIONS, json=body | {"stream": s})) for s in (True, False)]
-            while len(context.live) < 4 or not llm.engine.service.status().generated_tokens:
+            while len(context.live) < 4 or not llm.engine.service.status().counters.generated_tokens:
                 await asyncio.sleep(0.01)
             context.draining = True
             refused, ready = await client.post(COMPLETIONS, json=body), await client.get("/ready")

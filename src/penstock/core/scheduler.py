@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
 from penstock.base import PenstockError
@@ -109,7 +109,7 @@ class Scheduler:
             waiting=self._waiting_count + self._leaving,
             blocks_total=self.kv.total,
             blocks_used=self.kv.used,
-            **asdict(self.counters),
+            counters=replace(self.counters),
         )
 
     # -- planning ------------------------------------------------------------------------------------

@@ -84,19 +84,13 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """Gauges of a running engine, and its Counters."""
+    """An engine at one moment: requests running and waiting, blocks of all pools, and what happened so far."""
 
-    running: int = 0
-    waiting: int = 0
-    blocks_total: int = 0
-    blocks_used: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    copies: int = 0
-    failed_steps: int = 0
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    counters: Counters
 
 
 Sink = Callable[[Update], None]

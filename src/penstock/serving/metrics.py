@@ -44,7 +44,7 @@ class EngineCollector(Collector):
         usage = status.blocks_used / status.blocks_total if status.blocks_total else 0.0
         yield GaugeMetricFamily("penstock_kv_usage_ratio", "Share of the KV pool held by requests", value=usage)
         for field, (name, text) in _COUNTERS.items():
-            yield CounterMetricFamily(name, text, value=getattr(status, field))
+            yield CounterMetricFamily(name, text, value=getattr(status.counters, field))
 
 
 class Metrics:
