@@ -49,5 +49,5 @@ def serve(
 
 def example(url: str, name: str) -> str:
     """A line to paste into a shell."""
-    body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 48, "temperature": 0})
+    body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 48, "temperature": 0.7, "seed": 2})
     return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
