@@ -26,7 +26,7 @@ class Budget:
     """
 
     def __init__(self, input_chars: int = 0) -> None:
-        self.work = 2_000_000 + input_chars // 4
+        self.work = 1_500_000 + input_chars // 4
         self.chars = 16_000_000 + 16 * input_chars
 
     def spend(self, work: int, chars: int = 0) -> None:
