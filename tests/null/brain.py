@@ -12,11 +12,11 @@ from penstock.core.admission import Limits
 from penstock.core.engine import Engine
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import StepPlan
-from penstock.core.service import Abort, Submission, Update
+from penstock.core.service import Abort, Submission, Task, Update
 from penstock.core.setup import EngineSetup
 from penstock.sim.replay import Recorder, replay
-from penstock.sim.toy import ToyExecutor, toy_completion
-from penstock.spec import SamplingParams, Vocabulary
+from penstock.sim.toy import ToyExecutor, toy_completion, toy_reports, toy_vector
+from penstock.spec import SamplingParams, TokenLogprobs, Vocabulary
 
 VOCAB, EOS, POISON = 64, 0, 64  # the toy draws ids below 64, so that poison comes only with a prompt
 STEM = [2 + (7 * i) % 61 for i in range(64)]
@@ -41,6 +41,7 @@ class Life:
 @dataclass
 class Outcome:
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    reports: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     last: dict[tuple[str, int], Update] = field(default_factory=dict)
     events: Counter[str] = field(default_factory=Counter)
     recording: list[str] = field(default_factory=list)
@@ -49,7 +50,8 @@ class Outcome:
 @st.composite
 def lives(draw: st.DrawFn) -> Life:
     size = draw(st.sampled_from([1, 2, 4, 8]))
-    windows = draw(st.sampled_from([(None,), (None, 5), (None, 9), (3,), (7,), (2, 6)]))
+    whole = draw(st.integers(0, 24)) == 24  # an encoder
+    windows = () if whole else draw(st.sampled_from([(None,), (None, 5), (None, 9), (3,), (7,), (2, 6)]))
     longest = draw(st.sampled_from([24, 40, 64]))
     most = draw(st.sampled_from([7, 1 + 3 * longest // size]))
     blocks = [draw(st.integers(2, max(2, most))) for _ in windows]
@@ -59,19 +61,23 @@ def lives(draw: st.DrawFn) -> Life:
         block_size=size,
         numerics_id=b"toy",
         limits=Limits(
-            max_batch_tokens=draw(st.integers(rows, 32)),
+            max_batch_tokens=draw(st.integers(rows, 80 if whole else 32)),
             max_batch_requests=rows,
             max_model_len=longest,
             max_prefix_waits=draw(st.sampled_from([0, 2, 32])),
+            whole=whole,
         ),
         vocabulary=Vocabulary(size=VOCAB + 1, eos_ids=frozenset([EOS])),
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         age_seconds=3.0,
-        prefix_cache=draw(st.sampled_from([True, True, True, False])),
+        prefix_cache=not whole and draw(st.sampled_from([True, True, True, False])),
         depth=draw(st.sampled_from([1, 2, 2, 3, 4])),
     )
     faulty = draw(st.sampled_from(["none", "none", "poison", "steps", "many steps", "rows"]))
-    arrivals = [draw(_arrival(i, longest, faulty == "poison")) for i in range(draw(st.integers(1, 9)))]
+    tasks = (
+        ["mean", "cls"] if whole else draw(st.sampled_from([["generate"], ["generate", "generate", "mean", "last"]]))
+    )
+    arrivals = [draw(_arrival(i, longest, faulty == "poison", tasks)) for i in range(draw(st.integers(1, 9)))]
     failing = {
         "steps": st.frozensets(st.integers(0, 40), max_size=4),
         "many steps": st.frozensets(st.integers(0, 30), min_size=5, max_size=15),
@@ -87,7 +93,7 @@ def lives(draw: st.DrawFn) -> Life:
 
 
 @st.composite
-def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool) -> Arrival:
+def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool, tasks: list[Task]) -> Arrival:
     shared = draw(st.one_of(st.integers(0, 10), st.integers(0, longest)))
     own = draw(st.lists(st.integers(2, VOCAB - 1), min_size=0 if shared else 1, max_size=6))
     prompt = STEM[:shared] + own
@@ -95,8 +101,10 @@ def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool) -> Arrival
     if poisoned:
         prompt[draw(st.integers(0, len(prompt) - 1))] = POISON
     step = draw(st.integers(0, 12))
+    task = draw(st.sampled_from(tasks))
     params = SamplingParams(
-        n=draw(st.sampled_from([1, 2, 3, 6])),
+        n=draw(st.sampled_from([1, 2, 3, 4, 6])) if task == "generate" else 1,
+        prompt_logprobs=draw(st.sampled_from([None, None, None, 0])) if task == "generate" else None,
         max_tokens=draw(st.sampled_from([1, 3, 8, 20, None])),
         ignore_eos=draw(st.booleans()),
         min_tokens=draw(st.sampled_from([0, 0, 1])),
@@ -108,6 +116,7 @@ def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool) -> Arrival
         params=params,
         seed=draw(st.integers(0, 3)),
         priority=draw(st.integers(-2, 2)),
+        task=task,
         tenant=draw(st.sampled_from(["", "", "other"])),
     )
     one_abort = st.tuples(st.integers(step, step + 20), st.sampled_from([None, None, 0, 1]))
@@ -127,6 +136,9 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
             key = (update.id, update.sample)
             assert key not in outcome.last, f"{key} heard something after its end"
             outcome.tokens.setdefault(key, []).extend(update.tokens)
+            if update.prompt_logprobs:
+                assert update.sample == 0 and not outcome.tokens[key], "the prompt is reported before the first token"
+                outcome.reports.setdefault(update.id, []).extend(update.prompt_logprobs)
             assert update.cached_tokens <= prompts[update.id], "more was found than there is"
             if update.finish_reason:
                 outcome.last[key] = update
@@ -173,6 +185,8 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
         copies=counters.copies,
         failures=counters.failed_steps,
         aborts=sum(u.finish_reason == "abort" for u in outcome.last.values()),
+        vectors=sum(u.vector is not None for u in outcome.last.values()),
+        reports=len(outcome.reports),
     )
     return outcome
 
@@ -189,6 +203,13 @@ def verify(life: Life, outcome: Outcome) -> None:
             if last.error is not None and last.error.code in ("prompt_too_long", "kv_too_small"):
                 assert not got
                 continue
+            if submission.task != "generate":
+                _verify_vector(life, arrival, last)
+                continue
+            if sample == 0 and params.prompt_logprobs is not None:
+                expected_reports = toy_reports(prompt, windows)
+                reports = outcome.reports.get(submission.id, [])
+                assert reports == (expected_reports if got else expected_reports[: len(reports)])
             room = life.setup.limits.max_model_len - len(prompt)
             count = min(room, params.max_tokens or room)
             expected = toy_completion(prompt, count, windows, submission.seed, sample, VOCAB)
@@ -205,6 +226,19 @@ def verify(life: Life, outcome: Outcome) -> None:
                 assert arrival.aborts and got == expected[: len(got)]
             else:
                 assert not arrival.poisoned and (got, last.finish_reason) == (expected, reason)
+
+
+def _verify_vector(life: Life, arrival: Arrival, last: Update) -> None:
+    if last.finish_reason == "stop":
+        windows = [spec.window for spec in life.setup.pools]
+        submission = arrival.submission
+        assert not arrival.poisoned and last.vector == toy_vector(submission.tokens, windows, submission.task)
+    elif last.finish_reason == "abort":
+        assert arrival.aborts
+    else:
+        assert last.finish_reason == "error" and last.error is not None
+        guilty = arrival.poisoned or life.failing if last.error.code == "injected_fault" else life.bad_rows
+        assert guilty, "an innocent request failed"
 
 
 def replays(outcome: Outcome) -> None:

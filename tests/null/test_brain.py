@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from brain import Life, live, lives, replays, verify
 
 COMMON = ("hits", "preemptions", "aborts", "copies", "overlap")
+RARER = ("failures", "vectors", "reports")
 
 
 @pytest.mark.timeout(3600)  # in `make test-all` it has twenty times the examples
@@ -26,7 +27,7 @@ def test_random_lives() -> None:
         seen.update(event for event, count in outcome.events.items() if count)
 
     run()
-    shares = {event: seen[event] / seen["examples"] for event in (*COMMON, "failures")}
+    shares = {event: seen[event] / seen["examples"] for event in (*COMMON, *RARER)}
     print("share of examples with", {event: f"{share:.0%}" for event, share in shares.items()})
     assert all(shares[event] >= 0.2 for event in COMMON), shares
-    assert shares["failures"] >= 0.05
+    assert all(shares[event] >= 0.05 for event in RARER), shares

@@ -120,6 +120,24 @@ def stop_token_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Request, "emitted", property(lambda self: 0))
 
 
+def found_what_must_be_computed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Request, "findable", property(lambda self: len(self.tokens) - 1))
+
+
+def prompt_reported_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Request, "report", lambda self, start, entries: entries)
+
+
+def pooled_from_the_middle(patch: pytest.MonkeyPatch) -> None:
+    def roll_back(self: Scheduler, error: Any) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Request, "pools_all", property(lambda self: False))
+            original(self, error)
+
+    original = Scheduler._roll_back
+    patch.setattr(Scheduler, "_roll_back", roll_back)
+
+
 MUTATIONS: list[Patch] = [
     write_to_shared_blocks,
     hit_on_the_last_token,
@@ -133,6 +151,9 @@ MUTATIONS: list[Patch] = [
     idle_blocks_never_reused,
     convict_whoever_is_there,
     stop_token_forgotten,
+    found_what_must_be_computed,
+    prompt_reported_again,
+    pooled_from_the_middle,
 ]
 
 

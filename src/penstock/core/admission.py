@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from penstock.base import InvalidRequest
 from penstock.core.kv.groups import KVCache
-from penstock.core.service import MAX_PRIORITY, Submission
+from penstock.core.service import MAX_PRIORITY, Submission, Task
 from penstock.spec import Vocabulary
 
 
@@ -18,19 +18,33 @@ class Limits:
     max_batch_requests: requests in one step; at most ``max_batch_tokens``, so that each can have one.
     max_model_len: prompt and completion together.
     max_prefix_waits: steps a request sits out in a row while another computes blocks it could share.
+    whole: a prompt is computed in one step or not at all (encoders); nothing can be generated.
     """
 
     max_batch_tokens: int
     max_batch_requests: int
     max_model_len: int
     max_prefix_waits: int = 32
+    whole: bool = False
+
+    @property
+    def longest_prompt(self) -> int:
+        """Of a request that wants a vector; one that generates needs room for a token more."""
+        return min(self.max_model_len, self.max_batch_tokens) if self.whole else self.max_model_len
 
 
-def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary) -> None:
+def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary, task: Task = "generate") -> None:
     """Raises InvalidRequest: empty_prompt, prompt_too_long, invalid_prompt, token_out_of_range."""
     if not tokens:
         raise InvalidRequest("empty_prompt", "The prompt has no tokens", fix="send at least one token")
-    if len(tokens) >= limits.max_model_len:
+    if task != "generate" and len(tokens) > limits.longest_prompt:
+        raise InvalidRequest(
+            "prompt_too_long",
+            f"The text has {len(tokens)} tokens",
+            why=f"at most {limits.longest_prompt} can be embedded",
+            fix="shorten it, or cut it with truncate_prompt_tokens",
+        )
+    if task == "generate" and len(tokens) >= limits.max_model_len:
         raise InvalidRequest(
             "prompt_too_long",
             f"The prompt has {len(tokens)} tokens",
@@ -56,11 +70,20 @@ def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary,
         InvalidRequest: as ``check_prompt``; token_out_of_range, invalid_parameter; kv_too_small when not even an
             empty pool could hold it.
     """
-    check_prompt(submission.tokens, limits, vocabulary)
+    check_prompt(submission.tokens, limits, vocabulary, submission.task)
     if abs(submission.priority) > MAX_PRIORITY:
         why = f"it must be from {-MAX_PRIORITY} to {MAX_PRIORITY}"
         raise InvalidRequest("invalid_parameter", "priority is out of range", why=why)
     params = submission.params
+    if submission.task == "generate" and limits.whole:
+        raise InvalidRequest(
+            "cannot_generate",
+            "This model cannot generate text",
+            why="it is an encoder: it turns a text into a vector",
+            fix="ask for an embedding or a score, or serve a decoder",
+        )
+    if submission.task != "generate" and params.n != 1:
+        raise InvalidRequest("invalid_parameter", f"n = {params.n} cannot be used", why="a text has one vector")
     named = {"logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
     for name, ids in named.items():
         if (high := max(ids, default=0)) >= vocabulary.size:
@@ -68,6 +91,8 @@ def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary,
             raise InvalidRequest("token_out_of_range", f"{name} names token id {high}", why=why, fix="leave it out")
     longest = limits.max_model_len
     limit = min(longest, len(submission.tokens) + (params.max_tokens or longest))
+    if submission.task != "generate":
+        limit = len(submission.tokens) + 1  # what is owed at the end takes the place of a token
     if shortage := kv.shortage(limit - 1):  # the last token is never computed
         raise InvalidRequest(
             "kv_too_small",

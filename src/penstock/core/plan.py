@@ -9,6 +9,10 @@ else. What an executor must know is in these rules:
 - A slice computes positions ``start .. start + count - 1``. One that reaches the last token the executor
   knows draws the next token and appends it to what the executor knows. So the input of a decode whose
   token is still on its way to the scheduler (OWED) is already where it is needed.
+- A request whose task is not "generate" draws nothing: the slice that reaches its last token gives its vector. What
+  "mean" sums over slices the executor keeps from ``new`` on; such a request is computed from position 0.
+- A request with ``prompt_logprobs`` (its sample 0 alone) gives with each slice an entry for every prompt token
+  after a position of the slice.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ class NewRequest:
         tables: block ids of each KV group, by block index.
         params, seed, sample: with the position they determine each draw.
         stop_ids: token ids that must not be drawn before ``params.min_tokens``.
+        limit: length at which it ends for lack of room, prompt included.
+        task: what is wanted of it (``core.service.Task``).
     """
 
     id: int
@@ -48,6 +54,13 @@ class NewRequest:
     seed: int
     sample: int
     stop_ids: tuple[int, ...]
+    limit: int
+    task: str = "generate"
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """As ``SamplingParams.prompt_logprobs``; sample 0 speaks for all."""
+        return self.params.prompt_logprobs if self.sample == 0 else None
 
 
 class TableWrite(NamedTuple):
@@ -86,12 +99,17 @@ class StepResult:
     Attributes:
         tokens: the tokens drawn by each slice; empty for a slice that draws none.
         logprobs: slice index -> one entry per drawn token, for requests that asked.
+        prompt_logprobs: slice index -> entries of the tokens after its positions that belong to the prompt, in order,
+            for requests that asked.
+        vectors: slice index -> the vector it completed.
         failed: slice index -> why that request alone cannot go on (such as NaN logits).
         seconds: time the step took on the device.
     """
 
     tokens: Sequence[tuple[int, ...]]
     logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    vectors: dict[int, tuple[float, ...]] = field(default_factory=dict)
     failed: dict[int, PenstockError] = field(default_factory=dict)
     seconds: float = 0.0
 

@@ -7,6 +7,7 @@ from enum import Enum
 
 from penstock.core.plan import NewRequest
 from penstock.core.service import Submission
+from penstock.spec import TokenLogprobs
 
 Order = tuple[float, int]
 """Place in the line; smaller goes first. It never changes while a request lives (docs/decisions/0002)."""
@@ -40,6 +41,7 @@ class Request:
         leader: the sample whose prompt blocks it will share, until it does.
         waits: plans it sat out because another request was computing its next block.
         suspect: it was part of a step that failed, and runs alone until it has proved innocent.
+        reported: prompt positions whose log-probabilities were delivered, if it reports any.
     """
 
     id: int
@@ -63,6 +65,7 @@ class Request:
     resident: bool = False
     tail_shared: bool = False
     suspect: bool = False
+    reported: int = 0
     names: list[bytes] = field(default_factory=list)
 
     @property
@@ -72,6 +75,35 @@ class Request:
     @property
     def emitted(self) -> int:
         return len(self.tokens) - len(self.submission.tokens)
+
+    @property
+    def generates(self) -> bool:
+        return self.submission.task == "generate"
+
+    @property
+    def pools_all(self) -> bool:
+        """Its vector is made of all positions, in one go from the first."""
+        return self.submission.task in ("mean", "cls")
+
+    @property
+    def findable(self) -> int:
+        """Positions that may be found in the prefix cache; what must be reported has to be computed."""
+        if self.pools_all:
+            return 0
+        if self.reports and self.reported < self.prompt_len - 1:
+            return self.reported
+        return len(self.tokens) - 1  # somebody must compute the logits of the last known token
+
+    @property
+    def reports(self) -> bool:
+        """Whether it brings the log-probabilities of the prompt: sample 0 does so for all."""
+        return self.sample == 0 and self.submission.params.prompt_logprobs is not None
+
+    def report(self, start: int, entries: tuple[TokenLogprobs, ...]) -> tuple[TokenLogprobs, ...]:
+        """Those of the entries of positions ``start ..`` that are news; after a preemption some come again."""
+        news = entries[max(0, self.reported - start) :]
+        self.reported += len(news)
+        return news
 
     def __lt__(self, other: Request) -> bool:
         return self.order < other.order
@@ -87,4 +119,6 @@ class Request:
             seed=self.submission.seed,
             sample=self.sample,
             stop_ids=tuple(sorted(self.stop_ids)),
+            limit=self.limit,
+            task=self.submission.task,
         )

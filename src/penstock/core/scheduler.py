@@ -127,7 +127,7 @@ class Scheduler:
             request = self._candidate(index)
             if request is None:
                 break
-            later = len(self.running) - index - 1
+            later = 0 if self.limits.whole else len(self.running) - index - 1
             budget -= self._advance(request, max(1, budget - later))
             index += 1
         if only is not None:
@@ -166,6 +166,8 @@ class Scheduler:
             return 0
         start, size, draft = request.planned, self.kv.block_size, self._draft
         count = min(ahead - start, allowance)
+        if self.limits.whole and count < ahead:
+            return 0
         if start == request.computed and start % size == 0 and self.kv.prefix_cache:
             if gained := self._adopt(request):
                 start += gained
@@ -283,9 +285,14 @@ class Scheduler:
                 request.computed = start + count
                 if windowed or request.computed // size > request.sealed:
                     self.kv.keep(request)
+                if result.prompt_logprobs and (news := request.report(start, result.prompt_logprobs.get(index, _NONE))):
+                    self.outbox.append(Update(request.submission.id, request.sample, prompt_logprobs=news))
                 if tokens := result.tokens[index]:
                     request.owed -= 1
                     self._accept(request, tokens, result.logprobs.get(index, _NONE))
+                elif (vector := result.vectors.get(index)) is not None:
+                    id, cached = request.submission.id, request.cached
+                    self._finish(request, Update(id, 0, finish_reason="stop", cached_tokens=cached, vector=vector))
             if request.phase is not Phase.RUNNING:
                 self._settle(request)
         if self.suspects and record.requests[0] is self.suspects[0]:
@@ -362,7 +369,8 @@ class Scheduler:
         self.kv.pending.clear()
         for request in self.running:
             self._evict(request)
-            self.kv.rewind(request, self.kv.intact(request, torn))
+            # What was pooled so far is lost with the executor's memory of the request.
+            self.kv.rewind(request, 0 if request.pools_all else self.kv.intact(request, torn))
             request.planned, request.owed = request.computed, 0
         forgotten.update(dict.fromkeys(self._draft.plan.gone))
         self._draft = StepRecord(StepPlan(self._draft.plan.number, gone=list(forgotten)))

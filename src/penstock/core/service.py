@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from penstock.base import InvalidRequest, PenstockError
 from penstock.spec import FinishReason, SamplingParams, TokenLogprobs
 
 MAX_PRIORITY = 10**6
+
+Task = Literal["generate", "mean", "last", "cls"]
+"""What a submission is for: tokens, or one vector: the mean of the final hidden states of all positions, or the one
+of the last, or of the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,7 @@ class Submission:
         seed: root of the noise; given at the outermost face when the caller brought none.
         priority: from -MAX_PRIORITY to MAX_PRIORITY, lower is served earlier; a level is worth
             ``priority_age_seconds`` of waiting.
+        task: "generate", or how the vector is pooled that is wanted instead of tokens; ``params`` then say nothing.
         tenant, adapter: KV blocks are shared only within the same pair.
     """
 
@@ -30,6 +35,7 @@ class Submission:
     params: SamplingParams
     seed: int
     priority: int = 0
+    task: Task = "generate"
     tenant: str = ""
     adapter: str = ""
 
@@ -52,6 +58,9 @@ class Update:
         stop_reason: the stop token id that ended it, None for end-of-sequence.
         error: set with finish_reason "error".
         cached_tokens: prompt tokens whose KV was found rather than computed.
+        prompt_logprobs: entries of further prompt tokens, in order from the second one (the first has none), if asked
+            for; sample 0 alone brings them.
+        vector: what a submission of another task than "generate" asked for, with finish_reason "stop".
     """
 
     id: str
@@ -62,6 +71,8 @@ class Update:
     stop_reason: int | None = None
     error: PenstockError | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    vector: tuple[float, ...] | None = None
 
 
 @dataclass(slots=True)

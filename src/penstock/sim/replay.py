@@ -15,11 +15,14 @@ from penstock.base import EngineError
 from penstock.core.admission import Limits
 from penstock.core.engine import Engine, Mail
 from penstock.core.kv.groups import PoolSpec
-from penstock.core.plan import StepFailed, StepPlan, StepResult
+from penstock.core.plan import NewRequest, StepFailed, StepPlan, StepResult
 from penstock.core.service import Abort, Submission, Update
 from penstock.core.setup import EngineSetup
 from penstock.sim.toy import Done
-from penstock.spec import SamplingParams, Vocabulary
+from penstock.spec import SamplingParams, TokenLogprobs, Vocabulary
+
+BLANK = TokenLogprobs(0.0, 1, ())
+"""In place of a number that no decision depends on."""
 
 
 def plan_digest(plan: StepPlan) -> str:
@@ -86,6 +89,7 @@ class RecordedExecutor:
     """Answers each slice with the token that was drawn at its end when the run was recorded."""
 
     def __init__(self, entries: Iterable[dict[str, Any]]) -> None:
+        self.requests: dict[int, NewRequest] = {}
         self.known: dict[int, int] = {}  # tokens of each request; a slice that reaches the last draws the next
         self.tokens: dict[tuple[int, int], tuple[int, ...]] = {}
         self.failed: set[int] = set()
@@ -101,15 +105,23 @@ class RecordedExecutor:
                 self.tokens[request, position] = tuple(tokens)
 
     def submit(self, plan: StepPlan) -> Done:
+        self.requests.update((new.id, new) for new in plan.new)
         self.known.update((new.id, len(new.tokens)) for new in plan.new)
         error = EngineError("recorded_fault", "This step failed when it was recorded")
         if plan.number in self.failed:
             return Done(StepFailed(error))
-        tokens = [self._drawn(id, start + count) for id, start, count in plan.slices]
-        return Done(StepResult(tokens, failed=dict.fromkeys(self.refused.get(plan.number, ()), error)))
+        result = StepResult([self._drawn(id, start + count) for id, start, count in plan.slices])
+        for index, (id, start, count) in enumerate(plan.slices):
+            new = self.requests[id]
+            if new.prompt_logprobs is not None:
+                result.prompt_logprobs[index] = (BLANK,) * (min(start + count, new.prompt_len - 1) - start)
+            if new.task != "generate" and start + count == new.prompt_len:
+                result.vectors[index] = ()
+        result.failed = dict.fromkeys(self.refused.get(plan.number, ()), error)
+        return Done(result)
 
     def _drawn(self, request: int, end: int) -> tuple[int, ...]:
-        if end < self.known[request]:
+        if end < self.known[request] or self.requests[request].task != "generate":
             return ()
         tokens = self.tokens.get((request, end), ())
         self.known[request] += len(tokens)

@@ -13,6 +13,7 @@ from hashlib import blake2b
 from penstock.base import EngineError
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import NewRequest, StepFailed, StepPlan, StepResult
+from penstock.spec import TokenLogprobs
 
 EMPTY = bytes(8)
 
@@ -43,6 +44,30 @@ def toy_completion(
     return tokens[len(prompt) :]
 
 
+def toy_reports(prompt: Sequence[int], windows: Sequence[int | None]) -> list[TokenLogprobs]:
+    """What a request alone reports of its prompt: one entry for each token but the first."""
+    return [toy_report(kv, token) for kv, token in zip(_toy_prompt(prompt, windows), prompt[1:], strict=False)]
+
+
+def toy_report(kv: bytes, token: int) -> TokenLogprobs:
+    return TokenLogprobs(-float(int.from_bytes(kv[:3])), 1 + token, ())
+
+
+def toy_vector(prompt: Sequence[int], windows: Sequence[int | None], task: str) -> tuple[float, ...]:
+    """The vector of a request that runs alone: of the last position, or of all of them in order."""
+    stored = _toy_prompt(prompt, windows)
+    pooled = stored[-1:] if task == "last" else stored
+    return tuple(map(float, _digest(*pooled)))
+
+
+def _toy_prompt(prompt: Sequence[int], windows: Sequence[int | None]) -> list[bytes]:
+    stored = list[bytes]()
+    for position, token in enumerate(prompt):
+        seen = [stored if w is None else stored[max(0, position - w + 1) :] for w in windows]
+        stored.append(toy_kv(token, position, seen))
+    return stored
+
+
 @dataclass(slots=True)
 class Done:
     """A ticket of work that is already done."""
@@ -55,10 +80,10 @@ class Done:
 
 @dataclass(slots=True)
 class _Row:
+    new: NewRequest
     tokens: list[int]
     tables: list[list[int]]
-    seed: int
-    sample: int
+    pooled: list[bytes] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -96,12 +121,15 @@ class ToyExecutor:
             self.storage[group][dst] = list(self.storage[group][src])
         if any(start + count > len(self.rows[id].tokens) for id, start, count in plan.slices):
             return Done(StepFailed(EngineError("step_failed", f"Step {plan.number} follows one that failed")))
-        tokens = [self._slice(self.rows[id], start, count) for id, start, count in plan.slices]
+        tokens = list[tuple[int, ...]]()
+        result = StepResult(tokens)
+        for index, (id, start, count) in enumerate(plan.slices):
+            tokens.append(self._slice(result, index, self.rows[id], start, count))
         bad = [index for index in range(len(plan.slices)) if self.bad_row(plan, index)]
         for index in bad:
             self._scribble(*plan.slices[index])
-        error = EngineError("numerical_error", "The row was made to fail")
-        return Done(StepResult(tokens, failed=dict.fromkeys(bad, error)))
+        result.failed = dict.fromkeys(bad, EngineError("numerical_error", "The row was made to fail"))
+        return Done(result)
 
     def close(self) -> None:
         pass
@@ -118,18 +146,25 @@ class ToyExecutor:
                 self.storage[group][table[position // self.block_size]][position % self.block_size] = EMPTY
 
     def _row(self, new: NewRequest) -> _Row:
-        return _Row(list(new.tokens), [list(table) for table in new.tables], new.seed, new.sample)
+        return _Row(new, list(new.tokens), [list(table) for table in new.tables])
 
-    def _slice(self, row: _Row, start: int, count: int) -> tuple[int, ...]:
-        size, kv = self.block_size, EMPTY
+    def _slice(self, result: StepResult, index: int, row: _Row, start: int, count: int) -> tuple[int, ...]:
+        size, new, computed = self.block_size, row.new, list[bytes]()
         for position in range(start, start + count):
             seen = [self._seen(row, group, position) for group in range(len(self.pools))]
-            kv = toy_kv(row.tokens[position], position, seen)
+            computed.append(kv := toy_kv(row.tokens[position], position, seen))
             for group, table in enumerate(row.tables):
                 self.storage[group][table[position // size]][position % size] = kv
+        if new.prompt_logprobs is not None:
+            followers = new.tokens[start + 1 : min(start + count + 1, new.prompt_len)]
+            result.prompt_logprobs[index] = tuple(map(toy_report, computed, followers))
+        row.pooled += computed
         if start + count < len(row.tokens):
             return ()
-        row.tokens.append(toy_draw(kv, row.seed, row.sample, self.vocab_size))
+        if new.task != "generate":
+            result.vectors[index] = tuple(map(float, _digest(*(computed[-1:] if new.task == "last" else row.pooled))))
+            return ()
+        row.tokens.append(toy_draw(computed[-1], new.seed, new.sample, self.vocab_size))
         return (row.tokens[-1],)
 
     def _seen(self, row: _Row, group: int, position: int) -> list[bytes]:

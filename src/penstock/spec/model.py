@@ -9,20 +9,60 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_clamped"]
+"""Of the gate: "gelu" is exact (erf); "swiglu_clamped" is gpt-oss's, see ``kernels.ops``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
     """Rotary position embedding (Su et al. 2021) and the context-extension rule applied to it.
 
-    ``kind`` "llama3" stretches low frequencies only (Llama 3.1 model card); "linear" divides all
-    positions by ``factor``.
+    Attributes:
+        dims: leading elements of a head that rotate; 0 means all of them.
+        kind: "llama3" stretches low frequencies only (Llama 3.1 model card); "linear" divides all positions by
+            ``factor``; "yarn" blends by wavelength (Peng et al. 2023); "scaled" divides each frequency by its own
+            entry of ``factors`` (LongRoPE, Ding et al. 2024, resolved to its short or long list at load).
+        amplitude: factor of cosines and sines (YaRN's and LongRoPE's attention factor).
+        truncate: YaRN's correction range is rounded to whole elements.
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "scaled"] = "default"
+    dims: int = 0
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    factors: tuple[float, ...] = ()
+    amplitude: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoESpec:
+    """Mixture-of-experts feed-forward.
+
+    Attributes:
+        experts, active: how many there are, and how many a token uses.
+        ffn: width of one expert.
+        layers: whether each layer is sparse; the others have the dense feed-forward of ``ModelSpec.ffn``.
+        normalize: the chosen experts' probabilities are divided by their sum. (A softmax over the chosen logits
+            alone, as Mixtral and gpt-oss have it, is the same.)
+        router_bias, bias: whether the router, and the experts' linears, add a bias.
+        shared_ffn: width of an expert that every token uses, 0 for none; its output is multiplied by the sigmoid of
+            a gate of its own (Qwen2-MoE).
+    """
+
+    experts: int
+    active: int
+    ffn: int
+    layers: tuple[bool, ...]
+    normalize: bool = True
+    router_bias: bool = False
+    bias: bool = False
+    shared_ffn: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +95,19 @@ class ModelSpec:
         windows: attention window of each layer, None for full attention; its length is the layer count.
         max_positions: longest context the checkpoint was made for, rope scaling included.
         qkv_bias, o_bias, mlp_bias: whether these linears add a bias.
-        qk_norm: RMS norm over head_dim on q and k before rope (Qwen3).
+        qk_norm: RMS norm on q and k before rope, over each head (Qwen3) or over all heads together (OLMo 2).
         tied: the output head is the embedding table.
         dtype: of the weights as stored.
+        rope: of full-attention layers, and of windowed ones too unless ``local_rope`` is set (Gemma 3).
+        unrotated: layers without any position embedding (SmolLM 3).
+        norm: RMSNorm, or LayerNorm with weight and bias.
+        norm_offset: added to every norm weight (Gemma: 1).
+        norm_place: "pre" normalizes what a block reads; "post" what it adds (OLMo 2); "both" (Gemma 2).
+        attn_scale: factor of the scores; head_dim^-0.5 by default.
+        attn_softcap, logit_softcap: x becomes cap * tanh(x / cap) (Gemma 2).
+        sinks: each head has a learned logit that takes part in the softmax and has no value (gpt-oss).
+        embed_scale, residual_scale, logit_scale: factors of the embedding, of what each block adds, of the logits.
+        moe: sparse feed-forward layers.
     """
 
     family: str
@@ -71,13 +121,26 @@ class ModelSpec:
     max_positions: int
     norm_eps: float = 1e-5
     rope: RopeSpec = RopeSpec()
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["none", "head", "all"] = "none"
     tied: bool = False
     dtype: Dtype = "bfloat16"
+    local_rope: RopeSpec | None = None
+    unrotated: tuple[int, ...] = ()
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    norm_place: Literal["pre", "post", "both"] = "pre"
+    attn_scale: float | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    sinks: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    moe: MoESpec | None = None
 
     @property
     def layers(self) -> int:
@@ -90,6 +153,12 @@ class ModelSpec:
     @property
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
+
+    def rope_of(self, layer: int) -> RopeSpec | None:
+        """How a layer embeds positions; None if it does not."""
+        if layer in self.unrotated:
+            return None
+        return self.rope if self.windows[layer] is None else self.local_rope or self.rope
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
         """Full-attention group first, then windows ascending, so that group indices are stable."""

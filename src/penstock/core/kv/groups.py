@@ -94,10 +94,12 @@ class KVCache:
         """Takes over sealed blocks that continue the request's prefix; returns the positions so gained.
 
         The gain is the longest at which every group still holds what the next position would read. It never
-        covers the last known token: somebody must compute its logits.
+        goes past what the request may find.
         """
         size = self.block_size
-        first, last = request.planned // size, (len(request.tokens) - 1) // size
+        first, last = request.planned // size, request.findable // size
+        if last <= first:
+            return 0
         self._name(request, last)
         found = self._longest(request, first, last)
         if found == first:
@@ -140,7 +142,7 @@ class KVCache:
     def being_computed(self, request: Request) -> bool:
         """Whether the next full block of the request is on its way through another request's step."""
         i = request.planned // self.block_size
-        return i < (len(request.tokens) - 1) // self.block_size and request.names[i] in self.pending
+        return i < request.findable // self.block_size and request.names[i] in self.pending
 
     def announce(self, request: Request, start: int, count: int) -> list[bytes]:
         """Notes which findable blocks a slice will fill; the caller hands them to ``landed`` afterwards."""
