@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import toytext
 from penstock.spec import Logprob, SamplingParams, TokenLogprobs
-from penstock.text import Completion, Delta, StopStrings
+from penstock.text import Completion, Delta, StopStrings, prompt_logprob_entries
 
 MANY = settings(max_examples=5 * settings.default.max_examples)
 EOS = 0
@@ -173,6 +173,70 @@ def test_the_stop_token_counts_and_is_not_shown(finish: Any, stop_reason: int | 
     assert output.token_ids[-1] == 5
     assert (output.finish_reason, output.stop_reason) == (finish, stop_reason)
     assert not completion.stopped
+
+
+@pytest.mark.parametrize(
+    ("stop", "skip", "include", "text", "stop_reason"),
+    [
+        ("<s>", False, False, "the", "<s>"),  # a special token's text is text when special tokens are shown
+        ("<s>", False, True, "the<s>", "<s>"),
+        ("<s>", True, False, "the cat", None),  # and is not there when they are not
+        ("e<s> c", False, False, "th", "e<s> c"),  # across the borders of three tokens
+        ("e<s> c", False, True, "the<s> c", "e<s> c"),
+        ("e c", True, True, "the c", "e c"),  # across a token that is left out
+        ("e c", False, True, "the<s> cat", None),
+    ],
+)
+def test_stop_strings_and_special_tokens(
+    stop: str, skip: bool, include: bool, text: str, stop_reason: str | None
+) -> None:
+    tokenizer = toytext.byte_level()
+    params = SamplingParams(stop=stop, skip_special_tokens=skip, include_stop_str_in_output=include)
+    completion = Completion(0, params, tokenizer)
+    shown = ""
+    for token in [*tokenizer.encode("the"), 5, *tokenizer.encode(" cat")]:
+        shown += completion.extend([token]).text
+    shown += completion.extend([], finish_reason="length").text
+    output = completion.output()
+    assert output.text == shown == text
+    assert (output.finish_reason, output.stop_reason) == ("stop" if stop_reason else "length", stop_reason)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize("special", [True, False])
+def test_the_text_of_a_stop_token_is_kept_only_on_request(skip: bool, include: bool, special: bool) -> None:
+    """As in vLLM: an ordinary token too is left out of the text, and a special one is shown only if both agree."""
+    tokenizer = toytext.byte_level()
+    stop = 5 if special else tokenizer.encode(" c")[0]
+    params = SamplingParams(stop_token_ids=[stop], skip_special_tokens=skip, include_stop_str_in_output=include)
+    completion = Completion(0, params, tokenizer)
+    completion.extend([*tokenizer.encode("the"), stop], finish_reason="stop", stop_reason=stop)
+    kept = include and not (special and skip)
+    assert completion.output().text == "the" + (tokenizer.token_text(stop) if kept else "")
+    assert completion.output().token_ids[-1] == stop
+
+
+def test_without_detokenizing_tokens_and_numbers_remain() -> None:
+    tokenizer = toytext.byte_level()
+    ids = tokenizer.encode("the cats")
+    completion = Completion(0, SamplingParams(detokenize=False, logprobs=1), tokenizer)
+    delta = completion.extend(ids, [TokenLogprobs(-1.0, 2, ((7, -0.5),))] * len(ids), "stop", 5)
+    output = completion.output()
+    assert (delta.text, output.text, output.token_ids) == ("", "", ids)
+    assert (output.finish_reason, output.stop_reason) == ("stop", 5)
+    assert (output.logprobs or [])[0] == {ids[0]: Logprob(-1.0, 2, None), 7: Logprob(-0.5, 1, None)}
+
+
+def test_entries_of_a_prompt_have_its_token_first() -> None:
+    tokenizer = toytext.byte_level()
+    a, b = (tokenizer.encode(letter)[0] for letter in "ab")
+    raw = [TokenLogprobs(-3.0, 7, ((b, -0.1),)), TokenLogprobs(-0.1, 1, ((b, -0.1),))]
+    assert prompt_logprob_entries([a, b], raw, tokenizer) == [
+        {a: Logprob(-3.0, 7, "a"), b: Logprob(-0.1, 1, "b")},
+        {b: Logprob(-0.1, 1, "b")},
+    ]
+    assert prompt_logprob_entries([a], raw[:1], None) == [{a: Logprob(-3.0, 7), b: Logprob(-0.1, 1)}]
 
 
 @pytest.mark.parametrize("reason", ["length", "abort", "error"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 import toytext
@@ -317,16 +318,79 @@ def test_damaged_files_load_or_are_refused(tmp_path_factory: pytest.TempPathFact
     shutil.rmtree(folder)
 
 
+def test_a_pattern_that_explodes_ends_in_an_error() -> None:
+    backend = Backend.from_str(toytext.byte_level()._backend.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    tokenizer, start = Tokenizer(backend), time.process_time()
+    with pytest.raises(InvalidRequest) as error:
+        tokenizer.encode("a" * 60 + "!")
+    assert error.value.code == "invalid_text" and time.process_time() - start < 10
+
+
 def test_missing_files_name_themselves(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path / "nowhere", 100)
 
 
-def test_decoders_that_cannot_be_streamed_are_refused_by_name() -> None:
-    backend = Backend(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    backend.decoder = decoders.WordPiece()
-    with pytest.raises(ModelFormatError, match="WordPiece"):
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.CTC(),
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("a", "b")]),
+        decoders.Sequence([decoders.Fuse(), decoders.WordPiece()]),
+        decoders.Replace(Regex("(a+)+$"), "b"),  # it could be made to run for ever, one token at a time
+    ],
+)
+def test_decoders_that_cannot_be_streamed_are_refused_by_name(decoder: decoders.Decoder) -> None:
+    backend = Backend(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    backend.decoder = decoder
+    with pytest.raises(ModelFormatError, match=r"CTC|Replace|WordPiece") as error:
         Tokenizer(backend)
+    assert error.value.code == "unsupported_decoder"
+
+
+TOKENS = ["the", "##s", "##", "do", "n't", "'", "'s", ".", ",", " ", "▁", "▁▁x", "é", "<0x20>", "<0xC3>", "<0xA9>",
+          "a</w>", "b</w>", "  ", "xx", "x", "Ġ", "un", "##believ", "日", "?", "!", "'re", "do not"]  # fmt: skip
+DECODERS: dict[str, decoders.Decoder | None] = {
+    "none": None,
+    "wordpiece": decoders.WordPiece(),
+    "wordpiece untidied": decoders.WordPiece(cleanup=False),
+    "wordpiece of another prefix": decoders.WordPiece("x"),
+    "bpe": decoders.BPEDecoder(),
+    "metaspace": decoders.Metaspace(),
+    "metaspace never": decoders.Metaspace(prepend_scheme="never"),
+    "metaspace after bytes": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]),
+    "strip both ends": decoders.Sequence([decoders.Fuse(), decoders.Strip("x", 2, 3)]),
+    "strip blanks": decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 1)]),
+    "strip each": decoders.Strip("x", 1, 1),
+    "replace": decoders.Sequence([decoders.Replace("x", "y"), decoders.ByteFallback(), decoders.Fuse()]),
+    "byte level": decoders.ByteLevel(),
+}
+
+
+@given(ids=st.lists(st.integers(0, len(TOKENS) - 1), max_size=12))
+@settings(max_examples=settings.default.max_examples // 2)
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_streams_what_the_backend_says(name: str, ids: list[int]) -> None:
+    backend = Backend(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="the"))
+    if (decoder := DECODERS[name]) is not None:
+        backend.decoder = decoder
+    if name == "bpe":  # its tokens hold no blanks: the suffix stands for them
+        ids = [i for i in ids if " " not in TOKENS[i]]
+    if name == "strip each":  # where a token has less than it wants to strip, the backend panics
+        ids = [i for i in ids if TOKENS[i] != "x"]
+    tokenizer = Tokenizer(backend)
+    whole = "".join(streamed(tokenizer, ids))
+    assert whole == tokenizer.decode(ids)
+    if name not in ("strip both ends", "strip blanks") or "a" in whole:
+        assert whole == (reference := backend.decode(ids)) or "\ufffd" in whole + reference
+
+
+def test_what_is_left_at_the_end_is_held_back() -> None:
+    backend = Backend(models.WordLevel({"a</w>": 0, "b": 1}, unk_token="b"))
+    backend.decoder = decoders.BPEDecoder()
+    detokenizer = Tokenizer(backend).detokenizer()
+    assert [detokenizer.feed(i) for i in (0, 0, 1, 0)] == ["a", " a", " b", "a"] and detokenizer.flush() == ""
 
 
 def test_no_decoder_joins_with_blanks() -> None:

@@ -1,15 +1,42 @@
 """Files of a model folder, bounds-checked: bytes to headers and views. No torch, and nothing is trusted."""
 
+from penstock.formats.charsmap import Charsmap
 from penstock.formats.digest import file_digest
+from penstock.formats.files import read_bytes
+from penstock.formats.gguf import GGUFFile
 from penstock.formats.jsonfile import parse_json_object, read_json_object
 from penstock.formats.safetensors import Checkpoint, SafetensorsFile, TensorEntry, open_checkpoint
+from penstock.formats.sentencepiece import (
+    Algorithm,
+    Piece,
+    PieceKind,
+    SentencePieceModel,
+    check_pieces,
+    looks_like_sentencepiece,
+    parse_sentencepiece,
+    read_sentencepiece,
+)
+from penstock.formats.tiktoken import parse_ranks, read_ranks
 
 __all__ = [
+    "Algorithm",
+    "Charsmap",
     "Checkpoint",
+    "GGUFFile",
+    "Piece",
+    "PieceKind",
     "SafetensorsFile",
+    "SentencePieceModel",
     "TensorEntry",
+    "check_pieces",
     "file_digest",
+    "looks_like_sentencepiece",
     "open_checkpoint",
     "parse_json_object",
+    "parse_ranks",
+    "parse_sentencepiece",
+    "read_bytes",
     "read_json_object",
+    "read_ranks",
+    "read_sentencepiece",
 ]

@@ -1,8 +1,10 @@
 """Text on both sides of a model: tokenizers, chat templates, detokenizing, stop strings. Text stays above this room."""
 
-from penstock.text.completion import Completion, Delta, StopStrings
+from penstock.text.completion import Completion, Delta, StopStrings, prompt_logprob_entries
 from penstock.text.detokenize import Detokenizer
+from penstock.text.rule_ids import with_rule_ids
 from penstock.text.template import ChatTemplate, RenderedChat, load_chat_template
+from penstock.text.thinking import with_thinking_ids
 from penstock.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -15,4 +17,7 @@ __all__ = [
     "Tokenizer",
     "load_chat_template",
     "load_tokenizer",
+    "prompt_logprob_entries",
+    "with_rule_ids",
+    "with_thinking_ids",
 ]

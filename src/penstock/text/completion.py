@@ -79,6 +79,26 @@ def _failure_links(string: str) -> list[int]:
     return links
 
 
+def prompt_logprob_entries(
+    tokens: Sequence[int], entries: Sequence[TokenLogprobs], tokenizer: Tokenizer | None
+) -> list[dict[int, Logprob]]:
+    """Of some tokens of a prompt. Without a tokenizer the tokens have no text."""
+    return [_entry(token, raw, tokenizer) for token, raw in zip(tokens, entries, strict=True)]
+
+
+def _entry(token: int, raw: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """id -> Logprob, the token itself first."""
+
+    def text(of: int) -> str | None:
+        return None if tokenizer is None else tokenizer.token_text(of)
+
+    entry = {token: Logprob(raw.drawn, raw.rank, text(token))}
+    for rank, (other, value) in enumerate(raw.top, 1):
+        if other != token:
+            entry[other] = Logprob(value, rank, text(other))
+    return entry
+
+
 class Completion:
     """One sample as its caller sees it.
 
@@ -86,7 +106,8 @@ class Completion:
     string (after it with ``include_stop_str_in_output``), the tokens up to the one that completed it. What the engine
     computed beyond is dropped, and ``stopped`` asks the caller to end the request. Text that may turn out to be the
     start of a stop string is held back. As in vLLM, stop strings that end within the first ``min_tokens`` tokens are
-    passed over.
+    passed over, and the text of the stop token that ended the completion is left out as a stop string is. Without
+    ``detokenize`` there is no text at all.
 
     Args:
         prompt: the tokens it continues.
@@ -97,8 +118,13 @@ class Completion:
 
     def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self.text = ""
-        self._index, self._params, self._tokenizer = index, params, tokenizer
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens, after=prompt)
+        self._index, self._params = index, params
+        self._tokenizer = tokenizer if params.detokenize else None
+        self._detokenizer = (
+            tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens, after=prompt)
+            if params.detokenize
+            else None
+        )
         self._stops = StopStrings(params.stop_strings)
         self._held = ""
         self._token_ids: list[int] = []
@@ -137,9 +163,10 @@ class Completion:
         hidden = len(tokens) - 1 if finish_reason == "stop" and not self._params.include_stop_str_in_output else None
         for i, token in enumerate(tokens):
             self._take(delta, token, logprobs[i] if i < len(logprobs) else None)
-            if i != hidden and self._show(delta, self._detokenizer.feed(token)):
+            if self._detokenizer and i != hidden and self._show(delta, self._detokenizer.feed(token)):
                 return delta
-        if finish_reason is not None and not self._show(delta, self._detokenizer.flush()):
+        rest = self._detokenizer.flush() if self._detokenizer and finish_reason is not None else ""
+        if finish_reason is not None and not self._show(delta, rest):
             self._emit(delta, self._held, "")
             self._finish(delta, finish_reason, stop_reason)
         return delta
@@ -161,9 +188,7 @@ class Completion:
         self._token_ids.append(token)
         if self._logprobs is None or delta.logprobs is None or raw is None:
             return
-        entry = {token: Logprob(raw.drawn, raw.rank, self._tokenizer.token_text(token))}
-        for rank, (other, value) in enumerate(raw.top, 1):
-            entry.setdefault(other, Logprob(value, rank, self._tokenizer.token_text(other)))
+        entry = _entry(token, raw, self._tokenizer)
         self._cumulative += raw.drawn
         self._logprobs.append(entry)
         delta.logprobs.append(entry)

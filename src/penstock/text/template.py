@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from penstock.base import ConfigError, InvalidRequest, ModelFormatError
-from penstock.formats import read_json_object
+from penstock.formats import GGUFFile, read_json_object
+from penstock.text.added import special_token_texts
 from penstock.text.metering import Budget, BudgetExceeded
 from penstock.text.sandbox import SandboxedTemplate, TemplateRefusal
-from penstock.text.tokenizer import Tokenizer, any_of, spare_mark, special_token_texts
+from penstock.text.tokenizer import Tokenizer, any_of, spare_mark
 
 MAX_TEMPLATE_CHARS = 1 << 18
 MAX_DEPTH = 64
@@ -276,12 +277,14 @@ def _cut_at(text: str, end: str) -> str:
 
 def load_chat_template(folder: Path, override: str | None = None) -> ChatTemplate | None:
     """The chat template of a model folder: ``override`` (a file), else chat_template.jinja, else the one (or the list
-    of named ones) in tokenizer_config.json. None if there is none.
+    of named ones) in tokenizer_config.json; or that of a GGUF file. None if there is none.
 
     Raises:
-        ModelFormatError: template_error, json_invalid.
+        ModelFormatError: template_error, json_invalid, and those of GGUFFile.
         ConfigError: (chat_template_unreadable) the override cannot be read.
     """
+    if folder.is_file():
+        return _gguf_template(folder, override)
     path = folder / "tokenizer_config.json"
     config = read_json_object(path) if path.exists() else {}
     tokens = special_token_texts(config)
@@ -298,6 +301,17 @@ def load_chat_template(folder: Path, override: str | None = None) -> ChatTemplat
     if not isinstance(default, str):
         return None
     return ChatTemplate(default, tool_use=tool_use if isinstance(tool_use, str) else None, special_tokens=tokens)
+
+
+def _gguf_template(path: Path, override: str | None) -> ChatTemplate | None:
+    metadata = GGUFFile(path).metadata
+    texts, tokens = metadata.get("tokenizer.ggml.tokens"), {}
+    for role in ("bos", "eos"):
+        i = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if isinstance(texts, list) and isinstance(i, int) and 0 <= i < len(texts) and isinstance(texts[i], str):
+            tokens[f"{role}_token"] = texts[i]
+    source = metadata.get("tokenizer.chat_template") if override is None else _read(Path(override))
+    return ChatTemplate(source, special_tokens=tokens) if isinstance(source, str) else None
 
 
 def _read(path: Path) -> str:

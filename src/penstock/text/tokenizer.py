@@ -1,21 +1,22 @@
-"""Tokenizer: text to token ids and back, on Hugging Face ``tokenizers`` (a folder's tokenizer.json)."""
+"""Tokenizer: text to token ids and back, on Hugging Face ``tokenizers``."""
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from penstock.base import InvalidRequest, ModelFormatError
-from penstock.formats import read_json_object
+from penstock.base import InvalidRequest
+from penstock.formats import read_bytes
 from penstock.spec import Vocabulary
+from penstock.text.added import Converted, optional_json, read_tokenizer_config, special_token_texts
+from penstock.text.convert import convert_file, convert_folder, usable
 from penstock.text.detokenize import Detokenizer, TokenBytes
 
 MAX_TOKENIZER_BYTES = 256 << 20
@@ -84,7 +85,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.added_tokens = {token.content: i for i, token in added.items()}
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
-        size = backend.get_vocab_size() if vocab_size is None else vocab_size
+        size = max(backend.get_vocab().values(), default=-1) + 1 if vocab_size is None else vocab_size
         self.vocabulary = Vocabulary(size=size, eos_ids=frozenset(i for i in eos_ids if 0 <= i < size), bos_id=bos_id)
         self._bytes = TokenBytes(backend)
         self._may_exceed = max(added, default=0) >= size or backend.get_vocab_size() > size
@@ -154,6 +155,12 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """``token_bytes`` as text; U+FFFD where it is only part of a character."""
         return self._bytes[token_id].decode(errors="replace")
+
+    def pair_frame(self) -> tuple[list[int], list[int], list[int]]:
+        """The ids that the post-processor puts before, between and after the two texts of a pair."""
+        before, after = self._affixes()
+        frame: list[int] = self._backend.encode("", "", add_special_tokens=True).ids
+        return before, frame[len(before) : len(frame) - len(after)], after
 
     def _encode_marked(self, text: str, recognised: re.Pattern[str], barrier: str | None) -> list[int]:
         """Added tokens are recognised here and marked; the backend knows them only in their marked form."""
@@ -227,72 +234,45 @@ def _backend_errors(text: str) -> Iterator[None]:
         raise InvalidRequest("invalid_text", "The text cannot be tokenized", why=why[:200]) from None
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model folder.
+def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer of a model folder, or of a file by itself.
 
-    Reads tokenizer.json, and from tokenizer_config.json, generation_config.json and config.json, where they exist, the
-    bos and eos tokens. What is added to a text is what tokenizer.json says; as in transformers, ``add_bos_token`` in
-    tokenizer_config.json changes nothing.
+    The best file of a folder is read: tokenizer.json, tokenizer.model (SentencePiece or tiktoken ranks), *.tiktoken,
+    vocab.json with merges.txt, vocab.txt, or a GGUF file. tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json, where they exist, say which tokens are special and which are put around a text; what
+    tokenizer.json says of that stands, and as in transformers ``add_bos_token`` does not change it. The ids that begin
+    and end a text are also looked for in generation_config.json and config.json.
 
     Args:
-        vocab_size: number of logits of the model.
+        path: a folder; or a GGUF file, a SentencePiece model or a file of tiktoken ranks.
+        vocab_size: number of logits of the model; by default as many as the tokenizer has ids.
 
     Raises:
-        ModelFormatError: file_missing, json_invalid, tokenizer_invalid, unsupported_decoder.
+        ModelFormatError: file_missing, json_invalid, tokenizer_invalid, tokenizer_unsupported, unsupported_decoder, and
+            those of a GGUF file.
     """
-    path = folder / "tokenizer.json"
-    config = _optional_json(folder / "tokenizer_config.json")
-    backend = _read_backend(path)
-    ids = {name: backend.token_to_id(text) for name, text in special_token_texts(config).items()}
+    if path.is_file():
+        converted = convert_file(path)
+        return Tokenizer(converted.backend, vocab_size=vocab_size, eos_ids=converted.eos_ids, bos_id=converted.bos_id)
+    config = read_tokenizer_config(path)
+    if (path / "tokenizer.json").exists():
+        converted = usable(path / "tokenizer.json", lambda: Converted(backend=_read_backend(path / "tokenizer.json")))
+    else:
+        converted = convert_folder(path, config)
+    ids = {name: converted.backend.token_to_id(text) for name, text in special_token_texts(config).items()}
     bos, eos = _as_ids(ids.get("bos_token")), _as_ids(ids.get("eos_token"))
     for name in ("generation_config.json", "config.json"):
-        source = _optional_json(folder / name)
+        source = optional_json(path / name)
         bos += _as_ids(source.get("bos_token_id"))
         eos += _as_ids(source.get("eos_token_id"))
-    return Tokenizer(backend, vocab_size=vocab_size, eos_ids=eos, bos_id=bos[0] if bos else None)
-
-
-def special_token_texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and their kind from tokenizer_config.json, where each is a string or an object."""
-    named = {}
-    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-        value = config.get(name)
-        text = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(text, str):
-            named[name] = text
-    return named
+    bos += _as_ids(converted.bos_id)
+    eos += converted.eos_ids if not eos else ()
+    return Tokenizer(converted.backend, vocab_size=vocab_size, eos_ids=eos, bos_id=bos[0] if bos else None)
 
 
 def _read_backend(path: Path) -> Backend:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TOKENIZER_BYTES + 1)
-    except OSError as error:
-        raise ModelFormatError(
-            "file_missing",
-            "tokenizer.json cannot be read",
-            why=f"{path}: {error.strerror or error}",
-            fix="check that the model folder was downloaded completely; tokenizer.model alone is not enough",
-        ) from None
-    try:
-        if len(data) > MAX_TOKENIZER_BYTES:
-            raise ValueError(f"it is larger than {MAX_TOKENIZER_BYTES} bytes")
-        backend: Backend = Backend.from_str(data.decode())
-        backend.encode("a b")  # a file can be read and still not work
-        return backend
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic of the Rust side is not an Exception
-        raise ModelFormatError(
-            "tokenizer_invalid",
-            f"{path} is not a usable tokenizer",
-            why=str(error)[:300],
-            fix=f"download the file again; it must suit tokenizers {tokenizers.__version__}",
-        ) from None
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.exists() else {}
+    backend: Backend = Backend.from_str(read_bytes(path, MAX_TOKENIZER_BYTES, "tokenizer_invalid").decode())
+    return backend
 
 
 def _as_ids(value: object) -> list[int]:
