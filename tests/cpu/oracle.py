@@ -15,18 +15,20 @@ import torch
 import transformers
 from torch import Tensor
 
+from families import CONFIGS, random_config
 from penstock.kernels import Batch, GroupBatch, KVLayer, Ops
 from penstock.layers import Placement
 from penstock.models import Decoder, load_decoder
 from penstock.spec import ModelSpec
 from penstock.spec.hf import read_model_spec
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOLERANCE = 2e-4
 CPU = torch.device("cpu")
 UNREADABLE = 2**31 - 1
 LOGIT_STD = 8.0
 """Wide enough that two random logits rarely tie; errors are measured relative to the largest logit."""
+TIE = 2e-5
+"""Distance of two router logits, of standard deviation near 1, below which float32 may choose either expert."""
 
 
 @dataclass(frozen=True)
@@ -40,90 +42,73 @@ class Reference:
         with torch.inference_mode():
             return self.model(torch.tensor([list(tokens)])).logits[0]
 
+    def certain(self, tokens: Sequence[int]) -> int:
+        """Leading positions that no near-tie of a router has touched; later ones may read another expert's K and V."""
+        certain = len(tokens)
+        for logits_TE, active in self._routed(tokens):
+            top_TA = logits_TE.sort(descending=True).values[:, : active + 1]
+            if top_TA.shape[1] > active:
+                near = (top_TA[:, active - 1] - top_TA[:, active] < TIE).nonzero()
+                certain = min([certain, *near[:1, 0].tolist()])
+        return certain
+
     def tokens(self, rng: random.Random, count: int) -> list[int]:
         return [rng.randrange(self.spec.vocab_size) for _ in range(count)]
+
+    def _routed(self, tokens: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Logits of each sparse layer's router, and how many experts it chooses."""
+        seen: list[tuple[Tensor, int]] = []
+        routers = [m for m in self.model.modules() if type(m).__name__.endswith("TopKRouter")]
+        hooks = [m.register_forward_hook(lambda m, _, out: seen.append((out[0], m.top_k))) for m in routers]
+        if routers:
+            self.logits(tokens)
+        for hook in hooks:
+            hook.remove()
+        return seen
 
 
 def build_reference(family: str, rng: random.Random, folder: Path, **overrides: object) -> Reference:
     """A random model of a family, saved by transformers and read back by our config reader.
 
-    Head counts may be odd, head_dim is any even number from 8 to 128, and every weight is scaled so that attention
-    is neither flat nor one-hot and the logits have a standard deviation of LOGIT_STD.
+    Every weight is scaled so that attention is neither flat nor one-hot and the logits have a standard deviation of
+    LOGIT_STD before they are capped.
     """
     config = getattr(transformers, CONFIGS[family])(**(random_config(family, rng) | overrides))
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(rng.randrange(2**31))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            _randomize(name, weight)
-        probe = torch.randint(config.vocab_size, (1, 64))
-        model.model.norm.weight *= LOGIT_STD / model(probe).logits.std()
+            _randomize(family, name, weight)
+        _spread_logits(family, model)
     model.save_pretrained(folder)
     return Reference(folder, model, read_model_spec(folder))
 
 
-CONFIGS = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
-
-
-def random_config(family: str, rng: random.Random) -> dict[str, object]:
-    kv_heads, group = rng.choice([(1, 1), (1, 3), (3, 1), (2, 2), (5, 1), (3, 2), (1, 7), (2, 4)])
-    heads, layers = kv_heads * group, rng.choice([2, 3])
-    config: dict[str, object] = {
-        "vocab_size": rng.randrange(90, 300),
-        "hidden_size": heads * rng.choice([8, 12, 17]),
-        "intermediate_size": rng.choice([50, 96, 129, 172]),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 2 * rng.randrange(4, 65),
-        "max_position_embeddings": 512,
-        "rms_norm_eps": rng.choice([1e-5, 1e-6]),
-        "tie_word_embeddings": rng.random() < 0.5,
-        "hidden_act": rng.choice(["silu", "silu", "gelu_pytorch_tanh"]),
-        "rope_parameters": random_rope(rng),
-    }
-    if family == "llama":
-        config |= {"attention_bias": rng.random() < 0.3, "mlp_bias": rng.random() < 0.3}
-    if family == "mistral":
-        config["sliding_window"] = rng.choice([None, 5, 32, 100])
-    if family in ("qwen2", "qwen3"):
-        sliding = rng.random() < 0.5
-        config |= {"use_sliding_window": sliding, "sliding_window": rng.choice([7, 64]), "max_window_layers": 1}
-    if family == "qwen2":  # its configuration class has no head_dim of its own
-        config["hidden_size"] = heads * 2 * rng.randrange(4, 33)
-        del config["head_dim"]
-    if family == "qwen3":
-        config["attention_bias"] = rng.random() < 0.3
-    return config
-
-
-def random_rope(rng: random.Random) -> dict[str, object]:
-    theta = rng.choice([500.0, 10000.0, 1e6])
-    return rng.choice(
-        [
-            {"rope_type": "default", "rope_theta": theta},
-            {"rope_type": "linear", "rope_theta": theta, "factor": 2.5},
-            {
-                "rope_type": "llama3",
-                "rope_theta": theta,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        ]
-    )
-
-
-def _randomize(name: str, weight: Tensor) -> None:
-    if name.endswith("norm.weight"):
-        weight.normal_(1.0, 0.3)
-    elif name.endswith(".bias"):
+def _randomize(family: str, name: str, weight: Tensor) -> None:
+    if "norm" in name and name.endswith("weight"):
+        weight.normal_(0.0 if family.startswith("gemma") else 1.0, 0.3)
+    elif name.endswith("bias"):
         weight.normal_(0.0, 0.3)
+    elif name.endswith("sinks"):
+        weight.normal_(1.0, 1.0)
+    elif "embed" in name:
+        weight.normal_(0.0, weight.shape[1] ** -0.5 if family.startswith("gemma") else 1.0)
     else:
-        gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
-        weight.normal_(0.0, 1.0 if "embed" in name else gain / weight.shape[1] ** 0.5)
+        wide = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "router", "mlp.gate.weight"))
+        fan_in = weight.shape[-2] if family == "gpt_oss" and "experts" in name else weight.shape[-1]
+        weight.normal_(0.0, (1.5 if wide else 1.0) / fan_in**0.5)
+
+
+def _spread_logits(family: str, model: transformers.PreTrainedModel) -> None:
+    """Through the final norm, whose weight Gemma stores less one."""
+    norm, config, cap = model.model.norm, model.config, getattr(model.config, "final_logit_softcapping", None)
+    config.final_logit_softcapping = None
+    factor = LOGIT_STD / model(torch.randint(config.vocab_size, (1, 64))).logits.std()
+    for name, weight in norm.named_parameters():
+        offset = 1.0 if family.startswith("gemma") and name == "weight" else 0.0
+        weight.copy_((weight + offset) * factor - offset)
+    config.final_logit_softcapping = cap
 
 
 def load(reference: Reference, ops: Ops, spec: ModelSpec | None = None) -> Decoder:

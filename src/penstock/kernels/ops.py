@@ -18,7 +18,9 @@ from torch import Tensor
 
 from penstock.kernels.types import Batch, KVLayer
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_clamped"]
+"""How ``gate_up`` joins gate g and up u: act(g) * u; "swiglu_clamped" (gpt-oss) is (u + 1) * g * sigmoid(1.702 g) with
+g clamped to at most 7 and u to [-7, 7]."""
 
 SEGMENT = 128
 """Keys in one attention segment. A key belongs to segment ``position // SEGMENT``; every block size divides it."""
@@ -40,11 +42,8 @@ class Ops(Protocol):
 
     name: str
     one_answer: bool
-
-    @property
-    def numerics(self) -> str:
-        """All that decides the backend's bits: its name, the version of its arithmetic, library and ISA class."""
-        ...
+    numerics: str
+    """All that decides the backend's bits: its name, the version of its arithmetic, library and ISA class."""
 
     def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         """Rows of the table, as stored: [T, D]."""
@@ -54,22 +53,28 @@ class Ops(Protocol):
         """RMSNorm, x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019). Rounded once: the output."""
         ...
 
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+        """LayerNorm, (x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016). Rounded once: the output."""
+        ...
+
     def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(norm(residual + delta), residual + delta). The sum is rounded as it is stored, and the norm reads
         it as stored; ``residual_TD`` may be overwritten by it."""
         ...
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        """x W^T + bias: [T, N]. The bias joins the fp32 sum; rounded once: the output."""
-        ...
+    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int = 1) -> Tensor:
+        """x W^T + bias: [T, N]. The bias joins the fp32 sum; rounded once: the output.
 
-    def row_linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int) -> Tensor:
-        """As ``linear``, but K is summed in ``segments`` equal fp32 parts that add along a binary tree, neighbours
-        first: the sum is the same at every tensor-parallel degree that divides ``segments`` (rule 4)."""
+        K is summed in ``segments`` equal fp32 parts that add along a binary tree, neighbours first: where ranks hold
+        parts of K, the sum is the same at every tensor-parallel degree that divides ``segments`` (rule 4)."""
         ...
 
     def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
         """act(x Wg^T) * (x Wu^T): [T, F]; gate rows first in the weight. Rounded once: the product."""
+        ...
+
+    def linear_act(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: Activation) -> Tensor:
+        """act(x W^T + bias): [T, F], of feed-forwards without a gate. Rounded once: the output."""
         ...
 
     def qk_norm_rope_write(
@@ -77,30 +82,70 @@ class Ops(Protocol):
         qkv_TC: Tensor,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
-        rope_Pd: Tensor,
+        rope_Pd: Tensor | None,
         kv: KVLayer,
         batch: Batch,
         group: int,
     ) -> Tensor:
-        """Splits q, k, v (C = (N + 2H) d, whole heads, H of them from ``kv``), normalizes q and k over d if
-        ``norms`` = (q weight, k weight) are given, rotates both, writes k and v to the rows' slots and returns
-        q: [T, N, d]. Slot -1 writes nothing.
+        """Splits q, k, v (C = (N + 2H) d, whole heads, H of them from ``kv``), normalizes q and k if ``norms`` =
+        (q weight, k weight) are given, rotates both, writes k and v to the rows' slots and returns q: [T, N, d].
+        Slot -1 writes nothing.
 
-        ``rope_Pd`` holds fp32 cosines then sines of d/2 angles for each position; the rotation pairs element i
-        with i + d/2. Rounded: qkv as stored by the linear, and q, k once after norm and rotation together.
+        Norm weights of size d normalize each head; those of size N d and H d all heads of a row together.
+        ``rope_Pd`` holds fp32 cosines then sines of d'/2 angles for each position; the rotation pairs element i
+        with i + d'/2 among the first d' <= d elements of a head and leaves the others; None rotates nothing.
+        Rounded: qkv as stored by the linear, and q, k once after norm and rotation together.
         """
         ...
 
     def attention(
-        self, q_TNd: Tensor, kv: KVLayer, batch: Batch, group: int, window: int | None, scale: float
+        self,
+        q_TNd: Tensor,
+        kv: KVLayer,
+        batch: Batch,
+        group: int,
+        window: int | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks_N: Tensor | None = None,
     ) -> Tensor:
         """softmax(scale q k^T) v: [T, N d]. Query head n reads KV head n // (N / H). A row at position p sees the
-        positions in (p - window, p] of its own request.
+        positions in (p - window, p] of its own request. With ``softcap`` a score s becomes softcap * tanh(s / softcap);
+        ``sinks_N`` adds exp(sink) to each head's sum of weights, and no value.
 
         K and V are read only as stored, those of this step's rows too (rule 5). Scores, weights and sums stay
         fp32; rounded once: the output. Keys meet in absolute segments of SEGMENT positions, each with its own
         maximum; segments merge along a binary tree over their absolute index; masked keys are never read.
         """
+        ...
+
+    def attend_whole(self, qkv_TC: Tensor, heads: int, row_starts: Sequence[int], scale: float) -> Tensor:
+        """Bidirectional attention of whole sequences, without a cache: [T, N d]. C = 3 N d, all of q first, then k, v;
+        sequence r is rows row_starts[r] .. row_starts[r + 1] - 1 and sees itself alone. Rounded once: the output."""
+        ...
+
+    def route(
+        self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, active: int, normalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The experts of each row and their weights, int64 and fp32 [T, active]: the largest of the logits x W^T + bias
+        in descending order, ties to the lower expert id, and their softmax over all E, divided by the sum of the
+        chosen if ``normalize``. Nothing is rounded: logits and softmax stay fp32 (rule 7)."""
+        ...
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        chosen_TA: Tensor,
+        weights_TA: Tensor,
+        gate_up_E2FD: Tensor,
+        gate_up_bias_E2F: Tensor | None,
+        down_EDF: Tensor,
+        down_bias_ED: Tensor | None,
+        activation: Activation,
+    ) -> Tensor:
+        """sum over a of weights[a] * down(gate_up(x)) of expert chosen[a]: [T, D]. Each expert's output stays fp32 and
+        comes back to its row unsummed; slots add in ascending order in fp32 (rule 7). Rounded: the product of
+        gate and up, as in ``gate_up``, and the output."""
         ...
 
     def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:

@@ -4,24 +4,38 @@ from penstock.kernels import SEGMENT, Batch, KVLayer, Ops, sum_segments
 from penstock.layers.attention import Attention
 from penstock.layers.embedding import Embedding, Head
 from penstock.layers.linear import FeedForward, GateUp, Linear, RowLinear
-from penstock.layers.norm import Norm
+from penstock.layers.moe import Experts, Router, SharedExpert, SparseFeedForward
+from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormAfter, Scaled, as_it_is, not_normed
 from penstock.layers.placement import Placement
 from penstock.layers.rope import rope_table
+from penstock.quant import decode_mxfp4
 
 __all__ = [
     "SEGMENT",
     "Attention",
     "Batch",
+    "BlockInput",
+    "BlockOutput",
     "Embedding",
+    "Experts",
     "FeedForward",
     "GateUp",
     "Head",
     "KVLayer",
+    "LayerNorm",
     "Linear",
     "Norm",
+    "NormAfter",
     "Ops",
     "Placement",
+    "Router",
     "RowLinear",
+    "Scaled",
+    "SharedExpert",
+    "SparseFeedForward",
+    "as_it_is",
+    "decode_mxfp4",
+    "not_normed",
     "rope_table",
     "sum_segments",
 ]

@@ -14,11 +14,12 @@ from penstock.layers.linear import Linear, RowLinear
 class Attention:
     """Attributes:
     qkv, out: fused input projection and row-parallel output projection.
-    norms: RMSNorm weights over head_dim of q and k, for models that have them.
-    rope_Pd: table of ``rope_table``, shared by all layers.
+    norms: RMSNorm weights of q and k, over each head or all heads together, for models that have them.
+    rope_Pd: table of ``rope_table``, shared by layers of equal rope; None for a layer without positions.
     group: index of the KV group this layer belongs to.
     window: positions a query sees, its own included; None for all.
-    scale: factor of the scores before softmax.
+    scale, softcap: factor of the scores before softmax, and their cap after it.
+    sinks_N: a logit of each head that takes part in the softmax and has no value (gpt-oss).
     """
 
     ops: Ops
@@ -26,11 +27,14 @@ class Attention:
     out: RowLinear
     norms: tuple[Tensor, Tensor] | None
     eps: float
-    rope_Pd: Tensor
+    rope_Pd: Tensor | None
     group: int
     window: int | None
     scale: float
+    softcap: float | None = None
+    sinks_N: Tensor | None = None
 
     def __call__(self, x_TD: Tensor, batch: Batch, kv: KVLayer) -> Tensor:
         q_TNd = self.ops.qk_norm_rope_write(self.qkv(x_TD), self.norms, self.eps, self.rope_Pd, kv, batch, self.group)
-        return self.out(self.ops.attention(q_TNd, kv, batch, self.group, self.window, self.scale))
+        scoring = (self.window, self.scale, self.softcap, self.sinks_N)
+        return self.out(self.ops.attention(q_TNd, kv, batch, self.group, *scoring))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from penstock.kernels import Ops
@@ -11,18 +12,34 @@ from penstock.kernels import Ops
 
 @dataclass(slots=True)
 class Embedding:
+    """Attributes:
+    scale: factor of every vector; the product is rounded as it is stored.
+    """
+
     ops: Ops
     table_VD: Tensor
+    scale: float = 1.0
 
     def __call__(self, ids_T: Tensor) -> Tensor:
-        return self.ops.embed(ids_T, self.table_VD)
+        rows_TD = self.ops.embed(ids_T, self.table_VD)
+        return rows_TD if self.scale == 1.0 else rows_TD * self.scale
 
 
 @dataclass(slots=True)
 class Head:
+    """Attributes:
+    scale: factor of the logits.
+    softcap: then a logit x becomes softcap * tanh(x / softcap) (Gemma 2).
+    """
+
     ops: Ops
     weight_VD: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
 
     def __call__(self, hidden_RD: Tensor) -> Tensor:
         """fp32 logits [R, V]."""
-        return self.ops.logits(hidden_RD, self.weight_VD)
+        logits_RV = self.ops.logits(hidden_RD, self.weight_VD)
+        if self.scale != 1.0:
+            logits_RV = logits_RV.mul_(self.scale)
+        return logits_RV if self.softcap is None else torch.tanh(logits_RV.div_(self.softcap)).mul_(self.softcap)

@@ -29,7 +29,7 @@ class RowLinear:
     segments: int
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        return self.ops.row_linear(x_TK, self.weight_NK, self.bias_N, self.segments)
+        return self.ops.linear(x_TK, self.weight_NK, self.bias_N, self.segments)
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The decoder of every family: pre-norm attention and gated feed-forward around a residual stream."""
+"""The decoder of every family: attention and gated feed-forward around a residual stream."""
 
 from __future__ import annotations
 
@@ -6,25 +6,43 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from penstock.layers import Attention, Batch, Embedding, FeedForward, Head, KVLayer, Norm
+from penstock.layers import (
+    Attention,
+    Batch,
+    BlockInput,
+    BlockOutput,
+    Embedding,
+    FeedForward,
+    Head,
+    KVLayer,
+    SparseFeedForward,
+    as_it_is,
+)
 from penstock.spec import ModelSpec
 
 
 @dataclass(slots=True)
 class Block:
-    attention_norm: Norm
+    """Attributes:
+    attention_norm, ffn_norm: what the two halves read of the residual.
+    attention_after, ffn_after: what becomes of their output before it is added to it.
+    """
+
+    attention_norm: BlockInput
     attention: Attention
-    ffn_norm: Norm
-    ffn: FeedForward
+    ffn_norm: BlockInput
+    ffn: FeedForward | SparseFeedForward
+    attention_after: BlockOutput = as_it_is
+    ffn_after: BlockOutput = as_it_is
 
     def __call__(
         self, residual_TD: Tensor, delta_TD: Tensor | None, batch: Batch, kv: KVLayer
     ) -> tuple[Tensor, Tensor]:
         """(residual, delta): what is added to the residual is left to the norm that reads it next."""
         hidden_TD, residual_TD = self.attention_norm(residual_TD, delta_TD)
-        delta_TD = self.attention(hidden_TD, batch, kv)
+        delta_TD = self.attention_after(self.attention(hidden_TD, batch, kv))
         hidden_TD, residual_TD = self.ffn_norm(residual_TD, delta_TD)
-        return residual_TD, self.ffn(hidden_TD)
+        return residual_TD, self.ffn_after(self.ffn(hidden_TD))
 
 
 @dataclass(slots=True)
@@ -32,7 +50,7 @@ class Decoder:
     spec: ModelSpec
     embedding: Embedding
     blocks: list[Block]
-    norm: Norm
+    norm: BlockInput
     head: Head
 
     def forward(self, ids_T: Tensor, batch: Batch, kv: list[KVLayer], rows_R: Tensor) -> Tensor:

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from penstock.base import ModelFormatError
 from penstock.formats import Checkpoint, file_digest, open_checkpoint
 from penstock.layers import (
     SEGMENT,
     Attention,
+    BlockInput,
+    BlockOutput,
     Embedding,
+    Experts,
     FeedForward,
     GateUp,
     Head,
+    LayerNorm,
     Linear,
     Norm,
+    NormAfter,
     Ops,
     Placement,
+    Router,
     RowLinear,
+    Scaled,
+    SharedExpert,
+    SparseFeedForward,
+    as_it_is,
+    decode_mxfp4,
+    not_normed,
     rope_table,
     sum_segments,
 )
 from penstock.models.decoder import Block, Decoder
-from penstock.spec import ModelSpec
-from penstock.spec.tensors import checkpoint_tensors
+from penstock.models.tensors import Tensors
+from penstock.spec import EncoderSpec, ModelSpec, MoESpec, RopeSpec
+from penstock.spec.tensors import Slots, checkpoint_tensors, layer_slots, model_slots, names_of
 
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SUM_GROUP = 32
 """Elements of the feed-forward width that stay in one segment of the down projection, where 32 divides it."""
 
@@ -44,122 +53,174 @@ def load_decoder(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement) 
 
     Raises:
         ModelFormatError: as ``open_checkpoint``; (weights_missing), (weights_unexpected), (weights_shape) or
-            (weights_dtype) if the tensors are not those of ``spec``.
+            (weights_dtype) if the tensors are not those of ``spec``; (weights_not_finite).
     """
-    checkpoint = open_checkpoint(folder)
-    check_tensors(checkpoint, spec)
-    return _Builder(checkpoint, spec, ops, placement).decoder()
+    tensors = open_tensors(open_checkpoint(folder), spec, placement)
+    return _Builder(tensors, spec, ops, placement).decoder()
 
 
-def check_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    """Compares names, shapes and dtypes with what the spec calls for, before anything is read."""
-    expected = checkpoint_tensors(spec)
-    if missing := sorted(expected.keys() - checkpoint.names):
-        raise _mismatch("weights_missing", checkpoint, f"{len(missing)} tensors are missing: {_some(missing)}")
-    unexpected = sorted(
-        name
-        for name in checkpoint.names - expected.keys()
+def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Tensors:
+    """A checkpoint whose names, shapes and dtypes are those that the spec calls for."""
+    expected, names = checkpoint_tensors(spec), names_of(spec)
+    # A decoder saved without its head has no prefix either.
+    prefix = "" if any(names.own(name).startswith(names.model) for name in checkpoint.names) else names.model
+
+    def rename(name: str) -> str | None:
+        name = names.own(name)
         # Some exports keep a buffer that follows from the configuration, or the tied head a second time.
-        if not name.endswith("rotary_emb.inv_freq") and not (spec.tied and name == "lm_head.weight")
-    )
-    if unexpected:
-        what = f"{len(unexpected)} tensors are not part of a {spec.family} model of this configuration"
-        raise _mismatch("weights_unexpected", checkpoint, f"{what}: {_some(unexpected)}")
-    for name, shape in expected.items():
-        entry = checkpoint.entry(name)
-        if entry.shape != shape:
-            why = f"tensor {name} is {list(entry.shape)}, config.json calls for {list(shape)}"
-            raise _mismatch("weights_shape", checkpoint, why)
-        if entry.dtype not in STORED:
-            raise _mismatch("weights_dtype", checkpoint, f"tensor {name} is {entry.dtype}, not one of {_some(STORED)}")
+        tied_head = spec.tied and name == f"{names.head}.weight"
+        unused = tied_head or name.startswith(names.ignored) or name.endswith("rotary_emb.inv_freq")
+        return None if unused else prefix + name
+
+    tensors = Tensors(checkpoint, placement, rename)
+    packed = [name for name in expected if name.endswith(("_blocks", "_scales"))]
+    tensors.check(expected, spec.family, packed)
+    return tensors
 
 
 class _Builder:
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, ops: Ops, placement: Placement) -> None:
-        self.checkpoint, self.spec, self.ops, self.placement = checkpoint, spec, ops, placement
-        self.rope_Pd = rope_table(spec.rope, spec.head_dim, spec.max_positions, placement)
+    """Makes a slot's tensor (``spec.tensors``) when a layer asks for it."""
+
+    def __init__(self, tensors: Tensors, spec: ModelSpec, ops: Ops, placement: Placement) -> None:
+        self.tensors, self.spec, self.ops, self.placement = tensors, spec, ops, placement
+        self.tables: dict[RopeSpec, Tensor] = {}
 
     def decoder(self) -> Decoder:
-        spec, ops = self.spec, self.ops
-        embedding = Embedding(ops, self.fuse("model.embed_tokens.weight"))
-        head = Head(ops, embedding.table_VD if spec.tied else self.fuse("lm_head.weight"))
+        spec, ops, slots = self.spec, self.ops, model_slots(self.spec)
+        scale = float(torch.tensor(spec.embed_scale, dtype=self.placement.dtype))  # as the models were trained with
+        embedding = Embedding(ops, self.fuse(slots, "embedding"), scale)
+        head_VD = embedding.table_VD if spec.tied else self.fuse(slots, "head")
         group_of = {layer: i for i, group in enumerate(spec.kv_groups()) for layer in group.layers}
         blocks = [self.block(layer, group_of[layer]) for layer in range(spec.layers)]
-        return Decoder(spec, embedding, blocks, self.norm("model.norm"), head)
+        return Decoder(
+            spec,
+            embedding,
+            blocks,
+            self.before(slots, "norm"),
+            Head(ops, head_VD, spec.logit_scale, spec.logit_softcap),
+        )
 
     def block(self, layer: int, group: int) -> Block:
-        spec, ops, prefix = self.spec, self.ops, f"model.layers.{layer}."
-        attn, mlp = prefix + "self_attn.", prefix + "mlp."
-        qkv = [attn + "q_proj", attn + "k_proj", attn + "v_proj"]
-        gate_up = [mlp + "gate_proj", mlp + "up_proj"]
-        norms = (self.fuse(attn + "q_norm.weight"), self.fuse(attn + "k_norm.weight")) if spec.qk_norm else None
-        attention = Attention(
-            ops=ops,
-            qkv=Linear(ops, *self.linear(*qkv, bias=spec.qkv_bias)),
-            out=RowLinear(ops, *self.linear(attn + "o_proj", bias=spec.o_bias), sum_segments(spec.heads)),
-            norms=norms,
+        slots, moe = layer_slots(self.spec, layer), self.spec.moe
+        return Block(
+            attention_norm=self.before(slots, "attention_norm"),
+            attention=self.attention(slots, layer, group),
+            ffn_norm=self.before(slots, "ffn_norm"),
+            ffn=self.feed_forward(slots) if moe is None or not moe.layers[layer] else self.sparse(slots, moe),
+            attention_after=self.after(slots, "attention_after"),
+            ffn_after=self.after(slots, "ffn_after"),
+        )
+
+    def attention(self, slots: Slots, layer: int, group: int) -> Attention:
+        spec, normed = self.spec, self.spec.qk_norm != "none"
+        rope = spec.rope_of(layer)
+        return Attention(
+            ops=self.ops,
+            qkv=Linear(self.ops, *self.linear(slots, "qkv")),
+            out=RowLinear(self.ops, *self.linear(slots, "out"), sum_segments(spec.heads)),
+            norms=(self.norm_weight(slots, "q_norm"), self.norm_weight(slots, "k_norm")) if normed else None,
             eps=spec.norm_eps,
-            rope_Pd=self.rope_Pd,
+            rope_Pd=None if rope is None else self.rope_table(rope),
             group=group,
             window=spec.windows[layer],
-            scale=spec.head_dim**-0.5,
-        )
-        down_units = spec.ffn if spec.ffn % SUM_GROUP else spec.ffn // SUM_GROUP
-        ffn = FeedForward(
-            GateUp(ops, *self.linear(*gate_up, bias=spec.mlp_bias), spec.activation),
-            RowLinear(ops, *self.linear(mlp + "down_proj", bias=spec.mlp_bias), sum_segments(down_units)),
-        )
-        return Block(
-            self.norm(prefix + "input_layernorm"), attention, self.norm(prefix + "post_attention_layernorm"), ffn
+            scale=spec.head_dim**-0.5 if spec.attn_scale is None else spec.attn_scale,
+            softcap=spec.attn_softcap,
+            sinks_N=self.fuse(slots, "sinks") if spec.sinks else None,
         )
 
-    def norm(self, name: str) -> Norm:
-        return Norm(self.ops, self.fuse(name + ".weight"), self.spec.norm_eps)
+    def rope_table(self, rope: RopeSpec) -> Tensor:
+        """One for all layers that embed positions alike."""
+        if rope not in self.tables:
+            self.tables[rope] = rope_table(rope, self.spec.head_dim, self.spec.max_positions, self.placement)
+        return self.tables[rope]
 
-    def linear(self, *names: str, bias: bool) -> tuple[Tensor, Tensor | None]:
-        weight = self.fuse(*(f"{name}.weight" for name in names))
-        return weight, self.fuse(*(f"{name}.bias" for name in names)) if bias else None
+    def feed_forward(self, slots: Slots, of: str = "") -> FeedForward:
+        gate_up_2FD, gate_up_2F = self.linear(slots, f"{of}gate_up")
+        ffn = len(gate_up_2FD) // 2
+        segments = sum_segments(ffn if ffn % SUM_GROUP else ffn // SUM_GROUP)
+        return FeedForward(
+            GateUp(self.ops, gate_up_2FD, gate_up_2F, self.spec.activation),
+            RowLinear(self.ops, *self.linear(slots, f"{of}down"), segments),
+        )
 
-    def fuse(self, *names: str) -> Tensor:
-        """The tensors, one below the other, in memory of our own: aligned alike in every process."""
-        parts = [self.stored(name) for name in names]
-        rows = sum(len(part) for part in parts)
-        fused = self.placement.empty((rows, *parts[0].shape[1:]))
-        for part, target in zip(parts, torch.split(fused, [len(part) for part in parts]), strict=True):
-            target.copy_(part)
+    def sparse(self, slots: Slots, moe: MoESpec) -> SparseFeedForward:
+        gate_up = self.experts(slots, "experts.gate_up", 2 * moe.ffn, paired=True)
+        down = self.experts(slots, "experts.down", self.spec.hidden)
+        shared = None
+        if moe.shared_ffn:
+            gate = Linear(self.ops, *self.linear(slots, "shared.gate"))
+            shared = SharedExpert(self.feed_forward(slots, "shared."), gate)
+        router = Router(self.ops, *self.linear(slots, "router"), moe.active, moe.normalize)
+        return SparseFeedForward(router, Experts(self.ops, *gate_up, *down, self.spec.activation), shared)
+
+    def experts(self, slots: Slots, slot: str, rows: int, *, paired: bool = False) -> tuple[Tensor, Tensor | None]:
+        """One of the experts' linears, [E, out, in], and its bias. In stacked checkpoints ``paired`` rows are gate and
+        up in turn."""
+        if not names_of(self.spec).stacked:
+            weight, bias = self.linear(slots, slot)
+            return weight.view(-1, rows, weight.shape[1]), None if bias is None else bias.view(-1, rows)
+        weight = self.stacked(list(slots[f"{slot}.weight"]), paired)
+        (name,) = slots[f"{slot}.bias"]
+        stored = self.tensors.stored(name)
+        bias = self.placement.empty(tuple(stored.shape))
+        self.tensors.copy(name, unpaired(stored, 1) if paired else stored, bias)
+        return weight, bias
+
+    def stacked(self, names: list[str], paired: bool) -> Tensor:
+        """[E, out, in] of a tensor [E, in, out], or of MXFP4 blocks and scales, one expert at a time."""
+        parts = [self.tensors.stored(name) for name in names]
+        experts, first, last = (parts[0] if len(parts) == 1 else parts[0].flatten(2)).shape
+        shape = (experts, last, first) if len(parts) == 1 else (experts, first, 2 * last)
+        weight = self.placement.empty(shape)
+        for index, target in enumerate(weight):
+            one = [part[index : index + 1] for part in parts]
+            rows = one[0].mT if len(one) == 1 else decode_mxfp4(one[0], one[1], self.placement.dtype)
+            self.tensors.copy(names[0], unpaired(rows[0], 0) if paired else rows[0], target)
         for name in names:
-            self.checkpoint.release(name)  # else the copy and the mapped file together are twice the weights
-        return fused
+            self.tensors.release(name)
+        return weight
 
-    def stored(self, name: str) -> Tensor:
-        """The file's bytes as a tensor, not copied. It must not be written to."""
-        entry = self.checkpoint.entry(name)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(self.checkpoint.view(name), dtype=STORED[entry.dtype])
-        return flat.view(entry.shape)
+    def before(self, slots: Slots, slot: str) -> BlockInput:
+        if f"{slot}.weight" not in slots:
+            return not_normed
+        if self.spec.norm == "layer":
+            weight, bias = self.fuse(slots, f"{slot}.weight"), self.fuse(slots, f"{slot}.bias")
+            return LayerNorm(self.ops, weight, bias, self.spec.norm_eps)
+        return Norm(self.ops, self.norm_weight(slots, f"{slot}.weight"), self.spec.norm_eps)
+
+    def after(self, slots: Slots, slot: str) -> BlockOutput:
+        if f"{slot}.weight" in slots:
+            return NormAfter(self.ops, self.norm_weight(slots, f"{slot}.weight"), self.spec.norm_eps)
+        return as_it_is if self.spec.residual_scale == 1.0 else Scaled(self.spec.residual_scale)
+
+    def norm_weight(self, slots: Slots, slot: str) -> Tensor:
+        """With an offset the weight is fp32: near the offset the storage dtype is coarser than near 0."""
+        weight = self.fuse(slots, slot)
+        return weight.float() + self.spec.norm_offset if self.spec.norm_offset else weight
+
+    def linear(self, slots: Slots, slot: str) -> tuple[Tensor, Tensor | None]:
+        weight = self.fuse(slots, f"{slot}.weight")
+        return weight, self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
+
+    def fuse(self, slots: Slots, slot: str) -> Tensor:
+        return self.tensors.fuse(*slots[slot])
 
 
-def numerics_id(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement) -> bytes:
+def unpaired(x: Tensor, axis: int) -> Tensor:
+    """Elements 0, 2, 4, ... of an axis, then 1, 3, 5, ..."""
+    count = x.shape[axis]
+    return x.index_select(axis, torch.cat((torch.arange(0, count, 2), torch.arange(1, count, 2))))
+
+
+def numerics_id(folder: Path, spec: ModelSpec | EncoderSpec, ops: Ops, placement: Placement) -> bytes:
     """16 bytes that agree exactly where bits may be shared: same weights, arithmetic and KV dtype.
 
-    It roots every KV block hash (ONE_ANSWER, "Where the promise holds"). How long a context is served does not enter.
+    It roots every KV block hash (ONE_ANSWER, "Where the promise holds"). How long a context is served does not enter,
+    but for the rope that follows from it.
     """
     parts = [ops.numerics, str(placement), f"segment={SEGMENT}", f"sum_group={SUM_GROUP}"]
-    parts.append(repr(replace(spec, max_positions=0)))
+    if isinstance(spec, ModelSpec):
+        spec = replace(spec, max_positions=0, rope=spec.rope.settled(spec.max_positions))
+    parts.append(repr(spec))
     parts += [f"{file.path.name}={file_digest(file.path)}" for file in open_checkpoint(folder).files]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()
-
-
-def _mismatch(code: str, checkpoint: Checkpoint, why: str) -> ModelFormatError:
-    return ModelFormatError(
-        code,
-        f"The weights in {checkpoint.folder} do not fit their config.json",
-        why=why,
-        fix="download the folder again, or take config.json and weights from the same revision",
-    )
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

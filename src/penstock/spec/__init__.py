@@ -1,8 +1,21 @@
 """Frozen values that describe models, requests, outputs and configurations. No behaviour beyond checks."""
 
 from penstock.spec.config import EngineConfig
+from penstock.spec.encoder import EncoderSpec
 from penstock.spec.model import DTYPE_BYTES, Activation, Dtype, KVGroup, ModelSpec, MoESpec, RopeSpec
-from penstock.spec.output import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from penstock.spec.output import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    FinishReason,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+    TokenLogprobs,
+)
+from penstock.spec.pooling import PoolingParams, PoolingSpec
 from penstock.spec.sampling import SamplingParams
 from penstock.spec.structured import StructuredOutputs
 from penstock.spec.vocabulary import Vocabulary
@@ -12,16 +25,23 @@ __all__ = [
     "Activation",
     "CompletionOutput",
     "Dtype",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "EncoderSpec",
     "EngineConfig",
     "FinishReason",
     "KVGroup",
     "Logprob",
     "MoESpec",
     "ModelSpec",
+    "PoolingParams",
+    "PoolingSpec",
     "RequestMetrics",
     "RequestOutput",
     "RopeSpec",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "StructuredOutputs",
     "TokenLogprobs",
     "Vocabulary",

@@ -41,6 +41,7 @@ class EngineConfig:
     enforce_eager: bool = option(False, "never capture steps as graphs")
     num_threads: int | None = option(None, "compute threads on a CPU", low=1, high=4096)
     chat_template: str | None = option(None, "file with a chat template that replaces the model's own")
+    logits_rule: str | None = option(None, "rules that requests may ask for by name: [name=]package.module:factory,...")
 
     def __post_init__(self) -> None:
         """Raises ConfigError(option_invalid) for a value of the wrong type or out of range."""

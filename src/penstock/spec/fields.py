@@ -67,3 +67,8 @@ def bad_config(name: str, value: object, why: str) -> ModelFormatError:
         why=why,
         fix="take config.json from the model's own page",
     )
+
+
+def unsupported(kind: str, what: str, fix: str) -> ModelFormatError:
+    """(unsupported_<kind>)"""
+    return ModelFormatError(f"unsupported_{kind}", f"The model uses {what}, which this build lacks", fix=fix)

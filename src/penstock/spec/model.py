@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -21,7 +21,8 @@ class RopeSpec:
         dims: leading elements of a head that rotate; 0 means all of them.
         kind: "llama3" stretches low frequencies only (Llama 3.1 model card); "linear" divides all positions by
             ``factor``; "yarn" blends by wavelength (Peng et al. 2023); "scaled" divides each frequency by its own
-            entry of ``factors`` (LongRoPE, Ding et al. 2024, resolved to its short or long list at load).
+            entry of ``factors`` (LongRoPE, Ding et al. 2024).
+        long_factors: LongRoPE's entries for a context above ``original_max_positions``, see ``settled``.
         amplitude: factor of cosines and sines (YaRN's and LongRoPE's attention factor).
         truncate: YaRN's correction range is rounded to whole elements.
     """
@@ -37,7 +38,16 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncate: bool = True
     factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
     amplitude: float = 1.0
+
+    def settled(self, positions: int) -> RopeSpec:
+        """The rope of a model that serves ``positions``: LongRoPE has one list of factors, whatever a request's length
+        (ONE_ANSWER rule 6)."""
+        if not self.long_factors:
+            return self
+        factors = self.factors if positions <= self.original_max_positions else self.long_factors
+        return replace(self, factors=factors, long_factors=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +63,7 @@ class MoESpec:
         router_bias, bias: whether the router, and the experts' linears, add a bias.
         shared_ffn: width of an expert that every token uses, 0 for none; its output is multiplied by the sigmoid of
             a gate of its own (Qwen2-MoE).
+        packed: the checkpoint holds the experts' weights as MXFP4, which is read to ``ModelSpec.dtype``.
     """
 
     experts: int
@@ -63,6 +74,7 @@ class MoESpec:
     router_bias: bool = False
     bias: bool = False
     shared_ffn: int = 0
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

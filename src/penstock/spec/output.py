@@ -74,7 +74,9 @@ class RequestOutput:
     Attributes:
         prompt: the text, None when token ids were given.
         num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
-        prompt_logprobs, lora_request: always None in this build, which refuses requests for them.
+        prompt_logprobs: per prompt token, id -> Logprob of it and the likeliest tokens, if asked for; None for the
+            first token, which nothing was before.
+        lora_request: always None in this build, which refuses requests for one.
     """
 
     request_id: str
@@ -84,5 +86,49 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
-    prompt_logprobs: None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     lora_request: None = None
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """The vector of one prompt.
+
+    Attributes:
+        num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+    """
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """Attributes:
+    score: how well two texts go together: the cosine of their embeddings, or what a cross-encoder says.
+    """
+
+    score: float
+
+
+@dataclass(slots=True)
+class ScoringRequestOutput:
+    """The score of one pair of texts. ``prompt_token_ids`` are those of both."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from penstock.spec.model import DTYPE_BYTES, Dtype, KVGroup, ModelSpec
-from penstock.spec.tensors import checkpoint_tensors, layer_tensors
+from penstock.spec.tensors import checkpoint_tensors, layer_slots, model_slots
 
 
 def parameters(spec: ModelSpec) -> int:
-    """Numbers in the checkpoint; a tied head counts once."""
-    return sum(map(prod, checkpoint_tensors(spec).values()))
+    """Numbers in the checkpoint; a tied head counts once, a packed number as one."""
+    return sum(map(prod, checkpoint_tensors(_unpacked(spec)).values()))
 
 
-def layer_parameters(spec: ModelSpec) -> int:
-    """Numbers in one layer, all of which one token's forward pass reads."""
-    return sum(map(prod, layer_tensors(spec).values()))
+def active_parameters(spec: ModelSpec) -> int:
+    """Those of them that one token's forward pass uses: of the experts, the chosen ones."""
+    moe = spec.moe
+    if moe is None:
+        return parameters(spec)
+    in_experts = sum(
+        prod(shape)
+        for layer in range(spec.layers)
+        for slot, tensors in layer_slots(_unpacked(spec), layer).items()
+        for shape in tensors.values()
+        if slot.startswith("experts.")
+    )
+    return parameters(spec) - in_experts // moe.experts * (moe.experts - moe.active)
 
 
 def weight_bytes(spec: ModelSpec, dtype: Dtype) -> int:
-    """Resident weights, and the rope tables (fp32 cos and sin of every position)."""
-    return parameters(spec) * DTYPE_BYTES[dtype] + spec.max_positions * spec.head_dim * 4
+    """Resident weights, those of norms with an offset in fp32, and the rope tables (fp32 cos and sin of every
+    position)."""
+    ropes = {rope for layer in range(spec.layers) if (rope := spec.rope_of(layer))}
+    tables = sum(spec.max_positions * (rope.dims or spec.head_dim) * 4 for rope in ropes)
+    widened = _norm_parameters(spec) * (4 - DTYPE_BYTES[dtype]) if spec.norm_offset else 0
+    return parameters(spec) * DTYPE_BYTES[dtype] + widened + tables
+
+
+def _unpacked(spec: ModelSpec) -> ModelSpec:
+    return spec if spec.moe is None else replace(spec, moe=replace(spec.moe, packed=False))
+
+
+def _norm_parameters(spec: ModelSpec) -> int:
+    slots = [model_slots(spec), *(layer_slots(spec, layer) for layer in range(spec.layers))]
+    norms = [tensors for of_one in slots for slot, tensors in of_one.items() if "norm" in slot or "_after" in slot]
+    return sum(prod(shape) for tensors in norms for shape in tensors.values())
 
 
 def kv_block_bytes(group: KVGroup, block_size: int, dtype: Dtype) -> int:
@@ -54,5 +79,7 @@ def activation_bytes(spec: ModelSpec, tokens: int, logit_rows: int, dtype: Dtype
     """Peak of one step of ``tokens`` rows: residual, normed input, the widest layer's input and outputs in
     fp32 and as stored, and two fp32 copies of the logits of ``logit_rows`` rows."""
     widest = max(spec.q_size + 2 * spec.kv_size, 3 * spec.ffn)
+    if spec.moe is not None:  # each chosen expert's gate, up, product and output, beside the shared one's
+        widest = max(widest, spec.moe.active * (3 * spec.moe.ffn + spec.hidden) + 3 * spec.moe.shared_ffn)
     row = 2 * spec.hidden * DTYPE_BYTES[dtype] + widest * (4 + DTYPE_BYTES[dtype])
     return tokens * row + 2 * logit_rows * spec.vocab_size * 4

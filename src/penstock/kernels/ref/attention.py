@@ -20,6 +20,14 @@ class Row(NamedTuple):
     last: int
 
 
+class Scoring(NamedTuple):
+    """What becomes of q k^T: a factor, then a cap; and the logits of keys that have no value."""
+
+    scale: float
+    softcap: float | None = None
+    sinks_N: Tensor | None = None
+
+
 class Partial(NamedTuple):
     """Softmax over some of the keys: maximum score, sum of exp(score - top), and the values so weighted."""
 
@@ -28,32 +36,50 @@ class Partial(NamedTuple):
     value_Hgd: Tensor
 
 
-def attend(q_Nd: Tensor, kv: KVLayer, row: Row, scale: float) -> Tensor:
+def attend(q_Nd: Tensor, kv: KVLayer, row: Row, scoring: Scoring) -> Tensor:
     """fp32 [N d] of one query row; g = N / H query heads share a KV head."""
     kv_heads, head_dim = kv.k_PBHd.shape[2:]
     q_Hgd = q_Nd.float().view(kv_heads, -1, head_dim)
     partials = {
-        segment: attend_segment(q_Hgd, kv, row, segment, scale)
+        segment: attend_segment(q_Hgd, kv, row, segment, scoring)
         for segment in range(row.first // SEGMENT, row.last // SEGMENT + 1)
     }
     total = merge_tree(partials)
+    if scoring.sinks_N is not None:
+        sink_Hg = scoring.sinks_N.float().view_as(total.top_Hg)
+        total = merge(total, Partial(sink_Hg, torch.ones_like(sink_Hg), torch.zeros_like(q_Hgd)))
     return (total.value_Hgd / total.weight_Hg.unsqueeze(-1)).flatten()
 
 
-def attend_segment(q_Hgd: Tensor, kv: KVLayer, row: Row, segment: int, scale: float) -> Partial:
+def attend_segment(q_Hgd: Tensor, kv: KVLayer, row: Row, segment: int, scoring: Scoring) -> Partial:
     """The keys of one segment that the row sees; the others are not touched, whatever lies there."""
     first, last = max(row.first, segment * SEGMENT), min(row.last, segment * SEGMENT + SEGMENT - 1)
     block_size = kv.k_PBHd.shape[1]
     positions_n = torch.arange(first, last + 1, device=row.table_M.device)
     slots_n = row.table_M[positions_n // block_size] * block_size + positions_n % block_size
-    k_Hnd = flat(kv.k_PBHd)[slots_n].float().transpose(0, 1)
-    v_Hdn = flat(kv.v_PBHd)[slots_n].float().permute(1, 2, 0).contiguous()
+    return attend_keys(q_Hgd, flat(kv.k_PBHd)[slots_n], flat(kv.v_PBHd)[slots_n], scoring)
 
-    scores_Hgn = (q_Hgd.unsqueeze(2) * k_Hnd.unsqueeze(1)).sum(-1) * scale
+
+def attend_keys(q_Hgd: Tensor, k_nHd: Tensor, v_nHd: Tensor, scoring: Scoring) -> Partial:
+    k_Hnd = k_nHd.float().transpose(0, 1)
+    v_Hdn = v_nHd.float().permute(1, 2, 0).contiguous()
+    scores_Hgn = (q_Hgd.unsqueeze(2) * k_Hnd.unsqueeze(1)).sum(-1) * scoring.scale
+    if scoring.softcap is not None:
+        scores_Hgn = scoring.softcap * torch.tanh(scores_Hgn / scoring.softcap)
     top_Hg = scores_Hgn.amax(-1)
     weights_Hgn = torch.exp(scores_Hgn - top_Hg.unsqueeze(-1))
     value_Hgd = (weights_Hgn.unsqueeze(2) * v_Hdn.unsqueeze(1)).sum(-1)
     return Partial(top_Hg, weights_Hgn.sum(-1), value_Hgd)
+
+
+def attend_whole(qkv_tC: Tensor, heads: int, scoring: Scoring) -> Tensor:
+    """fp32 [t, N d]: each row of one sequence over all of its keys, in one sum."""
+    q_tNd, k_tNd, v_tNd = qkv_tC.view(len(qkv_tC), 3, heads, -1).unbind(1)
+    out = []
+    for q_Nd in q_tNd:
+        total = attend_keys(q_Nd.float().unsqueeze(1), k_tNd, v_tNd, scoring)
+        out.append((total.value_Hgd / total.weight_Hg.unsqueeze(-1)).flatten())
+    return torch.stack(out)
 
 
 def merge_tree(partials: dict[int, Partial]) -> Partial:

@@ -1,26 +1,25 @@
 """RefOps: what every other backend is compared with.
 
-Every sum is ``total``: a sum over the last, contiguous axis, whose order torch fixes by the length of that
-axis alone. A library matrix product is not used: its bits change with the number of threads and with the
-place of an output. All the rest is elementwise and either exactly rounded (add, multiply, divide, square root)
-or one of exp and tanh, which torch evaluates by the same code at every place of a vector; its sigmoid and silu are
-not among them. Each row is computed by its own call all the same, so that the argument rests on no more
-than it must.
+The arithmetic of a row is in ``arithmetic``; each row is computed by a call of its own, so that the argument for
+``one_answer`` rests on no more than it must.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from penstock.kernels.ops import Activation
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks, flat
-from penstock.kernels.ref.attention import Row, attend
+from penstock.kernels.ref.arithmetic import ACTIVATIONS, gate_up, layer_norm, matvec, rms_norm, rotate
+from penstock.kernels.ref.attention import Row, Scoring, attend, attend_whole
+from penstock.kernels.ref.moe import experts_row, route_row
 from penstock.kernels.types import Batch, KVLayer
 
-VERSION = 1
+VERSION = 2
 """Raised by every change of this backend's bits."""
 
 
@@ -28,9 +27,8 @@ class RefOps:
     name = "ref"
     one_answer = True
 
-    @property
-    def numerics(self) -> str:
-        return f"ref/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+    def __init__(self) -> None:
+        self.numerics = f"ref/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
     def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return table_VD.index_select(0, ids_T)
@@ -38,31 +36,29 @@ class RefOps:
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return each_row(lambda x_D: rms_norm(x_D.float(), weight_D, eps).to(x_TD.dtype), x_TD)
 
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+        return each_row(lambda x_D: layer_norm(x_D.float(), weight_D, bias_D, eps).to(x_TD.dtype), x_TD)
+
     def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         sum_TD = (residual_TD.float() + delta_TD.float()).to(residual_TD.dtype)
         return self.norm(sum_TD, weight_D, eps), sum_TD
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        return self.row_linear(x_TK, weight_NK, bias_N, segments=1)
-
-    def row_linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int) -> Tensor:
+    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int = 1) -> Tensor:
         return each_row(lambda x_K: matvec(x_K, weight_NK, bias_N, segments).to(x_TK.dtype), x_TK)
 
     def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
+        return each_row(lambda x_D: gate_up(x_D, weight_2FD, bias_2F, activation).to(x_TD.dtype), x_TD)
+
+    def linear_act(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: Activation) -> Tensor:
         act = ACTIVATIONS[activation]
-
-        def one(x_D: Tensor) -> Tensor:
-            gate_F, up_F = matvec(x_D, weight_2FD, bias_2F).chunk(2)
-            return (act(gate_F) * up_F).to(x_TD.dtype)
-
-        return each_row(one, x_TD)
+        return each_row(lambda x_D: act(matvec(x_D, weight_FD, bias_F)).to(x_TD.dtype), x_TD)
 
     def qk_norm_rope_write(
         self,
         qkv_TC: Tensor,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
-        rope_Pd: Tensor,
+        rope_Pd: Tensor | None,
         kv: KVLayer,
         batch: Batch,
         group: int,
@@ -75,25 +71,67 @@ class RefOps:
             heads_Xd = qkv_C.view(-1, head_dim).float()
             q_Nd, k_Hd, v_Hd = torch.split(heads_Xd, [len(heads_Xd) - 2 * kv_heads, kv_heads, kv_heads])
             if norms is not None:
-                q_Nd, k_Hd = rms_norm(q_Nd, norms[0], eps), rms_norm(k_Hd, norms[1], eps)
-            cos, sin = rope_Pd[position].chunk(2)
-            q_rows.append(rotate(q_Nd, cos, sin).to(qkv_C.dtype))
+                q_Nd, k_Hd = norm_heads(q_Nd, norms[0], eps), norm_heads(k_Hd, norms[1], eps)
+            if rope_Pd is not None:
+                cos, sin = rope_Pd[position].chunk(2)
+                q_Nd, k_Hd = rotate(q_Nd, cos, sin), rotate(k_Hd, cos, sin)
+            q_rows.append(q_Nd.to(qkv_C.dtype))
             if slot >= 0:
-                k_slots[slot] = rotate(k_Hd, cos, sin)
-                v_slots[slot] = v_Hd
+                k_slots[slot], v_slots[slot] = k_Hd, v_Hd
         return torch.stack(q_rows)
 
     def attention(
-        self, q_TNd: Tensor, kv: KVLayer, batch: Batch, group: int, window: int | None, scale: float
+        self,
+        q_TNd: Tensor,
+        kv: KVLayer,
+        batch: Batch,
+        group: int,
+        window: int | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks_N: Tensor | None = None,
     ) -> Tensor:
-        tables_RM = batch.groups[group].tables_RM
+        tables_RM, scoring = batch.groups[group].tables_RM, Scoring(scale, softcap, sinks_N)
         out = []
-        for request, (start, end) in enumerate(zip(batch.row_starts, batch.row_starts[1:], strict=False)):
+        for request, (start, end) in enumerate(pairwise(batch.row_starts)):
             for row in range(start, end):
                 position = batch.contexts[request] - (end - row)
                 first = 0 if window is None else max(0, position - window + 1)
-                out.append(attend(q_TNd[row], kv, Row(tables_RM[request], first, position), scale))
+                out.append(attend(q_TNd[row], kv, Row(tables_RM[request], first, position), scoring))
         return torch.stack(out).to(q_TNd.dtype)
+
+    def attend_whole(self, qkv_TC: Tensor, heads: int, row_starts: Sequence[int], scale: float) -> Tensor:
+        spans = [span for span in pairwise(row_starts) if span[0] < span[1]]
+        if not spans:
+            return qkv_TC.new_empty(0, qkv_TC.shape[1] // 3)
+        out = [attend_whole(qkv_TC[start:end], heads, Scoring(scale)) for start, end in spans]
+        return torch.cat(out).to(qkv_TC.dtype)
+
+    def route(
+        self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, active: int, normalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        chosen_TA = torch.empty(len(x_TD), active, dtype=torch.int64, device=x_TD.device)
+        weights_TA = torch.empty(len(x_TD), active, device=x_TD.device)
+        for row, x_D in enumerate(x_TD):
+            chosen_TA[row], weights_TA[row] = route_row(matvec(x_D, weight_ED, bias_E), active, normalize)
+        return chosen_TA, weights_TA
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        chosen_TA: Tensor,
+        weights_TA: Tensor,
+        gate_up_E2FD: Tensor,
+        gate_up_bias_E2F: Tensor | None,
+        down_EDF: Tensor,
+        down_bias_ED: Tensor | None,
+        activation: Activation,
+    ) -> Tensor:
+        weights = (gate_up_E2FD, gate_up_bias_E2F, down_EDF, down_bias_ED)
+        out_TD = torch.empty_like(x_TD)
+        for row, chosen in enumerate(chosen_TA.tolist()):
+            out_TD[row] = experts_row(x_TD[row], chosen, weights_TA[row], *weights, activation)
+        return out_TD
 
     def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
         return each_row(lambda x_D: matvec(x_D, weight_VD, None), x_RD)
@@ -121,35 +159,6 @@ def each_row(one: Callable[[Tensor], Tensor], x_TX: Tensor) -> Tensor:
     return torch.stack([one(row) for row in x_TX])
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last axis; fp32 in and out."""
-    mean = (x * x).sum(-1, keepdim=True) / x.shape[-1]
-    return x / torch.sqrt(mean + eps) * weight.float()
-
-
-def matvec(x_K: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int = 1) -> Tensor:
-    """fp32 [N]. ``segments`` partial sums of K add along a binary tree, neighbours first."""
-    products_NK = weight_NK * x_K.float()
-    parts_NS = products_NK.view(len(weight_NK), segments, -1).sum(-1)
-    while parts_NS.shape[1] > 1:
-        parts_NS = parts_NS[:, 0::2] + parts_NS[:, 1::2]
-    out_N = parts_NS[:, 0]
-    return out_N if bias_N is None else out_N + bias_N.float()
-
-
-def rotate(x_Xd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of each head: element i turns with element i + d/2."""
-    a, b = x_Xd.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """Hendrycks and Gimpel 2016, the tanh form; sqrt(2 / pi) = 0.79788..."""
-    return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu_tanh": gelu_tanh}
+def norm_heads(x_Xd: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Each head, if the weight is as wide as one; else all of them together."""
+    return rms_norm(x_Xd if len(weight) == x_Xd.shape[1] else x_Xd.flatten(), weight, eps).view_as(x_Xd)

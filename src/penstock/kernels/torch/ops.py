@@ -5,7 +5,7 @@ the order of sums by shape. Rounding points are those of ``kernels.ops``; where 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,13 @@ from torch import Tensor
 
 from penstock.kernels.ops import Activation
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks, flat
-from penstock.kernels.torch.attention import GroupPlan, attend, make_plan
+from penstock.kernels.torch.attention import attend, attend_whole
+from penstock.kernels.torch.linear import few_rows, left_product, linear, product, rms_norm_, tiles
+from penstock.kernels.torch.plan import GroupPlan, make_plan
+from penstock.kernels.torch.scored import Scoring
 from penstock.kernels.types import Batch, KVLayer
 
-VERSION = 1
+VERSION = 2
 """Raised by every change of this backend's arithmetic."""
 
 
@@ -24,74 +27,125 @@ class TorchOps:
     name = "torch"
     one_answer = False
 
-    @property
-    def numerics(self) -> str:
+    def __init__(self) -> None:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        return f"torch/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {gpu}"
+        self.numerics = f"torch/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {gpu}"
 
     def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return F.embedding(ids_T, table_VD)
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        return rms_norm(x_TD.float(), weight_D, eps).to(x_TD.dtype)
+        out_TD = torch.empty_like(x_TD)
+        for rows in tiles(x_TD):
+            out_TD[rows] = rms_norm_(x_TD[rows].to(torch.float32, copy=True), weight_D, eps)
+        return out_TD
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+        return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
 
     def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        residual_TD = residual_TD.add_(delta_TD)
-        return self.norm(residual_TD, weight_D, eps), residual_TD
+        out_TD = torch.empty_like(residual_TD)
+        for rows in tiles(out_TD):
+            sum_tD = residual_TD[rows].add_(delta_TD[rows])
+            out_TD[rows] = rms_norm_(sum_tD.to(torch.float32, copy=True), weight_D, eps)
+        return out_TD, residual_TD
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        return F.linear(x_TK, weight_NK, bias_N)
-
-    def row_linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int) -> Tensor:
-        return F.linear(x_TK, weight_NK, bias_N)  # the library's own order of sums
+    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int = 1) -> Tensor:
+        """Sums K in the library's own order."""
+        return linear(x_TK, weight_NK, bias_N)
 
     def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
         """Rounds the linear's output and the activation too, as the library's products do."""
-        gate_TF, up_TF = F.linear(x_TD, weight_2FD, bias_2F).chunk(2, -1)
-        act_TF = F.silu(gate_TF) if activation == "silu" else F.gelu(gate_TF, approximate="tanh")
-        return act_TF.mul_(up_TF)
+        return gate_up(x_TD, weight_2FD, bias_2F, activation)
+
+    def linear_act(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: Activation) -> Tensor:
+        """Rounds the linear's output too, as ``gate_up`` does."""
+        return activated(linear(x_TD, weight_FD, bias_F), activation)
 
     def qk_norm_rope_write(
         self,
         qkv_TC: Tensor,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
-        rope_Pd: Tensor,
+        rope_Pd: Tensor | None,
         kv: KVLayer,
         batch: Batch,
         group: int,
     ) -> Tensor:
         kv_heads, head_dim = kv.k_PBHd.shape[2:]
-        heads_TXd = qkv_TC.view(len(qkv_TC), -1, head_dim)
-        heads = heads_TXd.shape[1] - 2 * kv_heads
-        qk_TXd = heads_TXd[:, : heads + kv_heads].float()
-        if norms is not None:
-            q_norm, k_norm = norms
-            weights_Xd = torch.cat((q_norm.expand(heads, -1), k_norm.expand(kv_heads, -1)))
-            qk_TXd = rms_norm(qk_TXd, weights_Xd, eps)
-        cos, sin = rope_Pd[batch.positions_T].unsqueeze(1).chunk(2, -1)
-        a, b = qk_TXd.chunk(2, -1)
-        qk_TXd = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(qkv_TC.dtype)
+        heads_TYd = qkv_TC.view(len(qkv_TC), -1, head_dim)
+        heads = heads_TYd.shape[1] - 2 * kv_heads
+        qk_TXd, v_THd = torch.split(heads_TYd, [heads + kv_heads, kv_heads], 1)
+        out_TXd = torch.empty_like(qk_TXd, memory_format=torch.contiguous_format)
+        for rows in tiles(qk_TXd):
+            qk_tXd = qk_TXd[rows].to(torch.float32, copy=True)
+            if norms is not None:
+                norm_heads_(qk_tXd, heads, *norms, eps)
+            if rope_Pd is None:
+                out_TXd[rows] = qk_tXd
+            else:
+                rotate(qk_tXd, rope_Pd[batch.positions_T[rows]].unsqueeze(1), out_TXd[rows])
         # Slot -1 is the last slot of the pool, in the spare block that allocate_kv appends.
         slots = (batch.groups[group].slots_T,)
-        flat(kv.k_PBHd).index_put_(slots, qk_TXd[:, heads:])
-        flat(kv.v_PBHd).index_put_(slots, heads_TXd[:, heads + kv_heads :])
-        return qk_TXd[:, :heads]
+        flat(kv.k_PBHd).index_put_(slots, out_TXd[:, heads:])
+        flat(kv.v_PBHd).index_put_(slots, v_THd)
+        return out_TXd[:, :heads]
 
     def attention(
-        self, q_TNd: Tensor, kv: KVLayer, batch: Batch, group: int, window: int | None, scale: float
+        self,
+        q_TNd: Tensor,
+        kv: KVLayer,
+        batch: Batch,
+        group: int,
+        window: int | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks_N: Tensor | None = None,
     ) -> Tensor:
         notes = batch.groups[group]
         if notes.plan is None:
-            notes.plan = make_plan(batch, notes.tables_RM, window)
+            notes.plan = make_plan(batch, notes.tables_RM, window, kv)
         assert isinstance(notes.plan, GroupPlan)
-        return attend(q_TNd, kv, notes.plan, scale)
+        return attend(q_TNd, kv, notes.plan, Scoring(scale, softcap, sinks_N))
+
+    def attend_whole(self, qkv_TC: Tensor, heads: int, row_starts: Sequence[int], scale: float) -> Tensor:
+        return attend_whole(qkv_TC, heads, row_starts, scale)
+
+    def route(
+        self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, active: int, normalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        logits_TE = F.linear(x_TD.float(), weight_ED.float(), None if bias_E is None else bias_E.float())
+        top_TE, order_TE = logits_TE.sort(descending=True, stable=True)
+        weights_TA = (top_TE[:, :active] if normalize else top_TE).softmax(-1)[:, :active]
+        return order_TE[:, :active], weights_TA
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        chosen_TA: Tensor,
+        weights_TA: Tensor,
+        gate_up_E2FD: Tensor,
+        gate_up_bias_E2F: Tensor | None,
+        down_EDF: Tensor,
+        down_bias_ED: Tensor | None,
+        activation: Activation,
+    ) -> Tensor:
+        """On a CPU a low-precision expert's output is rounded before it is weighted: see ``product``."""
+        active = chosen_TA.shape[1]
+        out_SD = torch.empty(chosen_TA.numel(), x_TD.shape[1], device=x_TD.device)  # S = T A slots
+        for expert, slots_n in by_expert(chosen_TA, len(down_EDF)):
+            bias_2F = None if gate_up_bias_E2F is None else gate_up_bias_E2F[expert]
+            inner_nF = gate_up(x_TD[slots_n // active], gate_up_E2FD[expert], bias_2F, activation)
+            out_nD = product(inner_nF, down_EDF[expert])
+            out_SD[slots_n] = out_nD if down_bias_ED is None else out_nD + down_bias_ED[expert]
+        first_TD, *others = (out_SD.view(-1, active, x_TD.shape[1]) * weights_TA.unsqueeze(-1)).unbind(1)
+        for slot_TD in others:  # in order, as rule 7 has it
+            first_TD += slot_TD
+        return first_TD.to(x_TD.dtype)
 
     def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
-        """On a CPU the library has no bf16 x bf16 -> fp32 product: there low-precision logits are rounded once."""
-        if x_RD.is_cuda and x_RD.dtype != torch.float32:
-            return torch.mm(x_RD, weight_VD.t(), out_dtype=torch.float32)
-        return F.linear(x_RD, weight_VD).float()
+        """On a CPU low-precision logits are rounded once: see ``product``."""
+        return product(x_RD, weight_VD)
 
     def allocate_kv(
         self,
@@ -110,6 +164,49 @@ class TorchOps:
         copy_layer_blocks(layers, pairs)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last axis; fp32 in and out."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+def norm_heads_(qk_TXd: Tensor, heads: int, q_weight: Tensor, k_weight: Tensor, eps: float) -> None:
+    """Each head, if the weights are as wide as one; else all of q's together, and all of k's."""
+    for x_TXd, weight in ((qk_TXd[:, :heads], q_weight), (qk_TXd[:, heads:], k_weight)):
+        rms_norm_(x_TXd if len(weight) == x_TXd.shape[2] else x_TXd.view(len(x_TXd), -1), weight, eps)
+
+
+def rotate(x_TXd: Tensor, table_T1d: Tensor, out_TXd: Tensor) -> None:
+    """Rounds into ``out_TXd``. Cosines and sines may be fewer than a head's elements: the rest stays as it is."""
+    cos, sin = table_T1d.chunk(2, -1)
+    half = cos.shape[-1]
+    a, b, rest = torch.split(x_TXd, [half, half, x_TXd.shape[-1] - 2 * half], -1)
+    out_a, out_b, out_rest = torch.split(out_TXd, [half, half, rest.shape[-1]], -1)
+    out_a.copy_((a * cos).addcmul_(b, sin, value=-1))
+    out_b.copy_((b * cos).addcmul_(a, sin))
+    if rest.shape[-1]:
+        out_rest.copy_(rest)
+
+
+def gate_up(x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
+    if not few_rows(x_TD):
+        gate_TF, up_TF = F.linear(x_TD, weight_2FD, bias_2F).chunk(2, -1)
+        return gated(gate_TF, up_TF, activation)
+    gate_FT, up_FT = left_product(x_TD, weight_2FD, bias_2F).chunk(2)
+    return gated(gate_FT, up_FT, activation).t()  # which is how the next ``left_product`` wants to read it
+
+
+def activated(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    if activation == "swiglu_clamped":
+        clamped, linear_half = gate.float().clamp(max=7.0), up.float().clamp(-7.0, 7.0)
+        return (clamped * torch.sigmoid(1.702 * clamped) * (linear_half + 1)).to(gate.dtype)
+    return activated(gate, activation).mul_(up)
+
+
+def by_expert(chosen_TA: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
+    """Each expert that is chosen at all, with the places in the flat ``chosen_TA`` where it is."""
+    order = chosen_TA.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen_TA.flatten(), minlength=experts).tolist()
+    for expert, places_n in enumerate(torch.split(order, counts)):
+        if len(places_n):
+            yield expert, places_n

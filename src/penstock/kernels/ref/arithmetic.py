@@ -1,0 +1,89 @@
+"""Arithmetic of one row, in fp32, whose bits depend on that row alone.
+
+Every sum is ``sum`` over the last, contiguous axis, whose order torch fixes by the length of that axis. A library
+matrix product is not used: its bits change with the number of threads and with the place of an output. All the
+rest is elementwise and either exactly rounded (add, multiply, divide, square root) or one of exp and tanh, which
+torch evaluates by the same code at every place of a vector; its sigmoid and silu are not among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.ops import Activation
+
+ERF_END = 4.0
+"""From here erf is 1 to within half a unit of fp32: erfc(4) = 1.5e-8."""
+ERF_SERIES = [(-1) ** n / (math.factorial(n) * (2 * n + 1)) for n in range(64)]
+"""Of erf(x) = 2 / sqrt(pi) x sum of c[n] x^2n. Terms grow to 3e4 at ERF_END, so fp64 keeps 11 digits of the sum; the
+first one left out is 1e-14."""
+
+
+def matvec(x_K: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int = 1) -> Tensor:
+    """fp32 [N]. ``segments`` partial sums of K add along a binary tree, neighbours first."""
+    products_NK = weight_NK * x_K.float()
+    parts_NS = products_NK.view(len(weight_NK), segments, -1).sum(-1)
+    while parts_NS.shape[1] > 1:
+        parts_NS = parts_NS[:, 0::2] + parts_NS[:, 1::2]
+    out_N = parts_NS[:, 0]
+    return out_N if bias_N is None else out_N + bias_N.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last axis; fp32 in and out."""
+    mean = (x * x).sum(-1, keepdim=True) / x.shape[-1]
+    return x / torch.sqrt(mean + eps) * weight.float()
+
+
+def layer_norm(x_D: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+    centred_D = x_D - x_D.sum(-1, keepdim=True) / x_D.shape[-1]
+    variance = (centred_D * centred_D).sum(-1, keepdim=True) / x_D.shape[-1]
+    out_D = centred_D / torch.sqrt(variance + eps) * weight_D.float()
+    return out_D if bias_D is None else out_D + bias_D.float()
+
+
+def rotate(x_Xd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of each head's leading elements, as many as there are cosines and sines: element i of the
+    first half of them turns with element i of the second half."""
+    half = len(cos)
+    a, b, rest = torch.split(x_Xd, [half, half, x_Xd.shape[-1] - 2 * half], -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+
+
+def erf(x: Tensor) -> Tensor:
+    """By its Maclaurin series in fp64, rounded once to fp32."""
+    x_64 = x.double().clamp(-ERF_END, ERF_END)
+    square, series = x_64 * x_64, torch.zeros_like(x_64)
+    for coefficient in reversed(ERF_SERIES):
+        series = series * square + coefficient
+    return (2 / math.sqrt(math.pi) * x_64 * series).float()
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Hendrycks and Gimpel 2016."""
+    return 0.5 * x * (1 + erf(x * math.sqrt(0.5)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The same paper's tanh form; sqrt(2 / pi) = 0.79788..."""
+    return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+
+
+def gate_up(x_D: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
+    """fp32 [F]."""
+    gate_F, up_F = matvec(x_D, weight_2FD, bias_2F).chunk(2)
+    if activation == "swiglu_clamped":
+        gate_F, up_F = gate_F.clamp(max=7.0), up_F.clamp(-7.0, 7.0)
+        return (up_F + 1) * (gate_F / (1 + torch.exp(-1.702 * gate_F)))
+    return ACTIVATIONS[activation](gate_F) * up_F

@@ -1,0 +1,164 @@
+"""StructuredOutputs: what form a completion must have. Names, meaning and defaults are vLLM's."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass, fields
+from typing import Any, Self
+
+from penstock.base import InvalidRequest
+
+MAX_GRAMMAR_CHARS = 1 << 20
+MAX_SCHEMA_DEPTH = 128
+MAX_CHOICES = 10_000
+
+_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_NOT_YET = ("disable_additional_properties", "whitespace_pattern", "structural_tag")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """A completion must be one whole word of a language; exactly one of the first five says which.
+
+    Values are small, immutable and hashable once made: equal ones ask for the same grammar.
+
+    Attributes:
+        json: a JSON schema, given as JSON text or as a mapping; kept as JSON text.
+        regex: a regular expression that the whole completion matches.
+        choice: the strings it may be.
+        grammar: an EBNF grammar, either in llguidance's dialect of Lark (``start: ...``) or in GBNF (``root ::= ...``).
+        json_object: any JSON object.
+        disable_any_whitespace: JSON without spaces and newlines between its parts.
+        disable_fallback: accepted for compatibility; there is one grammar engine.
+
+    Raises:
+        InvalidRequest: (invalid_parameter) none or several kinds, or a value of the wrong type or size;
+            (invalid_schema) the schema is not JSON; (unsupported_parameter) a field of vLLM's that this build cannot
+            honour.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Iterable[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+    disable_fallback: InitVar[bool] = False
+    disable_additional_properties: InitVar[bool] = False
+    whitespace_pattern: InitVar[str | None] = None
+    structural_tag: InitVar[str | None] = None
+
+    def __post_init__(self, disable_fallback: bool, *not_yet: object) -> None:
+        given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise InvalidRequest(
+                "invalid_parameter",
+                "structured_outputs needs exactly one kind",
+                why=f"it has {', '.join(given) or 'none'}",
+                fix=f"give one of {', '.join(_KINDS)}",
+            )
+        for name, value in zip(_NOT_YET, not_yet, strict=True):
+            if value:
+                raise InvalidRequest(
+                    "unsupported_parameter", f"structured_outputs.{name} is not in this build yet", fix="leave it out"
+                )
+        _expect("json_object", self.json_object in (None, False, True), self.json_object, "it must be true or false")
+        flag = self.disable_any_whitespace
+        _expect("disable_any_whitespace", isinstance(flag, bool), flag, "it must be true or false")
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
+        for name in ("json", "regex", "grammar"):
+            if (text := getattr(self, name)) is not None:
+                _check_text(name, text)
+        object.__setattr__(self, "json_object", True if self.json_object else None)
+
+    @classmethod
+    def of(cls, value: object) -> Self:
+        """From an instance or from a mapping of its fields, as it comes over a wire.
+
+        Raises:
+            InvalidRequest: as the constructor; (invalid_parameter) an unknown field.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise _invalid("structured_outputs", value, "it must be StructuredOutputs or a mapping of its fields")
+        known = {field.name for field in fields(cls)} | {"disable_fallback", *_NOT_YET}
+        for name in value:
+            _expect(f"structured_outputs.{name}", name in known, value[name], "there is no such field")
+        return cls(**{name: entry for name, entry in value.items() if entry is not None})
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is set."""
+        return next(name for name in _KINDS if getattr(self, name) is not None)
+
+
+def _schema_text(schema: object) -> str:
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (ValueError, TypeError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest("invalid_schema", "structured_outputs.json is not JSON", why=why[:200]) from None
+    if not isinstance(parsed, (Mapping, bool)):
+        why = f"it is {reprlib.repr(parsed)}"
+        raise InvalidRequest("invalid_schema", "A JSON schema must be an object, true or false", why=why)
+    if (depth := _depth(text)) > MAX_SCHEMA_DEPTH:
+        why = f"it is nested {depth} deep, at most {MAX_SCHEMA_DEPTH} are allowed"
+        raise InvalidRequest("invalid_schema", "structured_outputs.json is nested too deeply", why=why)
+    return text
+
+
+def _depth(text: str) -> int:
+    """How deep brackets nest in JSON text."""
+    deepest = depth = 0
+    quoted = escaped = False
+    for char in text:
+        if quoted:
+            quoted, escaped = escaped or char != '"', not escaped and char == "\\"
+        elif char in "{[":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in "}]":
+            depth -= 1
+        else:
+            quoted = char == '"'
+    return deepest
+
+
+def _choices(choice: object) -> tuple[str, ...]:
+    is_list = isinstance(choice, Iterable) and not isinstance(choice, (str, bytes, Mapping))
+    _expect("choice", is_list, choice, "it must be a list of strings")
+    entries: tuple[Any, ...] = tuple(choice)  # type: ignore[arg-type]
+    _expect("choice", 0 < len(entries) <= MAX_CHOICES, entries, f"it must have 1 to {MAX_CHOICES} entries")
+    for entry in entries:
+        _expect("choice", isinstance(entry, str) and bool(entry), entry, "each entry must be a string, and not empty")
+        _check_text("choice", entry)
+    total = sum(map(len, entries))
+    limit = f"its strings have {total} characters, at most {MAX_GRAMMAR_CHARS} are allowed"
+    _expect("choice", total <= MAX_GRAMMAR_CHARS, entries, limit)
+    return entries
+
+
+def _check_text(name: str, text: object) -> None:
+    _expect(name, isinstance(text, str), text, "it must be a string")
+    assert isinstance(text, str)
+    limit = f"it has {len(text)} characters, not 1 to {MAX_GRAMMAR_CHARS}"
+    _expect(name, 0 < len(text) <= MAX_GRAMMAR_CHARS, text, limit)
+    surrogate = any("\ud800" <= char <= "\udfff" for char in text)
+    _expect(name, not surrogate, text, "it holds a lone surrogate, which is no character")
+
+
+def _expect(name: str, ok: bool, value: object, why: str) -> None:
+    if not ok:
+        raise _invalid(name if "." in name else f"structured_outputs.{name}", value, why)
+
+
+def _invalid(name: str, value: object, why: str) -> InvalidRequest:
+    return InvalidRequest("invalid_parameter", f"{name} = {reprlib.repr(value)} cannot be used", why=why)

@@ -1,0 +1,168 @@
+"""Mixture of experts: routing, experts and the layer around them, on every backend."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opsuite import DTYPES, EXACT, Place, agree, on
+from penstock.kernels import Ops, make_ops
+from penstock.layers import (
+    Experts,
+    FeedForward,
+    GateUp,
+    Linear,
+    Router,
+    RowLinear,
+    SharedExpert,
+    SparseFeedForward,
+)
+
+D, F_, E, A = 48, 40, 6, 3
+"""Widths of stream and expert; experts, and how many of them are active."""
+
+Weights = dict[str, Tensor | None]
+
+
+def expert_weights(dtype: torch.dtype, *, bias: bool) -> Weights:
+    return {
+        "gate_up_E2FD": (torch.randn(E, 2 * F_, D) / D**0.5).to(dtype),
+        "gate_up_bias_E2F": torch.randn(E, 2 * F_).to(dtype) if bias else None,
+        "down_EDF": (torch.randn(E, D, F_) / F_**0.5).to(dtype),
+        "down_bias_ED": torch.randn(E, D).to(dtype) if bias else None,
+    }
+
+
+def choices(rows: int, rng: random.Random) -> Tensor:
+    """Every row has experts of its own; one expert is nobody's."""
+    return torch.tensor([rng.sample(range(E - 1), A) for _ in range(rows)]).view(rows, A)
+
+
+def run_experts(ops: Ops, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, weights: Weights, act: str) -> Tensor:
+    device = x_TD.device
+    return ops.experts(x_TD, chosen_TA, weights_TA, *on(device, *weights.values()), act)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_route(normalize: bool, place: Place) -> None:
+    (ops, device) = place
+    x_TD, weight_ED, bias_E = torch.randn(9, D).bfloat16(), torch.randn(E, D).bfloat16(), torch.randn(E).bfloat16()
+    for bias in (None, bias_E):
+        logits = x_TD.double() @ weight_ED.double().T + (0 if bias is None else bias.double())
+        odds, expected = logits.softmax(-1).topk(A)
+        if normalize:
+            odds = odds / odds.sum(-1, keepdim=True)
+        chosen_TA, weights_TA = ops.route(*on(device, x_TD, weight_ED, bias), A, normalize)
+        assert torch.equal(chosen_TA.cpu(), expected) and chosen_TA.dtype == torch.int64
+        agree(weights_TA, odds.float(), torch.float32)
+
+
+@pytest.mark.parametrize("experts", [3, 8, 60, 128])
+def test_ties_go_to_the_lower_expert(experts: int, place: Place) -> None:
+    ops, device = place
+    logits_TE = torch.randint(0, 3, (20, experts)).float()
+    chosen_TA, _ = ops.route(*on(device, torch.eye(20), logits_TE.T.contiguous(), None), 3, True)
+    for row, chosen in zip(logits_TE.tolist(), chosen_TA.tolist(), strict=True):
+        assert chosen == sorted(range(experts), key=lambda e: (-row[e], e))[:3]
+
+
+@pytest.mark.parametrize("act", ["silu", "swiglu_clamped"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts(dtype: torch.dtype, bias: bool, act: str, place: Place) -> None:
+    (ops, device), weights = place, expert_weights(dtype, bias=bias)
+    x_TD, chosen_TA, weights_TA = torch.randn(11, D).to(dtype), choices(11, random.Random(3)), torch.rand(11, A)
+    ref = run_experts(make_ops("ref"), x_TD, chosen_TA, weights_TA, weights, act)
+    agree(run_experts(ops, *on(device, x_TD, chosen_TA, weights_TA), weights, act), ref, dtype)  # type: ignore[arg-type]
+    assert ref.dtype == dtype
+    none = run_experts(ops, x_TD[:0].to(device), chosen_TA[:0].to(device), weights_TA[:0].to(device), weights, act)
+    assert none.shape == (0, D) and none.dtype == dtype
+
+
+def test_ref_experts_are_the_textbook() -> None:
+    weights = expert_weights(torch.float32, bias=True)
+    x_TD, chosen_TA, weights_TA = torch.randn(11, D), choices(11, random.Random(3)), torch.rand(11, A)
+    ours = run_experts(make_ops("ref"), x_TD, chosen_TA, weights_TA, weights, "silu")
+    gate_up, gate_up_bias, down, down_bias = (w.double() for w in weights.values() if w is not None)
+    textbook = torch.zeros(11, D, dtype=torch.float64)
+    for row in range(11):
+        for slot, e in enumerate(chosen_TA[row].tolist()):
+            gate, up = (gate_up[e] @ x_TD[row].double() + gate_up_bias[e]).chunk(2)
+            textbook[row] += weights_TA[row, slot].double() * (down[e] @ (F.silu(gate) * up) + down_bias[e])
+    agree(ours, textbook.float(), torch.float32)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_expert_bits(backend: str) -> None:
+    """A row among any others, at any number of threads: the same bytes, of its experts and of their sum."""
+    ops, rng, weights = make_ops(backend), random.Random(5), expert_weights(torch.bfloat16, bias=True)
+    x_TD, router_ED = torch.randn(12, D).bfloat16(), torch.randn(E, D).bfloat16()
+
+    def run(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        chosen_TA, weights_TA = ops.route(x_TD[rows], router_ED, None, A, True)
+        return chosen_TA, weights_TA, run_experts(ops, x_TD[rows], chosen_TA, weights_TA, weights, "silu")
+
+    expected = run(list(range(12)))
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        for count in (1, 3, 8):
+            rows = rng.sample(range(12), count)
+            assert all(torch.equal(a, b[rows]) for a, b in zip(run(rows), expected, strict=True))
+
+
+def test_slots_add_in_order(place: Place) -> None:
+    """2^30 + 1 - 2^30 is 0 in fp32 in this order and 1 in another: the slots' order is the sum's."""
+    ops, device = place
+    ones_D = torch.ones(1, 1, device=device)
+    big = [2.0**30, 1.0, -(2.0**30)]
+    gate_up_E2FD = torch.tensor([[[30.0], [1.0]]] * 3, device=device)  # silu(30) * 1 is 30 to the last bit of fp32
+    down_EDF = torch.tensor(big, device=device).view(3, 1, 1) / 30
+    for order, total in (([0, 1, 2], 0.0), ([0, 2, 1], 1.0)):
+        out = ops.experts(
+            ones_D,
+            torch.tensor([order], device=device),
+            torch.ones(1, 3, device=device),
+            gate_up_E2FD,
+            None,
+            down_EDF,
+            None,
+            "silu",
+        )
+        assert abs(float(out) - total) < 1e-6
+
+
+def layer(ops: Ops, weights: dict[str, Tensor], device: torch.device, *, shared: bool) -> SparseFeedForward:
+    w = {name: tensor.to(device) for name, tensor in weights.items()}
+    experts = Experts(ops, w["gate_up_E2FD"], None, w["down_EDF"], None, "silu")
+    beside = SharedExpert(
+        FeedForward(GateUp(ops, w["shared_2FD"], None, "silu"), RowLinear(ops, w["shared_down"], None, 2)),
+        Linear(ops, w["gate_1D"]),
+    )
+    return SparseFeedForward(Router(ops, w["router_ED"], None, A, True), experts, beside if shared else None)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sparse_feed_forward(dtype: torch.dtype, shared: bool, place: Place) -> None:
+    """The layer, against Qwen2-MoE's formula in float64 in float32, and between backends in both."""
+    (ops, device), x_TD = place, torch.randn(7, D).to(dtype)
+    weights = {name: w for name, w in expert_weights(dtype, bias=False).items() if w is not None}
+    shapes = {"router_ED": (E, D), "shared_2FD": (2 * F_, D), "shared_down": (D, F_), "gate_1D": (1, D)}
+    weights |= {name: (torch.randn(size) / size[-1] ** 0.5).to(dtype) for name, size in shapes.items()}
+    ref = layer(make_ops("ref"), weights, torch.device("cpu"), shared=shared)(x_TD)
+    agree(layer(ops, weights, device, shared=shared)(x_TD.to(device)), ref, dtype)
+    if dtype == torch.float32:
+        w, x = {name: tensor.double() for name, tensor in weights.items()}, x_TD.double()
+        odds, chosen = (x @ w["router_ED"].T).softmax(-1).topk(A)
+        out = torch.zeros_like(x)
+        for row in range(7):
+            for p, e in zip(odds[row] / odds[row].sum(), chosen[row], strict=True):
+                gate, up = (w["gate_up_E2FD"][e] @ x[row]).chunk(2)
+                out[row] += p * (w["down_EDF"][e] @ (F.silu(gate) * up))
+        gate, up = (x @ w["shared_2FD"].T).chunk(2, -1)
+        beside = (x @ w["gate_1D"].T).sigmoid() * ((F.silu(gate) * up) @ w["shared_down"].T)
+        agree(ref, (out + beside if shared else out).float(), dtype)
