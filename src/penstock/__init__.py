@@ -11,25 +11,60 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from penstock.base import PenstockError
-from penstock.spec import CompletionOutput, RequestOutput, SamplingParams
+from penstock.spec import (
+    CompletionOutput,
+    EmbeddingRequestOutput,
+    PoolingParams,
+    RequestOutput,
+    SamplingParams,
+    ScoringRequestOutput,
+)
 
 if TYPE_CHECKING:
-    from penstock.llm import LLM, AsyncLLM, TextPrompt, TokensPrompt
+    from penstock.llm import (
+        LLM,
+        AsyncLLM,
+        BeamSearchParams,
+        Majority,
+        SearchOutput,
+        TextPrompt,
+        TokensPrompt,
+        Verifier,
+        mean_logprob,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
+    "Majority",
     "PenstockError",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
+    "ScoringRequestOutput",
+    "SearchOutput",
     "TextPrompt",
     "TokensPrompt",
+    "Verifier",
     "__version__",
+    "mean_logprob",
 ]
 
-_LATE = {"LLM", "AsyncLLM", "TextPrompt", "TokensPrompt"}
+_LATE = {
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "Majority",
+    "SearchOutput",
+    "TextPrompt",
+    "TokensPrompt",
+    "Verifier",
+    "mean_logprob",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from penstock.base import ConfigError, NotFound, Unavailable
+from penstock.base import ConfigError, NotFound
 from penstock.core.admission import Limits
 from penstock.core.engine import Journal
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import Executor
 from penstock.core.setup import EngineSetup
-from penstock.spec import Dtype, EngineConfig, ModelSpec, Vocabulary
-from penstock.spec.hf import read_model_spec
+from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec, PoolingSpec, Vocabulary
+from penstock.spec.encoder import read_any_spec
+from penstock.spec.pooling import read_pooling
+from penstock.spec.rule_places import invalid_option, rule_places
 from penstock.spec.sizing import weight_bytes
 from penstock.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
 
@@ -24,12 +29,16 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     import torch
 
+    from penstock.core.plan import NewRequest
+    from penstock.grammar import Grammars
+    from penstock.kernels import Ops
+    from penstock.models import Placement
     from penstock.runtime.service import LocalService
+    from penstock.sampling import LogitsRule, RuleFactory
 
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_NAME = "penstock-tiny"
 MIN_CONTEXT = 256
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +50,26 @@ class Assembled:
         config: resolved: nothing in it is "auto" any more.
         setup: the numbers that determine every decision; a recording starts with them.
         one_answer: whether the kernels keep the promise of docs/architecture.md, bit for bit.
+        grammars: compiles structured outputs for this tokenizer; made when it is first called.
     """
 
     name: str
     config: EngineConfig
-    spec: ModelSpec
+    spec: ModelSpec | EncoderSpec
     vocabulary: Vocabulary
     tokenizer: Tokenizer
     chat: ChatTemplate | None
+    pooling: PoolingSpec
     setup: EngineSetup
     executor: Executor
     service: LocalService
     one_answer: bool
+    grammars: Callable[[], Grammars]
+
+    @property
+    def generates(self) -> bool:
+        """Whether it continues texts; an encoder, or a decoder without its output layer, only makes vectors of them."""
+        return isinstance(self.spec, ModelSpec) and not self.pooling.headless
 
     def close(self) -> None:
         self.service.close()
@@ -69,9 +86,13 @@ def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assemb
     from penstock.runtime.service import LocalService
 
     folder = find_model(config.model)
-    tokenizer = load_tokenizer(folder, read_model_spec(folder).vocab_size)
+    spec = read_any_spec(folder)
+    tokenizer = load_tokenizer(folder, spec.vocab_size)
     chat = load_chat_template(folder, config.chat_template)
-    loaded = load_executor(folder, config, tokenizer.vocabulary)
+    pooling = read_pooling(folder, spec)
+    between = tokenizer.pair_frame()[1] if pooling.classifier else []
+    grammars = cache(lambda: _grammars(tokenizer))
+    loaded = load_executor(folder, config, tokenizer.vocabulary, between[0] if between else None, grammars)
     return Assembled(
         name=config.served_model_name or _name(config.model),
         config=loaded.config,
@@ -79,10 +100,22 @@ def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assemb
         vocabulary=tokenizer.vocabulary,
         tokenizer=tokenizer,
         chat=chat,
+        pooling=pooling,
         setup=loaded.setup,
         executor=loaded.executor,
         service=LocalService(loaded.setup.scheduler(), loaded.executor, loaded.setup.depth, journal),
         one_answer=loaded.one_answer,
+        grammars=grammars,
+    )
+
+
+def _grammars(tokenizer: Tokenizer) -> Grammars:
+    """Late, since most engines never see a grammar."""
+    from penstock.grammar import Grammars, TokenTable
+
+    vocabulary, special = tokenizer.vocabulary, tokenizer.special_tokens.values()
+    return Grammars(
+        lambda: TokenTable([tokenizer.token_bytes(i) for i in range(vocabulary.size)], special, vocabulary.eos_ids)
     )
 
 
@@ -91,31 +124,45 @@ class Loaded:
     """A model in memory with its KV pools, and the numbers a scheduler for it is made from."""
 
     config: EngineConfig
-    spec: ModelSpec
+    spec: ModelSpec | EncoderSpec
     setup: EngineSetup
     executor: Executor
     one_answer: bool
 
 
-def load_executor(folder: Path, config: EngineConfig, vocabulary: Vocabulary) -> Loaded:
-    """The part of an engine that knows tensors. Raises as ``build_engine``."""
+def load_executor(
+    folder: Path,
+    config: EngineConfig,
+    vocabulary: Vocabulary,
+    separator: int | None = None,
+    grammars: Callable[[], Grammars] | None = None,
+) -> Loaded:
+    """The part of an engine that knows tensors. Raises as ``build_engine``.
+
+    Args:
+        separator: token id between the texts of a pair, which a cross-encoder needs to know.
+        grammars: compiles structured outputs; without it they are not obeyed.
+    """
     import torch
 
     from penstock.kernels import make_ops
     from penstock.models import Placement, load_decoder, numerics_id
-    from penstock.runtime.host import cpu_count
+    from penstock.runtime.host import keep_freed_memory
     from penstock.runtime.local import LocalExecutor
     from penstock.runtime.memory import check_weights, plan_pools
     from penstock.runtime.runner import Runner
+    from penstock.sampling import RuleKit
 
-    checkpoint = read_model_spec(folder)
-    cpus = min(cpu_count(), torch.get_num_threads())  # the latter knows OMP_NUM_THREADS
-    config = resolve(config, checkpoint, "cuda" if torch.cuda.is_available() else "cpu", cpus)
+    checkpoint = read_any_spec(folder)
+    config = resolve_here(config, checkpoint)
     if config.device == "cpu":
-        torch.set_num_threads(config.num_threads or cpus)
+        torch.set_num_threads(config.num_threads or 1)
+        keep_freed_memory()
     device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
     placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
     check_weights(checkpoint, stored, device)
+    if isinstance(checkpoint, EncoderSpec):
+        return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
     config = fit_context(config, checkpoint, stored, device)
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
@@ -135,13 +182,80 @@ def load_executor(folder: Path, config: EngineConfig, vocabulary: Vocabulary) ->
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         device=device,
+        kit=RuleKit(
+            factories=load_logits_rules(config.logits_rule),
+            final=(_grammar_rules(grammars, vocabulary, device),) if grammars else (),
+        ),
     )
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
     return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
 
 
+def load_logits_rules(option: str | None) -> dict[str, RuleFactory]:
+    """The logits rules an engine is started with, by name.
+
+    Raises:
+        ConfigError: (logits_rule_invalid) the option cannot be read, or names what cannot be imported.
+    """
+    factories: dict[str, RuleFactory] = {}
+    for name, module, attribute in rule_places(option):
+        if name in factories:
+            raise invalid_option(option, f"it names {name!r} twice")
+        try:
+            factory = getattr(import_module(module), attribute)
+        except Exception as error:  # whatever a module does when it is imported
+            raise invalid_option(option, f"{module}:{attribute}: {type(error).__name__}: {error}"[:300]) from error
+        if not callable(factory):
+            raise invalid_option(option, f"{module}:{attribute} is a {type(factory).__name__} and cannot be called")
+        factories[name] = factory
+    return factories
+
+
+def _grammar_rules(
+    grammars: Callable[[], Grammars], vocabulary: Vocabulary, device: torch.device
+) -> Callable[[NewRequest], LogitsRule | None]:
+    def make(request: NewRequest) -> LogitsRule | None:
+        if request.params.structured_outputs is None:
+            return None
+        from penstock.sampling.grammar import grammar_rule
+
+        return grammar_rule(request, grammars(), vocabulary.eos_ids, device)
+
+    return make
+
+
+def _load_encoder(
+    folder: Path,
+    config: EngineConfig,
+    spec: EncoderSpec,
+    ops: Ops,
+    placement: Placement,
+    vocabulary: Vocabulary,
+    separator: int | None,
+) -> Loaded:
+    """An encoder has no KV, and its texts are computed whole: a step holds at least the longest one."""
+    from penstock.models import load_encoder, numerics_id
+    from penstock.runtime.encoder import EncoderRunner
+    from penstock.runtime.local import LocalExecutor
+
+    made_for = read_pooling(folder, spec).max_length or spec.max_positions
+    longest = config.max_model_len or min(made_for, spec.max_positions)
+    budget = max(config.max_num_batched_tokens, longest)
+    config = replace(config, max_model_len=longest, max_num_batched_tokens=budget)
+    encoder = load_encoder(folder, spec, ops, placement)
+    setup = engine_setup(config, (), numerics_id(folder, spec, ops, placement), vocabulary, whole=True)
+    runner = EncoderRunner(encoder, separator=separator, device=placement.device)
+    executor = LocalExecutor(runner, overlap=setup.depth > 1)
+    return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
+
+
 def find_model(model: str | None) -> Path:
-    """The folder of a model: the bundled one, a path, or a hub id (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE honoured)."""
+    """The folder of a model: the bundled one, a path, or that of a hub id, downloaded if need be.
+
+    Raises:
+        NotFound: (model_not_found) no such folder or hub id.
+        Unavailable: (hub_unreachable) a hub id that is not in the cache, and no hub.
+    """
     if model in (None, BUNDLED_NAME):
         return BUNDLED
     assert model is not None
@@ -151,29 +265,22 @@ def find_model(model: str | None) -> Path:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         fix = "give a folder or a hub id such as org/name"
         raise NotFound("model_not_found", f"There is no model folder {model!r}", fix=fix)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from penstock.hub import fetch
 
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except HFValidationError:
-        raise NotFound("model_not_found", f"{model!r} is neither a folder nor a valid hub id") from None
-    except LocalEntryNotFoundError:
-        raise Unavailable(
-            "hub_unreachable",
-            f"{model} is not in the local cache and the hub cannot be reached",
-            fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder",
-        ) from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        fix = "set HF_TOKEN to a token that may read it" if status in (401, 403) else "check the spelling"
-        why = f"it answers {status}"
-        raise NotFound("model_not_found", f"The hub does not give {model}", why=why, fix=fix) from None
-    except OSError as error:
-        raise Unavailable("hub_unreachable", f"{model} could not be fetched", why=type(error).__name__) from None
+    return fetch(model)
 
 
-def resolve(config: EngineConfig, spec: ModelSpec, accelerator: str, cpus: int) -> EngineConfig:
+def resolve_here(config: EngineConfig, spec: ModelSpec | EncoderSpec) -> EngineConfig:
+    """``resolve`` for this machine."""
+    import torch
+
+    from penstock.runtime.host import cpu_count
+
+    cpus = min(cpu_count(), torch.get_num_threads())  # the latter knows OMP_NUM_THREADS
+    return resolve(config, spec, "cuda" if torch.cuda.is_available() else "cpu", cpus)
+
+
+def resolve(config: EngineConfig, spec: ModelSpec | EncoderSpec, accelerator: str, cpus: int) -> EngineConfig:
     """Decides everything left open. ``accelerator`` is the best device there is.
 
     Raises:
@@ -235,7 +342,7 @@ def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: tor
 
 
 def engine_setup(
-    config: EngineConfig, pools: tuple[PoolSpec, ...], numerics: bytes, vocabulary: Vocabulary
+    config: EngineConfig, pools: tuple[PoolSpec, ...], numerics: bytes, vocabulary: Vocabulary, *, whole: bool = False
 ) -> EngineSetup:
     """The brain's numbers, from a resolved configuration."""
     assert config.max_model_len is not None and config.depth is not None
@@ -247,6 +354,7 @@ def engine_setup(
             max_batch_tokens=config.max_num_batched_tokens,
             max_batch_requests=config.max_num_seqs,
             max_model_len=config.max_model_len,
+            whole=whole,
         ),
         vocabulary=vocabulary,
         policy=config.scheduling_policy,

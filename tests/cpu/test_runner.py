@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ SPEC = ModelSpec(
     dtype="float32",
 )
 SIZE, BLOCKS, MAX_LEN = 4, 64, 64
+STEPS = 12
 
 Answer = list[tuple[int, TokenLogprobs | None]]
 """Each drawn token with its log-probabilities, if asked for."""
@@ -65,7 +67,10 @@ def make_runner(decoder: Decoder, rows: int = 6) -> Runner:
 
 @dataclass
 class Ask:
-    """A request as the driver below sees it: ``known`` counts tokens, those still on their way included."""
+    """A request as the driver below sees it: ``known`` counts tokens, those still on their way included.
+
+    ``told`` has the log-probabilities of prompt tokens by position, ``sent`` where its slices in flight start.
+    """
 
     id: int
     prompt: list[int]
@@ -77,6 +82,14 @@ class Ask:
     known: int = 0
     tables: list[list[int]] = field(default_factory=lambda: [[], []])
     resident: bool = False
+    task: str = "generate"
+    vector: tuple[float, ...] | None = None
+    told: dict[int, TokenLogprobs] = field(default_factory=dict)
+    sent: deque[int] = field(default_factory=deque)
+
+    @property
+    def done(self) -> bool:
+        return len(self.answer) >= STEPS if self.task == "generate" else self.vector is not None
 
     def __post_init__(self) -> None:
         self.tokens, self.known = list(self.prompt), len(self.prompt)
@@ -91,6 +104,8 @@ class Ask:
             seed=self.seed,
             sample=0,
             stop_ids=(0,),
+            limit=MAX_LEN,
+            task=self.task,
         )
 
 
@@ -117,8 +132,9 @@ class Driver:
                 plan.new.append(ask.new())
                 ask.resident = True
             plan.slices.append((ask.id, ask.computed, count))
+            ask.sent.append(end - count)
             ask.computed = end
-            ask.known += end == ask.known
+            ask.known += end == ask.known and ask.task == "generate"
         return plan
 
     def commit(self, work: Sequence[tuple[Ask, int]], result: StepResult | StepFailed) -> None:
@@ -131,6 +147,9 @@ class Driver:
                 entry = result.logprobs.get(index)
                 assert (entry is not None) == (ask.params.logprobs is not None)
                 ask.answer.append((token, entry[0] if entry else None))
+            first = ask.sent.popleft() + 1
+            ask.vector = result.vectors.get(index, ask.vector)
+            ask.told.update(enumerate(result.prompt_logprobs.get(index, ()), first))
 
 
 def asks() -> list[Ask]:
@@ -149,13 +168,10 @@ def asks() -> list[Ask]:
     ]
 
 
-STEPS = 12
-
-
 def run(decoder: Decoder, requests: list[Ask], seed: int, longest: int, width: int) -> list[Answer]:
-    """Random subsets of the requests in random order and random chunks, until each drew STEPS tokens."""
-    executor, driver = LocalExecutor(make_runner(decoder)), Driver(seed)
-    while left := [ask for ask in requests if len(ask.answer) < STEPS]:
+    """Random subsets of the requests in random order and random chunks, until each has all it wanted."""
+    executor, driver = LocalExecutor(make_runner(decoder, rows=12)), Driver(seed)
+    while left := [ask for ask in requests if not ask.done]:
         chosen = driver.rng.sample(left, min(len(left), driver.rng.randint(1, width)))
         work = [(ask, min(ask.known - ask.computed, driver.rng.randint(1, longest))) for ask in chosen]
         driver.commit(work, executor.submit(driver.plan(work)).wait())
@@ -250,6 +266,7 @@ def test_positions_without_a_block_are_not_written(decoder: Decoder) -> None:
             seed=0,
             sample=0,
             stop_ids=(),
+            limit=MAX_LEN,
         )
     )
     full, windowed = inputs.build([(1, 6, 5)]).batch.groups
@@ -294,11 +311,14 @@ class Breaks:
         self.decoder, self.spec = decoder, decoder.spec
         self.error: Exception | None = None
         self.spoil: dict[int, float] = {}
+        self.spoil_hidden: dict[int, float] = {}
 
     def forward(self, ids_T: Tensor, batch: Any, kv: Any, rows_R: Tensor) -> Tensor:
         out = self.decoder.forward(ids_T, batch, kv, rows_R)  # K and V are written
         if self.error:
             raise self.error
+        for row, value in self.spoil_hidden.items():
+            out[row, 0] = value
         return out
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -349,6 +369,77 @@ def test_a_slice_ahead_of_its_tokens_fails_the_step(decoder: Decoder) -> None:
     assert isinstance(result, StepFailed) and "token_unknown" in str(result.error)
 
 
+# -- what is told besides tokens -----------------------------------------------------------------------------------
+
+
+def mixed_asks() -> list[Ask]:
+    """Vectors of each kind and prompts with log-probabilities, among requests that only generate."""
+    rng, requests = random.Random(12), asks()[:3]
+    for i, (task, length) in enumerate((("mean", 19), ("last", 11), ("cls", 6), ("mean", 1), ("last", 1))):
+        requests.append(Ask(30 + i, [rng.randrange(61) for _ in range(length)], SamplingParams(), seed=0, task=task))
+    for i, (top, length) in enumerate(((0, 1), (2, 9), (5, 17), (-1, 4))):
+        params = SamplingParams(temperature=0.0, prompt_logprobs=top, logprobs=1, max_tokens=99)
+        requests.append(Ask(40 + i, [rng.randrange(61) for _ in range(length)], params, seed=0))
+    return requests
+
+
+def all_told(requests: list[Ask]) -> list[tuple[Answer, tuple[float, ...] | None, dict[int, TokenLogprobs]]]:
+    for ask in requests:
+        assert ask.task == "generate" or (not ask.answer and not ask.told)
+        asked = ask.params.prompt_logprobs
+        assert len(ask.told) == (0 if asked is None else len(ask.prompt) - 1)
+        assert all(len(entry.top) == (asked if asked >= 0 else SPEC.vocab_size) for entry in ask.told.values())
+    return [(ask.answer[:STEPS], ask.vector, dict(sorted(ask.told.items()))) for ask in requests]
+
+
+@pytest.fixture(scope="module")
+def told_alone(decoder: Decoder) -> list[Any]:
+    """Each request by itself, whole."""
+    requests = mixed_asks()
+    for ask in requests:
+        run(decoder, [ask], seed=0, longest=99, width=1)
+    return all_told(requests)
+
+
+@pytest.mark.parametrize(("seed", "longest"), [(1, 1), (2, 7), (3, 64)])
+def test_vectors_and_prompt_logprobs_do_not_depend_on_slices_or_mates(
+    decoder: Decoder, told_alone: list[Any], seed: int, longest: int
+) -> None:
+    requests = mixed_asks()
+    run(decoder, requests, seed, longest, width=len(requests))
+    assert all_told(requests) == told_alone
+    assert len({vector for _, vector, _ in told_alone if vector}) == 5
+
+
+def test_vectors_and_prompt_logprobs_after_preemptions(decoder: Decoder, told_alone: list[Any]) -> None:
+    """Two plans in flight, and now and then a request is taken anew, from its first position on."""
+    executor, driver, requests = LocalExecutor(make_runner(decoder, rows=12), overlap=True), Driver(13), mixed_asks()
+    flight: deque[tuple[list[tuple[Ask, int]], Any]] = deque()
+    preemptions = 0
+
+    def land() -> None:
+        work, ticket = flight.popleft()
+        driver.commit(work, ticket.wait())
+
+    while flight or not all(ask.done for ask in requests):
+        work = [
+            (ask, min(ask.known - ask.computed, 4)) for ask in requests if not ask.done and ask.computed < ask.known
+        ]
+        if work:
+            flight.append((work, executor.submit(driver.plan(work))))
+        if len(flight) == 2 or not work:
+            land()
+        for ask in requests:
+            if ask.resident and not ask.done and not ask.answer and preemptions < 9 and driver.rng.random() < 0.3:
+                preemptions += 1
+                while flight:
+                    land()
+                ask.resident, ask.computed, ask.known = ask.done, 0, len(ask.tokens)
+    executor.close()
+    assert preemptions == 9
+    assert all_told(requests) == told_alone
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_with_bad_logits_fails_alone(decoder: Decoder, alone: list[Answer], value: float) -> None:
     breaks: Any = Breaks(decoder)
@@ -363,6 +454,18 @@ def test_a_row_with_bad_logits_fails_alone(decoder: Decoder, alone: list[Answer]
     assert [tokens[0] for tokens in result.tokens if tokens] == [alone[i][0][0] for i in (0, 1, 3, 4)]
     assert sorted(result.logprobs) == [1, 4]
     assert result.seconds > 0
+
+
+def test_a_prompt_or_vector_of_bad_numbers_fails_alone(decoder: Decoder, told_alone: list[Any]) -> None:
+    breaks: Any = Breaks(decoder)
+    executor, driver, requests = LocalExecutor(make_runner(breaks, rows=12)), Driver(14), mixed_asks()
+    mean, last, reported = requests[3], requests[4], requests[9]
+    breaks.spoil, breaks.spoil_hidden = {2: torch.inf}, {0: torch.nan}  # rows: 1 of last, 19 of mean; 5 to report
+    result = executor.submit(driver.plan([(reported, 5), (last, 11), (mean, 19)])).wait()
+    assert isinstance(result, StepResult)
+    assert {index: error.code for index, error in result.failed.items()} == {0: "numerical_error", 1: "numerical_error"}
+    assert "at position 3" in str(result.failed[0])
+    assert not result.prompt_logprobs and result.vectors == {2: told_alone[3][1]}
 
 
 def test_a_step_without_a_draw(decoder: Decoder) -> None:

@@ -11,5 +11,20 @@ a caller waits.
 from penstock.llm.offline import LLM
 from penstock.llm.online import AsyncLLM
 from penstock.llm.requests import Message, Prompt, TextPrompt, TokensPrompt
+from penstock.search import BeamSearchParams, Majority, Scorer, SearchOutput, Verifier, choose, mean_logprob
 
-__all__ = ["LLM", "AsyncLLM", "Message", "Prompt", "TextPrompt", "TokensPrompt"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "Majority",
+    "Message",
+    "Prompt",
+    "Scorer",
+    "SearchOutput",
+    "TextPrompt",
+    "TokensPrompt",
+    "Verifier",
+    "choose",
+    "mean_logprob",
+]

@@ -53,6 +53,7 @@ _DTYPES = {"half": "float16", "float": "float32"} | {
 }
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
+    "convert": (None, "auto", "none", "embed"),
     "cpu_offload_gb": (0,),
     "data_parallel_size": (1,),
     "disable_custom_all_reduce": (),
@@ -68,8 +69,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "max_logprobs": (),
     "quantization": (None,),
     "revision": (None,),
+    "runner": (None, "auto", "generate", "pooling"),
     "skip_tokenizer_init": (False,),
     "swap_space": (),
+    "task": (None, "auto", "generate", "embed", "score"),
     "tokenizer": (None,),
     "tokenizer_mode": ("auto", "fast"),
     "tokenizer_revision": (None,),

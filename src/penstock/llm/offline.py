@@ -16,12 +16,15 @@ from typing import Any, Self, TypeVar, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from penstock.assemble import build_engine
+from penstock.assemble import Assembled, build_engine
 from penstock.base import InvalidRequest, PenstockError
 from penstock.core.service import Update
 from penstock.llm.config import engine_config
+from penstock.llm.embedding import VectorJob, Vectors
 from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt, not_a_prompt, wrong_type
-from penstock.spec import RequestOutput, SamplingParams
+from penstock.llm.searches import beams_of, run_searches, samples_of
+from penstock.search import BeamSearchParams, Extract, Majority, Scorer, SearchOutput, mean_logprob
+from penstock.spec import EmbeddingRequestOutput, PoolingParams, RequestOutput, SamplingParams, ScoringRequestOutput
 from penstock.text import ChatTemplate, Delta, Tokenizer
 
 T = TypeVar("T")
@@ -45,6 +48,11 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         config = engine_config(model, options)
         self._requests = Requests(build_engine(config), _seeds(config.seed))
+
+    @property
+    def engine(self) -> Assembled:
+        """What it runs on: the resolved configuration, tokenizer, chat template, backend."""
+        return self._requests.engine
 
     def generate(
         self,
@@ -140,6 +148,108 @@ class LLM:
             if job.error is not None:
                 raise job.error
             yield delta
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[SearchOutput]:
+        """The likeliest completions of each prompt, best first, in ``sequences`` (vLLM's form) and ``candidates``.
+
+        Args:
+            use_tqdm: accepted; no progress is shown.
+            concurrency_limit: prompts at a time; all of them if left out.
+
+        Raises:
+            PenstockError: a prompt or parameter cannot be used, or a request failed.
+        """
+        _refuse_lora(lora_request)
+        tokenized = [self._requests.tokenize(prompt) for prompt in _as_prompts(prompts)]
+        return run_searches(
+            self._requests, [beams_of(self._requests, prompt, params) for prompt in tokenized], concurrency_limit
+        )
+
+    def best_of(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        *,
+        by: Scorer = mean_logprob,
+    ) -> list[SearchOutput]:
+        """Draws ``n`` completions of each prompt, which share its KV, and chooses one.
+
+        Args:
+            by: scores the candidates: ``mean_logprob``, a ``Majority``, a ``Verifier``, or a function like them.
+
+        Raises:
+            PenstockError: a prompt or parameter cannot be used, or a request failed.
+        """
+        tokenized = [self._requests.tokenize(prompt) for prompt in _as_prompts(prompts)]
+        every_params = _one_each("sampling_params", sampling_params, SamplingParams, len(tokenized))
+        pairs = zip(tokenized, every_params, strict=True)
+        return run_searches(self._requests, [samples_of(self._requests, prompt, p, by) for prompt, p in pairs])
+
+    def self_consistency(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        extract: Extract | str,
+    ) -> list[SearchOutput]:
+        """Best of ``n`` by the answer that most of them reach; ``extract`` finds it in a text (see ``Majority``)."""
+        return self.best_of(prompts, sampling_params, by=Majority(extract))
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector for each prompt, pooled as the model's folder says; a decoder's is that of its last token.
+
+        All prompts are checked before the first is started.
+
+        Raises:
+            InvalidRequest: a prompt or parameter cannot be used; (not_an_embedding_model).
+            PenstockError: the first that failed while it ran, once all have ended.
+        """
+        _refuse_lora(lora_request)
+        every, vectors = _as_prompts(prompts), Vectors(self._requests)
+        params = _one_each("pooling_params", pooling_params or PoolingParams(), PoolingParams, len(every))
+        jobs = [vectors.embedding(prompt, one) for prompt, one in zip(every, params, strict=True)]
+        with _progress(len(jobs), use_tqdm) as done:
+            vectors.collect(jobs, done)
+        return [vectors.embedded(job) for job in jobs]
+
+    def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts go together: one with one, one with each of many, or many with as many.
+
+        An embedding model answers with the cosine of two embeddings; a cross-encoder reads both texts at once and
+        answers with the sigmoid of its logit, or the logit if its folder says so.
+
+        Raises:
+            InvalidRequest: the texts cannot be paired or used; (not_a_scoring_model).
+            PenstockError: the first that failed while it ran, once all have ended.
+        """
+        _refuse_lora(lora_request)
+        vectors = Vectors(self._requests)
+        pairs = vectors.pairs(text_1, text_2, pooling_params)
+        jobs = list(dict.fromkeys(job for pair in pairs for job in pair.jobs))
+        with _progress(len(jobs), use_tqdm) as done:
+            vectors.collect(jobs, done)
+        return [vectors.scored(pair) for pair in pairs]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``generate``, ``chat`` and ``stream`` use when they are given none."""
@@ -245,7 +355,7 @@ def _refuse_lora(lora_request: object) -> None:
 
 
 @contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[Job], None]]:
+def _progress(total: int, shown: bool) -> Iterator[Callable[[Job | VectorJob], None]]:
     """Yields a function that counts a finished job on a bar, which only a terminal shows."""
     console = Console(stderr=True)
     tokens = 0
@@ -262,7 +372,7 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[Job], None]]:
         task = bar.add_task("", total=total, rate=0.0)
         start = time.monotonic()
 
-        def done(job: Job) -> None:
+        def done(job: Job | VectorJob) -> None:
             nonlocal tokens
             tokens += job.num_tokens
             bar.update(task, advance=1, rate=tokens / max(time.monotonic() - start, 1e-9))

@@ -5,14 +5,33 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from penstock.assemble import Assembled, build_engine
 from penstock.core.service import Update
+from penstock.llm.embedding import VectorJob, Vectors
 from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt
-from penstock.spec import EngineConfig, RequestOutput, SamplingParams
+from penstock.llm.searches import beams_of, samples_of
+from penstock.search import (
+    BeamSearchParams,
+    Extract,
+    Majority,
+    Scorer,
+    Search,
+    SearchOutput,
+    SearchRun,
+    mean_logprob,
+)
+from penstock.spec import (
+    EmbeddingRequestOutput,
+    EngineConfig,
+    PoolingParams,
+    RequestOutput,
+    SamplingParams,
+    ScoringRequestOutput,
+)
 from penstock.text import Delta
 
 T = TypeVar("T")
@@ -87,6 +106,72 @@ class AsyncLLM:
             async for job, _ in news:
                 yield job.output()
 
+    async def beam_search(
+        self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None, priority: int = 0
+    ) -> SearchOutput:
+        """As ``LLM.beam_search``. Cancelling the task ends it."""
+        name = request_id or secrets.token_hex(8)
+        tokenized = await self.tokenize(prompt)
+        return await self._search(beams_of(self._requests, tokenized, params, name, priority))
+
+    async def best_of(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        *,
+        by: Scorer = mean_logprob,
+    ) -> SearchOutput:
+        """As ``LLM.best_of``. ``by`` is called in the event loop."""
+        name = request_id or secrets.token_hex(8)
+        tokenized = await self.tokenize(prompt)
+        return await self._search(samples_of(self._requests, tokenized, sampling_params, by, name, priority))
+
+    async def self_consistency(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        extract: Extract | str,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> SearchOutput:
+        """As ``LLM.self_consistency``."""
+        return await self.best_of(prompt, sampling_params, request_id, priority, by=Majority(extract))
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> EmbeddingRequestOutput:
+        """A prompt's vector, as ``LLM.embed`` makes it. Cancelling the task aborts the request.
+
+        Raises:
+            PenstockError: the request was refused or failed.
+        """
+        vectors, name = Vectors(self._requests), request_id or secrets.token_hex(8)
+        job = await _beside_the_loop(prompt, lambda: vectors.embedding(prompt, pooling_params, name, priority))
+        await self._collect([job])
+        return vectors.embedded(job)
+
+    async def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """As ``LLM.score``. Cancelling the task aborts the requests.
+
+        Raises:
+            PenstockError: a request was refused, or the first that failed.
+        """
+        vectors = Vectors(self._requests)
+        pairs = await asyncio.to_thread(vectors.pairs, text_1, text_2, pooling_params)
+        await self._collect([job for pair in pairs for job in pair.jobs])
+        return [vectors.scored(pair) for pair in pairs]
+
     async def abort(self, request_id: str) -> None:
         """Ends a request; whoever iterates over it gets its last piece, with finish_reason "abort"."""
         self.engine.service.abort(request_id)
@@ -108,10 +193,7 @@ class AsyncLLM:
                 priority=priority,
             ),
         )
-        loop = asyncio.get_running_loop()
-        if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = _Mailbox(loop)
-        mailbox, news = self._mailbox, asyncio.Queue[Update]()
+        mailbox, news = self._current_mailbox(), asyncio.Queue[Update]()
         self._requests.submit(job, lambda _, update: mailbox.post(news, update))
         try:
             while not job.finished:
@@ -123,6 +205,38 @@ class AsyncLLM:
         finally:
             if not job.finished:
                 self._requests.end(job)
+
+    async def _search(self, search: Search) -> SearchOutput:
+        mailbox, news = self._current_mailbox(), asyncio.Queue[Update]()
+        run = SearchRun(self.engine.service, search, lambda update: mailbox.post(news, update), self.engine.tokenizer)
+        try:
+            run.start()
+            while run.outcome is None:
+                run.hear(await news.get())
+            return run.outcome
+        finally:
+            run.cancel()
+
+    def _current_mailbox(self) -> _Mailbox:
+        """That of the running loop."""
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = _Mailbox(loop)
+        return self._mailbox
+
+    async def _collect(self, jobs: Iterable[VectorJob]) -> None:
+        """Submits jobs and waits for all of them."""
+        mailbox, news = self._current_mailbox(), asyncio.Queue[Update]()
+        service, unfinished = self.engine.service, {job.submission.id: job for job in jobs}
+        try:
+            for job in unfinished.values():
+                service.submit(job.submission, lambda update: mailbox.post(news, update))
+            while unfinished:
+                if (update := await news.get()).finish_reason:
+                    unfinished.pop(update.id).update = update
+        finally:
+            for id in unfinished:
+                service.abort(id)
 
 
 async def _beside_the_loop(prompt: Prompt, work: Callable[[], T]) -> T:

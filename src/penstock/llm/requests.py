@@ -12,9 +12,19 @@ from typing import Any, NotRequired, TypedDict, cast
 from penstock.assemble import Assembled
 from penstock.base import InvalidRequest, PenstockError
 from penstock.core.admission import check_prompt
-from penstock.core.service import Submission, Update
-from penstock.spec import RequestMetrics, RequestOutput, SamplingParams
-from penstock.text import ChatTemplate, Completion, Delta, Tokenizer
+from penstock.core.service import Submission, Task, Update
+from penstock.spec import Logprob, RequestMetrics, RequestOutput, SamplingParams
+from penstock.spec.rule_places import rule_places, unknown_rule
+from penstock.spec.sampling import MAX_LOGPROBS
+from penstock.text import (
+    ChatTemplate,
+    Completion,
+    Delta,
+    Tokenizer,
+    prompt_logprob_entries,
+    with_rule_ids,
+    with_thinking_ids,
+)
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...} and whatever else the model's chat template reads."""
@@ -39,15 +49,21 @@ Prompt = str | TextPrompt | TokensPrompt | Sequence[int]
 class Job:
     """One prompt and what has come of it."""
 
-    def __init__(self, submission: Submission, prompt: str | None, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, submission: Submission, prompt: str | None, tokenizer: Tokenizer, *, held: object = None
+    ) -> None:
         self.submission = submission
         self.prompt = prompt
+        self._held = held  # its grammar, so that the engine finds it compiled
         self.error: PenstockError | None = None
         params, tokens = submission.params, submission.tokens
         self._completions = [Completion(i, params, tokenizer, tokens) for i in range(params.n)]
         self._running = params.n
         self._metrics = RequestMetrics(arrival_time=time.monotonic())
         self._cached_tokens = 0
+        self._tokenizer = tokenizer if params.detokenize else None
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None
+        self._prompt_logprobs = None if params.prompt_logprobs is None else [None]
 
     @property
     def finished(self) -> bool:
@@ -68,6 +84,10 @@ class Job:
         A sample that failed ends with finish_reason "error", and ``error`` is set.
         """
         self._running -= update.finish_reason is not None
+        if update.prompt_logprobs and self._prompt_logprobs is not None:
+            told = len(self._prompt_logprobs)
+            tokens = self.submission.tokens[told : told + len(update.prompt_logprobs)]
+            self._prompt_logprobs += prompt_logprob_entries(tokens, update.prompt_logprobs, self._tokenizer)
         completion = self._completions[update.sample]
         if completion.finished:
             return None
@@ -91,6 +111,7 @@ class Job:
             finished=self.finished,
             num_cached_tokens=self._cached_tokens,
             metrics=replace(self._metrics),
+            prompt_logprobs=None if self._prompt_logprobs is None else self._prompt_logprobs.copy(),
         )
 
 
@@ -133,19 +154,65 @@ class Requests:
     def job(
         self, prompt: TokensPrompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
     ) -> Job:
-        """Raises InvalidRequest: invalid_parameter, empty_prompt, token_out_of_range, prompt_too_long."""
+        """Raises InvalidRequest: invalid_parameter, cannot_generate, no_thinking_tags, what ``Grammars.compile`` raises
+        for structured outputs, and what ``submission`` raises."""
         if not isinstance(params, SamplingParams):
             raise wrong_type("sampling_params", params, "SamplingParams")
-        tokens = tuple(prompt["prompt_token_ids"])
-        check_prompt(tokens, self.engine.setup.limits, self.engine.vocabulary)
-        submission = Submission(
+        if not self.engine.generates:
+            raise InvalidRequest(
+                "cannot_generate",
+                f"{self.engine.name} makes vectors of texts and cannot continue them",
+                fix="use embed or score, or a model that generates",
+            )
+        params = self._resolved(with_thinking_ids(with_rule_ids(params, self.engine.tokenizer), self.engine.tokenizer))
+        wanted = params.structured_outputs
+        grammar = None if wanted is None else self.engine.grammars().compile(wanted)
+        ids = self._truncated(prompt["prompt_token_ids"], params)
+        submission = self.submission(ids, params, request_id=request_id, priority=priority)
+        return Job(submission, prompt.get("prompt"), self.engine.tokenizer, held=grammar)
+
+    def _resolved(self, params: SamplingParams) -> SamplingParams:
+        """Raises InvalidRequest: invalid_parameter, unknown_logits_rule."""
+        known = [name for name, _, _ in rule_places(self.engine.config.logits_rule)]
+        for name in params.logits_rules or ():
+            if name not in known:
+                raise unknown_rule(name, known)
+        size, asked = self.engine.vocabulary.size, dict[str, Any]()
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(params, name) == -1:
+                if size > MAX_LOGPROBS:
+                    why = f"the vocabulary has {size} tokens, and at most {MAX_LOGPROBS} are reported"
+                    raise InvalidRequest("invalid_parameter", f"{name} = -1 cannot be used", why=why)
+                asked[name] = size
+        return replace(params, **asked) if asked else params
+
+    def _truncated(self, ids: Sequence[int], params: SamplingParams) -> Sequence[int]:
+        """The end of a prompt, as long as ``truncate_prompt_tokens`` says."""
+        kept = params.truncate_prompt_tokens
+        if kept is None:
+            return ids
+        return ids[-(kept if kept > 0 else max(1, self._longest - max(1, params.max_tokens or 1))) :]
+
+    def submission(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        task: Task = "generate",
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> Submission:
+        """Raises InvalidRequest: empty_prompt, token_out_of_range, prompt_too_long."""
+        tokens = tuple(ids)
+        check_prompt(tokens, self.engine.setup.limits, self.engine.vocabulary, task)
+        return Submission(
             id=request_id or f"{next(self._numbers)}",
             tokens=tokens,
             params=params,
             seed=(self._next_seed() if params.seed is None else params.seed) % 2**64,
             priority=priority,
+            task=task,
         )
-        return Job(submission, prompt.get("prompt"), self.engine.tokenizer)
 
     def submit(self, job: Job, sink: Callable[[Job, Update], None]) -> None:
         """``sink`` is called from the engine's thread. Raises what ``Service.submit`` raises."""

@@ -55,6 +55,7 @@ class Inputs:
         self.row_of: dict[int, int] = {}
         self.free = list(range(rows - 1, -1, -1))
         self.known = np.zeros(rows, np.int64)
+        self.generates = np.zeros(rows, bool)
         self.tables = [np.full((rows, -(-max_model_len // block_size)), NO_BLOCK, np.int32) for _ in range(groups)]
         self.tokens_SL = torch.zeros(rows, max_model_len, dtype=torch.int64, device=device)
 
@@ -73,7 +74,7 @@ class Inputs:
                 )
             row = self.row_of[request.id] = self.free.pop()
         count = len(request.tokens)
-        self.known[row] = count
+        self.known[row], self.generates[row] = count, request.task == "generate"
         self.tokens_SL[row, :count] = self._put(np.array(request.tokens, np.int64))
         for table, blocks in zip(self.tables, request.tables, strict=True):
             table[row, : len(blocks)] = blocks
@@ -105,7 +106,7 @@ class Inputs:
         else:
             rows_T = np.repeat(rows, counts)
             positions_T = np.arange(row_starts[-1]) + np.repeat(starts - row_starts[:-1], counts)
-        draws = np.flatnonzero(ends == known)
+        draws = np.flatnonzero((ends == known) & self.generates[rows])
         batch = Batch(
             positions_T=self._put(positions_T),
             row_starts=row_starts.tolist(),

@@ -7,14 +7,27 @@ import queue
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from penstock.base import EngineError, PenstockError
 from penstock.core.plan import StepFailed, StepPlan, StepResult
-from penstock.runtime.runner import PendingStep, Runner
 
 log = logging.getLogger(__name__)
 
-Launched = PendingStep | StepFailed
+
+class Pending(Protocol):
+    """A step handed to the device."""
+
+    def result(self) -> StepResult: ...
+
+
+class StepRunner(Protocol):
+    """``Runner`` or ``EncoderRunner``."""
+
+    def launch(self, plan: StepPlan) -> Pending: ...
+
+
+Launched = Pending | StepFailed
 
 
 @dataclass(slots=True)
@@ -36,7 +49,7 @@ class LocalExecutor:
     replaced when the scheduler introduces its requests anew.
     """
 
-    def __init__(self, runner: Runner, *, overlap: bool = False) -> None:
+    def __init__(self, runner: StepRunner, *, overlap: bool = False) -> None:
         self.runner = runner
         self._steps: queue.SimpleQueue[tuple[StepPlan, Future[Launched]] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="penstock-step", daemon=True) if overlap else None

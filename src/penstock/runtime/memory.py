@@ -11,7 +11,8 @@ from torch import Tensor
 from penstock.base import ConfigError
 from penstock.core.kv.groups import PoolSpec
 from penstock.runtime.host import available_memory
-from penstock.spec import Dtype, EngineConfig, ModelSpec
+from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec
+from penstock.spec.encoder import encoder_weight_bytes
 from penstock.spec.sizing import activation_bytes, kv_block_bytes, kv_request_blocks, weight_bytes
 
 GIB = 1 << 30
@@ -64,13 +65,14 @@ class HostCopy:
         return self._tensors
 
 
-def check_weights(spec: ModelSpec, dtype: Dtype, device: torch.device) -> None:
+def check_weights(spec: ModelSpec | EncoderSpec, dtype: Dtype, device: torch.device) -> None:
     """Call before loading.
 
     Raises:
         ConfigError: (model_too_large) the weights do not fit in what is free.
     """
-    needed, free = weight_bytes(spec, dtype), free_memory(device)
+    needed = encoder_weight_bytes(spec, dtype) if isinstance(spec, EncoderSpec) else weight_bytes(spec, dtype)
+    free = free_memory(device)
     if needed > free:
         raise ConfigError(
             "model_too_large",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from penstock.base import PenstockError
 from penstock.core.plan import BlockCopy, StepPlan, StepResult
 from penstock.kernels import KVLayer, Ops
 from penstock.models import Decoder
 from penstock.runtime.inputs import Inputs, StepInputs
 from penstock.runtime.memory import HostCopy, working_set
-from penstock.sampling import RawLogprobs, Sampler, draw_error
+from penstock.runtime.pooling import Extras, Reporter
+from penstock.sampling import RawLogprobs, RuleKit, Sampler, draw_error
 from penstock.spec import ModelSpec
 
 NOTHING: tuple[int, ...] = ()
@@ -27,7 +29,9 @@ class PendingStep:
     inputs: StepInputs
     logprobs: RawLogprobs | None
     drawn: HostCopy | None  # codes, then the columns of logprobs
+    extras: Extras | None
     started: float
+    errors: dict[int, PenstockError] = field(default_factory=dict)  # of rows whose rules raised
 
     def result(self) -> StepResult:
         tokens: list[tuple[int, ...]] = [NOTHING] * self.slices
@@ -39,10 +43,13 @@ class PendingStep:
                 if code >= 0:
                     tokens[draws[r]] = (code,)
                 else:
-                    step.failed[draws[r]] = draw_error(code, int(self.inputs.positions[r]))
+                    error = self.errors.get(r) or draw_error(code, int(self.inputs.positions[r]))
+                    step.failed[draws[r]] = error
             if self.logprobs is not None:
                 entries = self.logprobs.entries(columns)
                 step.logprobs = {draws[r]: (entry,) for r, entry in entries.items() if codes[r] >= 0}
+        if self.extras is not None:
+            self.extras.tell(step)
         step.seconds = time.perf_counter() - self.started
         return step
 
@@ -54,6 +61,7 @@ class Runner:
         kv: the layers of each KV group's pool, in the order of ``spec.kv_groups()`` and of their ``layers``.
         max_num_seqs: most requests known at a time.
         device: where weights and KV are.
+        kit: what the sampler makes rules of beyond the parameters of requests.
     """
 
     def __init__(
@@ -66,11 +74,13 @@ class Runner:
         max_model_len: int,
         block_size: int,
         device: torch.device,
+        kit: RuleKit | None = None,
     ) -> None:
         self.decoder, self.ops, self.pools = decoder, ops, list(kv)
         self.layers = by_layer(decoder.spec, self.pools)
         self.inputs = Inputs(max_num_seqs, max_model_len, block_size, len(self.pools), device)
-        self.sampler = Sampler(max_num_seqs, decoder.spec.vocab_size, device, working_set(device))
+        self.sampler = Sampler(max_num_seqs, decoder.spec.vocab_size, device, working_set(device), kit)
+        self.reporter = Reporter(decoder.logits, decoder.spec.vocab_size, working_set(device))
 
     def run(self, plan: StepPlan) -> StepResult:
         return self.launch(plan).result()
@@ -82,19 +92,29 @@ class Runner:
         started = time.perf_counter()
         self._apply(plan)
         step = self.inputs.build(plan.slices)
-        hidden_RD = self.decoder.forward(step.ids_T, step.batch, self.layers, step.out_rows_R)
-        if not step.draws:
-            return PendingStep(len(plan.slices), step, None, None, started)
-        drawn = self.sampler.draw(self.decoder.logits(hidden_RD), step.rows, step.positions)
-        self.inputs.append(step, drawn.tokens_R)
-        arriving = HostCopy([drawn.codes_R, *(drawn.logprobs.columns if drawn.logprobs else ())])
-        return PendingStep(len(plan.slices), step, drawn.logprobs, arriving, started)
+        rows_R, extras = step.out_rows_R, self.reporter.wanted(plan.slices, step.batch.row_starts)
+        if extras is not None:
+            rows_R = torch.cat((rows_R, torch.tensor(extras.rows, dtype=rows_R.dtype, device=rows_R.device)))
+        hidden_RD = self.decoder.forward(step.ids_T, step.batch, self.layers, rows_R)
+        pending = PendingStep(len(plan.slices), step, None, None, extras, started)
+        if draws := len(step.draws):
+            drawn = self.sampler.draw(self.decoder.logits(hidden_RD[:draws]), step.rows, step.positions)
+            self.inputs.append(step, drawn.tokens_R)
+            pending.logprobs, pending.errors = drawn.logprobs, drawn.errors
+            pending.drawn = HostCopy([drawn.codes_R, *(drawn.logprobs.columns if drawn.logprobs else ())])
+        if extras is not None:
+            self.reporter.compute(extras, hidden_RD[draws:])
+        return pending
 
     def _apply(self, plan: StepPlan) -> None:
         for request in plan.gone:
             self.inputs.forget(request)
+            self.reporter.forget(request)
         for new in plan.new:
-            self.sampler.place(self.inputs.place(new), new)
+            row = self.inputs.place(new)
+            if new.task == "generate":
+                self.sampler.place(row, new)
+            self.reporter.place(new)
         for change in plan.blocks:
             self.inputs.write(change)
         for group, pool in enumerate(self.pools):
