@@ -84,9 +84,8 @@ def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary,
         )
     if submission.task != "generate" and params.n != 1:
         raise InvalidRequest("invalid_parameter", f"n = {params.n} cannot be used", why="a text has one vector")
-    named = {"logit_bias": params.logit_bias or (), "stop_token_ids": params.stop_token_ids or ()}
-    for name, ids in named.items():
-        if (high := max(ids, default=0)) >= vocabulary.size:
+    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+        if (high := max(getattr(params, name) or (0,))) >= vocabulary.size:
             why = f"the vocabulary has ids 0 to {vocabulary.size - 1}"
             raise InvalidRequest("token_out_of_range", f"{name} names token id {high}", why=why, fix="leave it out")
     longest = limits.max_model_len

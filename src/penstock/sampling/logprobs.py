@@ -45,7 +45,7 @@ def raw_logprobs(logits_LV: Tensor, tokens_L: Tensor, top: int) -> Columns:
     drawn_L1 = logits_LV.gather(1, ids_L1)
     earlier = torch.arange(logits_LV.shape[1], device=logits_LV.device) < ids_L1
     ranks_L = 1 + ((logits_LV > drawn_L1) | ((logits_LV == drawn_L1) & earlier)).sum(dim=1)
-    top_ids_LK = order.top_ids(order.sort_keys(logits_LV), top)
+    top_ids_LK = order.top_ids(logits_LV, top)
     top_LK = _gaps(logits_LV.gather(1, top_ids_LK), largest) - norm
     return (_gaps(drawn_L1, largest) - norm).squeeze(1), ranks_L, top_ids_LK, top_LK
 

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from penstock.base import EngineError, PenstockError
 from penstock.core.plan import NewRequest
-from penstock.sampling import candidates, exact, gumbel, philox
-from penstock.sampling.candidates import Filters
+from penstock.sampling import blocks, candidates, exact, gumbel, philox
+from penstock.sampling.candidates import Candidates, Filters
 from penstock.sampling.logprobs import RawLogprobs, raw_logprobs
-from penstock.sampling.rules import LogitsRule, make_rules
+from penstock.sampling.rules import LogitsRule, RuleKit, VettingRule, make_rules
 
 Ints = npt.NDArray[np.int64]
 
-NUMERICAL, MASKED = -1, -2
-"""In place of a token: the model's logits were not finite; the request's rules left no token."""
+NUMERICAL, MASKED, FAILED = -1, -2, -3
+"""In place of a token: the model's logits were not finite; the request's rules left no token; a rule raised."""
+
+RANDOM, LIMITED, ORDERED, TYPICAL = 1, 2, 4, 8
+"""What a request's draw takes, added up: noise; min_p; top_k or top_p; typical_p. 0 is greedy."""
 
 
 @dataclass(slots=True)
@@ -28,13 +31,15 @@ class Drawn:
 
     Attributes:
         tokens_R: int64, drawn tokens; 0 where there is none.
-        codes_R: int64, drawn tokens; NUMERICAL or MASKED where there is none.
+        codes_R: int64, drawn tokens; NUMERICAL, MASKED or FAILED where there is none.
         logprobs: of the rows that asked.
+        errors: why rows are FAILED.
     """
 
     tokens_R: Tensor
     codes_R: Tensor
     logprobs: RawLogprobs | None
+    errors: dict[int, PenstockError]
 
 
 class Sampler:
@@ -43,12 +48,17 @@ class Sampler:
     Args:
         rows: how many there are.
         chunk: logits of drawing rows looked at together; sets the speed and the memory taken, not the outcome.
+        kit: what rules are made of beyond the parameters of requests.
     """
 
-    def __init__(self, rows: int, vocab_size: int, device: torch.device, chunk: int = 1 << 17) -> None:
-        self.vocab_size, self.device, self.chunk = vocab_size, device, chunk
+    def __init__(
+        self, rows: int, vocab_size: int, device: torch.device, chunk: int = 1 << 17, kit: RuleKit | None = None
+    ) -> None:
+        self.vocab_size, self.device, self.chunk, self.kit = vocab_size, device, chunk, kit or RuleKit()
         self.temperature, self.min_gap, self.top_p = np.zeros(rows), np.zeros(rows), np.zeros(rows)
+        self.typical_p = np.zeros(rows)
         self.top_k, self.logprobs = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        self.kind = np.zeros(rows, np.int64)
         self.streams = np.zeros((rows, 4), np.int64)
         self.rules: list[tuple[LogitsRule, ...]] = [()] * rows
         self.ruled = np.zeros(rows, bool)
@@ -60,9 +70,17 @@ class Sampler:
         self.min_gap[row] = _log(params.min_p) if params.min_p > 0.0 else -np.inf
         self.top_p[row] = params.top_p if params.top_p < 1.0 else np.inf
         self.top_k[row] = params.top_k if 0 < params.top_k < vocab_size else vocab_size
-        self.logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self.typical_p[row] = params.typical_p
+        steps = {
+            RANDOM: not params.greedy,
+            LIMITED: params.min_p > 0.0,
+            ORDERED: self.top_k[row] < vocab_size or params.top_p < 1.0,
+            TYPICAL: params.typical_p < 1.0,
+        }
+        self.kind[row] = 0 if params.greedy else sum(step for step, taken in steps.items() if taken)
+        self.logprobs[row] = -1 if params.logprobs is None else params.logprobs if params.logprobs >= 0 else vocab_size
         self.streams[row] = (*philox.words(request.seed), request.sample)
-        self.rules[row] = make_rules(request, vocab_size, self.device)
+        self.rules[row] = make_rules(request, vocab_size, self.device, self.kit)
         self.ruled[row] = bool(self.rules[row])
 
     def draw(self, logits_RV: Tensor, rows: Ints, positions: Ints) -> Drawn:
@@ -74,25 +92,79 @@ class Sampler:
         """
         asked = np.flatnonzero(self.logprobs[rows] >= 0)
         raw_LV = logits_RV[self._put(asked)] if asked.size else None
-        best_R, tokens_R = logits_RV.max(dim=1)  # of equal values the first, so the lowest id
-        sound_R = best_R.isfinite() & logits_RV.amin(dim=1).isfinite()
-        ruled = np.flatnonzero(self.ruled[rows]).tolist()
-        if ruled:
-            for r in ruled:
-                for rule in self.rules[rows[r]]:
-                    rule.apply(logits_RV[r], int(positions[r]))
-            best_R, tokens_R = logits_RV.max(dim=1)
-        codes_R = tokens_R.masked_fill_(best_R == -torch.inf, MASKED)
-        random = np.flatnonzero(self.temperature[rows] > 0.0)
-        if random.size:
-            codes_R[self._put(random)] = self._draw_random(logits_RV, random, rows[random], positions[random])
+        maxima_RB = blocks.maxima(logits_RV)
+        sound_R = maxima_RB.amax(dim=1).isfinite() & logits_RV.amin(dim=1).isfinite()
+        errors: dict[int, PenstockError] = {}
+        ruled = np.flatnonzero(self.ruled[rows])
+        if ruled.size:
+            errors = self._apply_rules(logits_RV, ruled.tolist(), rows, positions)
+            maxima_RB[self._put(ruled)] = blocks.maxima(logits_RV[self._put(ruled)])
+        codes_R = self._choose(logits_RV, maxima_RB, rows, positions)
+        for r in ruled.tolist():
+            if r not in errors:
+                self._vet(logits_RV, codes_R, r, rows, positions)
         codes_R.masked_fill_(~sound_R, NUMERICAL)
+        if errors:
+            codes_R[self._put(np.array(list(errors)))] = FAILED
         tokens_R = codes_R.clamp(min=0)
-        for r in ruled:
+        for r in ruled.tolist():
             for rule in self.rules[rows[r]]:
                 rule.append(tokens_R[r : r + 1])
         logprobs = None if raw_LV is None else self._logprobs(raw_LV, tokens_R[self._put(asked)], asked, rows[asked])
-        return Drawn(tokens_R, codes_R, logprobs)
+        return Drawn(tokens_R, codes_R, logprobs, errors)
+
+    def _apply_rules(
+        self, logits_RV: Tensor, ruled: list[int], rows: Ints, positions: Ints
+    ) -> dict[int, PenstockError]:
+        errors = {}
+        for r in ruled:
+            try:
+                for rule in self.rules[rows[r]]:
+                    rule.apply(logits_RV[r], int(positions[r]))
+            except PenstockError as error:
+                errors[r] = error
+        return errors
+
+    def _vet(self, logits_RV: Tensor, codes_R: Tensor, r: int, rows: Ints, positions: Ints) -> None:
+        """Draws again while a rule refuses the token."""
+        for rule in self.rules[rows[r]]:
+            if not isinstance(rule, VettingRule) or not rule.vets:
+                continue
+            while (token := int(codes_R[r])) >= 0 and not rule.admits(token):
+                rule.refuse(logits_RV[r], token)
+                one, logits_1V = slice(r, r + 1), logits_RV[r : r + 1]
+                codes_R[one] = self._choose(logits_1V, blocks.maxima(logits_1V), rows[one], positions[one])
+
+    def _choose(self, logits_RV: Tensor, maxima_RB: Tensor, rows: Ints, positions: Ints) -> Tensor:
+        """The token of each row, or MASKED, from logits that rules have changed."""
+        best_R, tokens_R = blocks.argmax(logits_RV, maxima_RB)
+        codes_R = tokens_R.masked_fill_(best_R == -torch.inf, MASKED)
+        kinds = self.kind[rows]
+        for kind in np.unique(kinds).tolist():
+            if kind == 0:
+                continue
+            group = np.flatnonzero(kinds == kind)
+            for part in self._parts(group.size):
+                at = group[part]
+                some = self._put(at)
+                sites_r5 = self._put(np.concatenate([self.streams[rows[at]], positions[at, None]], axis=1))
+                logits_rV, maxima_rB = logits_RV[some], maxima_RB[some]
+                if kind == RANDOM:
+                    filters = self._filters(rows[at])
+                    codes_R[some] = gumbel.open_winners(logits_rV, maxima_rB, filters, sites_r5, MASKED)
+                else:
+                    found = self._candidates(kind, logits_rV, maxima_rB, rows[at])
+                    codes_R[some] = gumbel.winners(found, self.vocab_size, sites_r5, MASKED)
+        return codes_R
+
+    def _candidates(self, kind: int, logits_RV: Tensor, maxima_RB: Tensor, rows: Ints) -> Candidates:
+        look = candidates.sorted_candidates if kind & ORDERED else candidates.open_candidates
+        found = look(logits_RV, maxima_RB, self._filters(rows))
+        return candidates.typical(found, self._put(self.typical_p[rows])) if kind & TYPICAL else found
+
+    def _filters(self, rows: Ints) -> Filters:
+        columns = (self.temperature, self.min_gap, self.top_k, self.top_p)
+        return Filters(*(self._put(column[rows, None]) for column in columns))
 
     def _logprobs(self, raw_LV: Tensor, tokens_L: Tensor, at: Ints, rows: Ints) -> RawLogprobs:
         counts = np.minimum(self.logprobs[rows], self.vocab_size)
@@ -100,30 +172,9 @@ class Sampler:
         drawn_L, ranks_L, top_ids_LK, top_LK = map(torch.cat, zip(*parts, strict=True))
         return RawLogprobs(at.tolist(), counts.tolist(), (drawn_L, ranks_L, top_ids_LK, top_LK))
 
-    def _draw_random(self, logits_RV: Tensor, at: Ints, rows: Ints, positions: Ints) -> Tensor:
-        """Draws for the rows ``at`` of the logits, whose requests are placed at ``rows``."""
-        sites_R5 = self._put(np.concatenate([self.streams[rows], positions[:, None]], axis=1))
-        sorting = (self.top_k[rows] < self.vocab_size) | (self.top_p[rows] < 1.0)
-        entrants = []
-        for ordered in np.unique(sorting).tolist():
-            group = np.flatnonzero(sorting == ordered)
-            for part in self._parts(group.size):
-                some, filters = self._put(group[part]), self._filters(rows[group[part]])
-                logits_rV, sites_r5 = logits_RV[self._put(at[group[part]])], sites_R5[some]
-                if ordered:
-                    found = gumbel.finalists(candidates.sorted_candidates(logits_rV, filters), sites_r5)
-                else:
-                    found = gumbel.open_finalists(logits_rV, filters, sites_r5)
-                entrants.append((some[found[0]], *found[1:]))
-        return gumbel.winners(entrants, len(rows), MASKED)
-
     def _parts(self, rows: int) -> list[slice]:
         height = max(1, self.chunk // self.vocab_size)
         return [slice(start, start + height) for start in range(0, rows, height)]
-
-    def _filters(self, rows: Ints) -> Filters:
-        columns = (self.temperature, self.min_gap, self.top_k, self.top_p)
-        return Filters(*(self._put(column[rows, None]) for column in columns))
 
     def _put(self, array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -136,7 +187,7 @@ def draw_error(code: int, position: int) -> PenstockError:
             "no_token_left",
             "The request's rules forbid every token",
             why=f"all logits are -inf at position {position}",
-            fix="loosen logit_bias or min_tokens",
+            fix="loosen what forbids tokens: allowed_token_ids, bad_words, min_tokens, logit_bias or a rule",
         )
     return EngineError(
         "numerical_error",

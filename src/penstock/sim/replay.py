@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -147,7 +147,10 @@ def _ignore(updates: list[Update]) -> None:
 
 
 def _encode_mail(mail: Mail) -> Any:
-    return list(mail) if isinstance(mail, Abort) else asdict(mail)
+    if isinstance(mail, Abort):
+        return list(mail)
+    params = replace(mail.params, logits_processors=None)  # functions cannot be written, and no plan depends on them
+    return asdict(replace(mail, params=params))
 
 
 def _decode_mail(mail: Any) -> Mail:
