@@ -11,23 +11,38 @@ import math
 import random
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from penstock.train.arithmetic import Problem, all_problems, extract_answer, split_problems
+from penstock.train.chat import CHAT_FILE, chat_talks, encode_conversations, render
 from penstock.train.data import Book, Chunks, read_books, read_ids, split_rows
+from penstock.train.dialogue import LONGEST, MOST_TURNS, scenes, utterance
 from penstock.train.evaluate import score_ids, score_text, window_starts
 from penstock.train.export import export
 from penstock.train.loop import ClockBudget, Position, StepBudget, Trainer, run
 from penstock.train.model import Llama, ModelConfig, load_hf
 from penstock.train.optim import orthogonalize
-from penstock.train.prepare import prepare
-from penstock.train.recipe import Recipe, load_recipe, parse_recipe
-from penstock.train.tokenizer import EOS, SPECIAL_TOKENS, load_tokenizer, special_id, train_tokenizer
+from penstock.train.prepare import add_chat, prepare
+from penstock.train.recipe import ChatConfig, Recipe, load_recipe, parse_recipe
+from penstock.train.tokenizer import (
+    CHAT_TEMPLATE,
+    EOS,
+    IM_END,
+    SPECIAL_TOKENS,
+    load_tokenizer,
+    special_id,
+    train_tokenizer,
+)
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "recipe.toml"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPE = RECIPES / "tiny" / "recipe.toml"
 SMALL = ModelConfig(
     vocab_size=400,
     hidden_size=48,
@@ -145,6 +160,9 @@ def test_shipped_sizes_are_those_of_the_recipe() -> None:
     config = load_recipe(RECIPE).model
     assert config == ModelConfig()
     assert sum(p.numel() for p in Llama(config).parameters()) == 11_015_040
+    nano = load_recipe(RECIPES / "nano" / "recipe.toml")
+    assert dataclasses.replace(nano, model=config) == load_recipe(RECIPE)
+    assert sum(p.numel() for p in Llama(nano.model).parameters()) == 2_819_840
 
 
 # -- optimiser and loop -----------------------------------------------------------------------------------------------
@@ -181,6 +199,59 @@ def test_a_resumed_run_repeats_the_losses_exactly(tmp_path: Path) -> None:
     for step in range(5, 12):
         assert again.step()[0] == losses[step]
         again.position.progress = budget.advance(again.position, 1.0)
+
+
+CHAT_STAGE = ChatConfig(from_progress=0.5, share=0.5, arithmetic=0.15)
+
+
+def chat_trainer() -> Trainer:
+    """Books say ids below 52, the chat stream ids from 60 on."""
+    chat = Chunks(((np.arange(900) % 40 + 60).astype(np.uint16),), (1,), chunk=64, seed=3)
+    return Trainer(dataclasses.replace(small_recipe(), chat=CHAT_STAGE), toy_data(), torch.float32, chat)
+
+
+def take_steps(trainer: Trainer, count: int) -> list[float]:
+    losses = []
+    for _ in range(count):
+        losses.append(trainer.step()[0])
+        trainer.position.progress = StepBudget(12).advance(trainer.position, 1.0)
+    return losses
+
+
+def test_half_of_the_chunks_of_the_chat_stage_are_chat() -> None:
+    trainer = chat_trainer()
+    take_steps(trainer, 6)
+    assert (trainer.position.chunks, trainer.position.chat_chunks) == (24, 0)
+    chunks_CT = trainer._next_chunks()
+    assert ((chunks_CT >= 60).all(axis=1) == [False, False, True, True]).all()
+    assert (trainer.position.chunks, trainer.position.chat_chunks) == (26, 2)
+    with pytest.raises(ValueError, match="no chat stream"):
+        Trainer(dataclasses.replace(small_recipe(), chat=CHAT_STAGE), toy_data(), torch.float32)
+
+
+def test_a_run_resumed_in_the_chat_stage_repeats_the_losses_exactly(tmp_path: Path) -> None:
+    trainer, again = chat_trainer(), chat_trainer()
+    take_steps(trainer, 8)
+    trainer.save(tmp_path / "c.safetensors")
+    losses = take_steps(trainer, 4)
+    again.resume(tmp_path / "c.safetensors")
+    assert again.position.chat_chunks == 4
+    assert take_steps(again, 4) == losses
+
+
+def test_a_checkpoint_from_before_the_chat_stage_goes_on_with_the_same_data(tmp_path: Path) -> None:
+    trainer, (plain, _) = chat_trainer(), small_trainer()
+    losses = take_steps(plain, 2)
+    plain.save(tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        position = json.loads(file.metadata()["position"])
+    del position["chat_chunks"]  # as it was written then
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"position": json.dumps(position)})
+    losses += take_steps(plain, 4)  # up to the chat stage
+    trainer.resume(tmp_path / "old.safetensors")
+    assert take_steps(trainer, 4) == losses[2:]
+    assert trainer.position == plain.position
 
 
 def test_schedule() -> None:
@@ -267,6 +338,91 @@ def test_tokenizer_round_trips_and_has_the_size_asked_for() -> None:
     assert [special_id(tokenizer, t) for t in SPECIAL_TOKENS] == list(range(8))
     for text in ("Mary's robin: \"don't!\"\n\n  1911 – café 🐦\r\n", " \n a\t", EOS):
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+# -- the chat stream --------------------------------------------------------------------------------------------------
+
+
+def test_an_utterance_is_what_stands_between_the_marks() -> None:
+    assert utterance('"Come," said he, "look here."') == "Come, look here."
+    assert utterance('"I see," said he. "And you?"') == "I see. And you?"
+    assert utterance('"I see," said he.') == "I see."
+    assert utterance('"And so it goes on in the next paragraph.') is None
+    assert utterance('He said, "No."') is None
+    assert utterance('"' + "a" * LONGEST + '"') is not None
+    assert utterance('"' + "a" * (LONGEST + 1) + '"') is None
+    assert utterance('""') is None
+
+
+def test_a_scene_is_an_even_number_of_utterances_in_a_row() -> None:
+    lines = ['"One."', "", '"Two."', '"Three," he said.', "It rained.", '"Alone."', "", "It rained.", '"A."', '"B."']
+    assert list(scenes("\n".join(lines))) == [("One.", "Two."), ("A.", "B.")]
+    many = "\n".join(f'"{i}."' for i in range(MOST_TURNS + 3))
+    assert [len(turns) for turns in scenes(many)] == [MOST_TURNS, 2]
+
+
+def test_problems_and_answers() -> None:
+    assert (Problem(17, "+", 25).question, Problem(17, "+", 25).answer) == ("What is 17 + 25?", "42")
+    assert [p.answer for p in (Problem(42, "-", 17), Problem(7, "*", 12))] == ["25", "84"]
+    training, held_out = split_problems()
+    assert sorted(map(str, training + held_out)) == sorted(map(str, all_problems()))
+    assert not {p.pair for p in training} & {p.pair for p in held_out}
+    assert len(held_out) > 500
+    assert [extract_answer(t) for t in ("It is 042.", "-7", "17 + 25 = 42", "I do not know")] == [
+        "42",
+        "-7",
+        "42",
+        None,
+    ]
+
+
+def test_conversations_are_written_as_the_chat_template_writes_them() -> None:
+    turns = ("What is 17 + 25?", "42", "Thanks.", "Not at all.")
+    tokenizer = train_tokenizer(["user assistant What is 17 + 25?"], 290)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": said} for i, said in enumerate(turns)]
+    template = jinja2.Template(CHAT_TEMPLATE, keep_trailing_newline=True)
+    assert render(turns) == template.render(messages=messages)
+    assert render(turns).startswith(template.render(messages=messages[:1], add_generation_prompt=True))
+    ids = encode_conversations(tokenizer, [turns, turns[:2]]).tolist()
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"{EOS}{render(turns)}{EOS}{render(turns[:2])}{EOS}"
+    assert ids.count(special_id(tokenizer, IM_END)) == 6
+
+
+def test_the_chat_stream_has_the_share_of_sums_asked_for() -> None:
+    tokenizer = train_tokenizer(["user assistant What is 17 + 25?"], 290)
+    books = [Book("a", "\n".join(f'"Did you see the {i} robins?"\n"I did," said she.\nSo.' for i in range(300)))]
+    talks = chat_talks(tokenizer, books, 0.15, seed=1)
+    sums = [turns for turns in talks if turns[0].startswith("What is")]
+    share = len(encode_conversations(tokenizer, sums)) / len(encode_conversations(tokenizer, talks))
+    assert share == pytest.approx(0.15, abs=0.01)
+    assert talks == chat_talks(tokenizer, books, 0.15, seed=1)
+    held_out = {p.question for p in split_problems()[1]}
+    assert not held_out & {turns[0] for turns in chat_talks(tokenizer, [], 1.0, seed=1)}
+
+
+def test_the_chat_stream_is_added_beside_what_is_there(corpus: Path, tmp_path: Path) -> None:
+    for name, words in (("children", ("kept", "zyxomma", "kept")), ("fiction", ("kept",))):
+        texts = [f'"It is {word}."\n\n"So it is," said he.\n\n' + "The robin ran.\n\n" * 99 for word in words]
+        rows = (corpus / f"{name}_books.tsv").read_text("utf-8").splitlines()
+        titles = [row.partition("\t")[0] for row in rows]
+        sizes = [f"{title}\t{len(text)}" for title, text in zip(titles, texts, strict=True)]
+        (corpus / f"{name}.txt").write_text(f"\n{EOS}\n".join(texts), "utf-8")
+        (corpus / f"{name}_books.tsv").write_text("\n".join(sizes), "utf-8")
+    recipe, work = small_recipe(), tmp_path / "work"
+    prepare(recipe, corpus, work)
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    assert CHAT_FILE not in before
+    chat = dataclasses.replace(recipe, chat=CHAT_STAGE)
+    tokens = add_chat(chat, corpus, work)
+    after = {path.name: path.read_bytes() for path in work.iterdir()}
+    added = after.pop(CHAT_FILE)
+    assert after == before
+    assert len(added) == 2 * tokens
+    text = load_tokenizer(work).decode(read_ids(work / CHAT_FILE).tolist())
+    assert "It is kept." in text
+    assert "zyxomma" not in text
+    assert prepare(chat, corpus, tmp_path / "again")["chat_tokens"] == tokens
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}[CHAT_FILE] == added
 
 
 # -- the score --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Command line: ``python -m penstock.train prepare | run | export | score``."""
+"""Command line: ``python -m penstock.train prepare | chat | run | export | score``."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from pathlib import Path
 
 import torch
 
+from penstock.train.chat import CHAT_FILE
 from penstock.train.data import Chunks, read_ids
 from penstock.train.evaluate import score_text
 from penstock.train.export import export
 from penstock.train.loop import ClockBudget, StepBudget, Trainer, Validation, run
 from penstock.train.model import load_hf
-from penstock.train.prepare import prepare
+from penstock.train.prepare import add_chat, prepare
 from penstock.train.recipe import Recipe, load_recipe
 from penstock.train.tokenizer import load_tokenizer
 
 
 def build_trainer(recipe: Recipe, work: Path) -> Trainer:
     """Build a trainer on the ids files of a prepared work folder."""
-    names, repeats = zip(*recipe.data.sources, strict=True)
-    streams = tuple(read_ids(work / f"{name}.ids") for name in names)
-    data = Chunks(streams, tuple(repeats), recipe.train.chunk, recipe.train.seed)
-    return Trainer(recipe, data)
+    train = recipe.train
+    streams = tuple(read_ids(work / f"{name}.ids") for name, _ in recipe.data.sources)
+    data = Chunks(streams, tuple(repeat for _, repeat in recipe.data.sources), train.chunk, train.seed)
+    chat = Chunks((read_ids(work / CHAT_FILE),), (1,), train.chunk, train.seed) if recipe.chat else None
+    return Trainer(recipe, data, chat=chat)
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -55,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--threads", type=int, default=1, help="compute threads (default 1)")
     sub = top.add_subparsers(dest="command", required=True)
     one = sub.add_parser("prepare", help="tokenizer and token ids from a corpus folder")
-    one.add_argument("--corpus", type=Path, required=True)
+    chat = sub.add_parser("chat", help="add the chat stream to a prepared work folder")
+    for command in (one, chat):
+        command.add_argument("--corpus", type=Path, help="not needed for a recipe without sources")
     two = sub.add_parser("run", help="train until the budget is spent")
     two.add_argument("--run", type=Path, help="folder of this run (default: the work folder)")
     two.add_argument("--steps", type=int, help="total steps; without it control.txt says the end")
@@ -63,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     three = sub.add_parser("export", help="write the model folder from the last checkpoint")
     three.add_argument("--run", type=Path)
     three.add_argument("--out", type=Path, required=True)
-    for command in (one, two, three):
+    for command in (one, chat, two, three):
         command.add_argument("--recipe", type=Path, required=True)
         command.add_argument("--work", type=Path, required=True)
     four = sub.add_parser("score", help="bits per byte of text files")
@@ -78,6 +82,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.command == "prepare":
         print(prepare(load_recipe(args.recipe), args.corpus, args.work))
+    elif args.command == "chat":
+        print(f"{add_chat(load_recipe(args.recipe), args.corpus, args.work)} tokens")
     elif args.command == "run":
         run_command(args)
     elif args.command == "export":

@@ -16,15 +16,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from penstock.train.data import Chunks, split_rows
+from penstock.train.data import Chunks, Ids, split_rows
 from penstock.train.evaluate import score_ids
 from penstock.train.model import Llama
 from penstock.train.optim import AdamW, Muon
-from penstock.train.recipe import Recipe, TrainConfig
+from penstock.train.recipe import Recipe
 
 #: A step that took longer than this was paused from outside; only so much counts as work.
 STEP_CAP_SECONDS = 30.0
@@ -35,10 +36,15 @@ COLUMNS = ("step", "tokens", "seconds", "progress", "length", "lr_scale", "loss"
 
 @dataclass
 class Position:
-    """Where a run stands: what a checkpoint stores besides tensors."""
+    """Where a run stands: what a checkpoint stores besides tensors. What an older one lacks is at its default.
+
+    Attributes:
+        chunks, chat_chunks: chunks read of the book streams and of the chat stream.
+    """
 
     step: int = 0
     chunks: int = 0
+    chat_chunks: int = 0
     tokens: int = 0
     seconds: float = 0.0
     progress: float = 0.0
@@ -93,11 +99,22 @@ class ClockBudget:
 
 
 class Trainer:
-    """Model, optimisers, data and position of one run."""
+    """Model, optimisers, data and position of one run.
 
-    def __init__(self, recipe: Recipe, data: Chunks, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.cfg: TrainConfig = recipe.train
-        self.data, self.position = data, Position()
+    Args:
+        chat: the chat stream, if the recipe has a chat stage.
+
+    Raises:
+        ValueError: the recipe has a chat stage and there is no chat stream.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: Chunks, dtype: torch.dtype = torch.bfloat16, chat: Chunks | None = None
+    ) -> None:
+        if recipe.chat is not None and chat is None:
+            raise ValueError("the recipe has a chat stage, but there is no chat stream")
+        self.recipe, self.cfg = recipe, recipe.train
+        self.data, self.chat, self.position = data, chat, Position()
         self.model = Llama(recipe.model, dtype)
         self.model.init_weights(recipe.train.seed)
         params = dict(self.model.named_parameters())
@@ -133,8 +150,7 @@ class Trainer:
         """Take one optimiser step; return (loss in nats per token, row length, rate factor)."""
         cfg, at = self.cfg, self.position
         length = cfg.row_length(at.progress)
-        chunks_CT = next(self.data.batches(at.chunks, cfg.chunks_per_step))
-        x_BT, y_BT = split_rows(chunks_CT, length)
+        x_BT, y_BT = split_rows(self._next_chunks(), length)
         loss = self.model.loss(torch.from_numpy(x_BT), torch.from_numpy(y_BT))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip)
@@ -144,9 +160,22 @@ class Trainer:
         for p in self.model.parameters():
             p.grad = None
         at.step += 1
-        at.chunks += cfg.chunks_per_step
         at.tokens += x_BT.size
         return float(loss.detach()), length, scale
+
+    def _next_chunks(self) -> Ids:
+        """Return the chunks of a step [C, chunk + 1]: of the books, and in the chat stage of the chat stream too."""
+        at, every = self.position, self.cfg.chunks_per_step
+        of_chat = self.recipe.chat.chunks(at.progress, every) if self.recipe.chat else 0
+        parts = []
+        if of_chat < every:
+            parts.append(next(self.data.batches(at.chunks, every - of_chat)))
+        if of_chat:
+            assert self.chat is not None  # __init__ made sure
+            parts.append(next(self.chat.batches(at.chat_chunks, of_chat)))
+        at.chunks += every - of_chat
+        at.chat_chunks += of_chat
+        return np.concatenate(parts)
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,32 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """The chat stage: from when on, and what of a step and of its stream goes to what.
+
+    Attributes:
+        from_progress: progress at which the stage begins; it lasts to the end.
+        share: of the chunks of each step, those of the chat stream.
+        arithmetic: of the tokens of the chat stream, those of sums; the rest is dialogue from the training books.
+    """
+
+    from_progress: float
+    share: float
+    arithmetic: float
+
+    def chunks(self, progress: float, of: int) -> int:
+        """Return how many of a step's ``of`` chunks come from the chat stream."""
+        return round(of * self.share) if progress >= self.from_progress else 0
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A whole recipe file."""
+    """A whole recipe file; without ``chat`` the run reads books to the end."""
 
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
+    chat: ChatConfig | None = None
 
 
 def _tuples(value: Any) -> Any:
@@ -70,7 +90,8 @@ def parse_recipe(raw: dict[str, Any]) -> Recipe:
     data = {k: _tuples(v) for k, v in raw["data"].items()}
     data["sources"] = tuple((s["name"], s["repeat"]) for s in raw["data"]["sources"])
     train = {k: _tuples(v) for k, v in raw["train"].items()}
-    return Recipe(DataConfig(**data), ModelConfig(**raw["model"]), TrainConfig(**train))
+    chat = ChatConfig(**raw["chat"]) if "chat" in raw else None
+    return Recipe(DataConfig(**data), ModelConfig(**raw["model"]), TrainConfig(**train), chat)
 
 
 def load_recipe(path: Path) -> Recipe:
