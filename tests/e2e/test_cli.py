@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
+from commands import GREEDY, argv, penstock, running
 from servers import PROMPT
 
-
-@contextmanager
-def running(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A process that does not outlive a test that failed."""
-    with subprocess.Popen(arguments, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-RUN = ("run", "--dtype", "float32", "--num-threads", "1", "--temperature", "0")
-
-
-def argv(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "penstock.cli", *map(str, arguments)]
-
-
-def penstock(*arguments: str | Path, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        argv(*arguments), input=stdin, capture_output=True, timeout=120, env={**os.environ, **environment}
-    )
+RUN = ("run", *GREEDY)
 
 
 def test_run_prints_text_and_the_same_text_as_json(stories: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from house import ROOT, Function, Source, base_names, dotted, package_sources
 from penstock.spec import EngineConfig
+from reference import reference_pages
 
 
 def markdown_pages() -> list[Path]:
@@ -162,8 +163,8 @@ CONFIGURATION_PAGE = ROOT / "docs" / "configuration.md"
 
 CONFIGURATION_HEAD = """# Configuration
 
-Every field of `EngineConfig` (`spec/config.py`) is a keyword of `LLM(...)` and an option of `penstock run` and
-`penstock serve`. A value that is absent is decided from the model and the machine. Nothing else configures an engine.
+Every field of `EngineConfig` (`spec/config.py`) is a keyword of `LLM(...)` and an option of every command that runs a
+model. A value that is absent is decided from the model and the machine. Nothing else configures an engine.
 
 This page is generated from the code (`make docs`).
 
@@ -185,7 +186,7 @@ def configuration_page() -> str:
 
 
 def generated_pages(sources: list[Source]) -> dict[Path, str]:
-    return {ERRORS_PAGE: errors_page(sources), CONFIGURATION_PAGE: configuration_page()}
+    return {ERRORS_PAGE: errors_page(sources), CONFIGURATION_PAGE: configuration_page()} | reference_pages()
 
 
 if __name__ == "__main__":

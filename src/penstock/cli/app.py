@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from penstock.cli import bench, run, serve, version
-from penstock.cli.exits import guarded
+from penstock.base import InvalidRequest
+from penstock.cli import bench, chat, embed, models, run, serve, show, version
+from penstock.cli.exits import explain, guarded
 
 app = typer.Typer(
     name="penstock",
@@ -35,12 +37,25 @@ def _options(
     """What stands before a command."""
 
 
+app.command("chat")(guarded(chat.chat))
 app.command("run")(guarded(run.run))
 app.command("serve")(guarded(serve.serve))
+app.command("embed")(guarded(embed.embed))
+app.command("models")(guarded(models.models))
+app.command("show")(guarded(show.show))
 app.add_typer(bench.app, name="bench")
 app.command("version")(guarded(version.version))
 
 
 def main() -> None:
     """Entry point of the ``penstock`` script."""
-    app(prog_name="penstock")
+    if "--json" not in sys.argv:
+        app(prog_name="penstock")
+        return
+    try:
+        sys.exit(app(prog_name="penstock", standalone_mode=False))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not one of the errors of a command line
+            raise
+        explain(InvalidRequest("invalid_option", error.format_message(), fix="see --help"), as_json=True)
+        sys.exit(2)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from penstock.base import InvalidRequest
 from penstock.cli.exits import emit, guarded
 from penstock.cli.options import MODEL_HELP
+from penstock.spec.sampling import MAX_N
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -40,6 +43,57 @@ def startup(
     emit(f"  machine: {report.machine}, {report.cpus} CPUs, Python {report.python}; {report.date}")
 
 
+@app.command("best-of-n")
+@guarded
+def best_of_n(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="lines of JSON with question and answer; held-out sums if left out")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="questions asked, the first ones")] = 200,
+    samples: Annotated[str, typer.Option(help="the N to report, with commas between")] = "1,2,4,8,16,32",
+    temperature: Annotated[float, typer.Option(help="of the samples")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="of the first question; the others count up")] = 0,
+    num_threads: Annotated[int | None, typer.Option(min=1, help="compute threads")] = None,
+    dollars_per_hour: Annotated[float | None, typer.Option(min=0.0, help="price of this machine, for the cost")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write the curves to this SVG file")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Quality against N on questions with a checker: majority, mean log-probability, and a verifier that knows."""
+    from penstock.bench.best_of_n import Question, chart, measure_best_of_n, read_questions, table
+    from penstock.llm import LLM
+    from penstock.train.arithmetic import split_problems
+
+    counts = _counts(samples)
+    if questions is None:
+        asked = [Question(problem.question, problem.answer) for problem in split_problems()[1]]
+    else:
+        asked = read_questions(questions)
+    with LLM(model, num_threads=num_threads, max_num_seqs=max(64, counts[-1])) as llm:
+        report = measure_best_of_n(
+            llm,
+            asked[:limit],
+            counts,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            dollars_per_hour=dollars_per_hour,
+        )
+    if plot is not None:
+        plot.write_text(chart(report), "utf-8")
+    emit(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
+
+
+def _counts(text: str) -> list[int]:
+    """Raises InvalidRequest: invalid_parameter."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and 1 <= int(part) <= MAX_N for part in parts):
+        why = f"it must be numbers from 1 to {MAX_N} with commas between"
+        raise InvalidRequest("invalid_parameter", f"--samples {text!r} cannot be used", why=why)
+    return sorted({int(part) for part in parts})
+
+
 @app.command("overhead")
 @guarded
 def overhead(
@@ -59,3 +113,65 @@ def overhead(
             f" (scheduler {row.scheduler_ms:.3f}, inputs {row.inputs_ms:.3f}; worst round {row.worst_round_ms:.3f};"
             f" {row.arrivals:.1f} arrivals a step)"
         )
+
+
+@app.command("throughput")
+@guarded
+def throughput(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="a model folder; random weights like Qwen3-0.6B if left out")
+    ] = None,
+    peer: Annotated[str | None, typer.Option(help="measure this beside it: transformers")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="prompts, all handed over at once")] = 32,
+    inputs: Annotated[int, typer.Option("--in", min=1, help="tokens of each prompt")] = 128,
+    outputs: Annotated[int, typer.Option("--out", min=2, help="tokens generated for each")] = 128,
+    threads: Annotated[int, typer.Option(min=1, help="compute threads")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="runs of each, in turn")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Tokens a second of a batch, beside a peer and beside what this machine's memory and arithmetic allow."""
+    from penstock.bench.throughput import SIDES, measure_throughput, table
+
+    peers = [name for name in SIDES if name != "penstock"]
+    if peer is not None and peer not in peers:
+        why = f"it must be one of {', '.join(peers)}"
+        raise InvalidRequest("invalid_parameter", f"--peer {peer!r} cannot be used", why=why)
+    report = measure_throughput(
+        model, peer=peer, prompts=prompts, inputs=inputs, outputs=outputs, threads=threads, rounds=rounds
+    )
+    emit(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
+
+
+@app.command("structured")
+@guarded
+def structured(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines: a schema each, perhaps with instances")],
+    model: Annotated[str | None, typer.Option("--model", help=MODEL_HELP)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest completion")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="of the draw; 0 is greedy")] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many schemas")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Compile JSON schemas, tell instances apart, and generate an instance of each; the bundled model by default."""
+    from penstock.bench.structured import measure_structured
+
+    report = measure_structured(file, model, max_tokens=max_tokens, temperature=temperature, limit=limit)
+    if as_json:
+        emit(json.dumps(dataclasses.asdict(report)))
+        return
+    compiled, reasons = report.exact + report.wider, report.finish_reasons
+    emit(f"compiled           {compiled} of {report.schemas}: {report.exact} exactly, {report.wider} with validation")
+    emit("compile time       median {:.1f} ms, p99 {:.1f} ms, worst {:.1f} ms".format(*report.compile_ms))
+    emit(f"valid instances    {report.valid_accepted} of {report.valid} accepted")
+    emit(f"invalid instances  {report.invalid_rejected} of {report.invalid} rejected")
+    emit(
+        f"completions        {', '.join(f'{reasons[name]} {name}' for name in sorted(reasons))}; {report.tokens} tokens"
+    )
+    emit(f"finished           {report.finished_valid} of {report.finished} are valid")
+    emit("mask per token     median {:.0f} us, p99 {:.0f} us".format(*report.mask_us))
+    emit("before the first   median {:.2f} ms, p99 {:.2f} ms, the grammar being known".format(*report.first_mask_ms))
+    ids_of = {"misjudged": report.misjudged, "not valid": report.broken, "unfinished": report.unfinished}
+    for name, ids in ids_of.items():
+        if ids:
+            emit(f"{name:18} {' '.join(ids[:20])}")
+    emit(f"in all             {report.seconds:.0f} s")

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
             emit("", end="")
         except PenstockError as error:
-            explain(error)
+            explain(error, as_json=kwargs.get("as_json") is True)
             sys.exit(exit_code(error))
         except KeyboardInterrupt:
             sys.exit(130)
@@ -38,7 +39,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _discard_stdout()
             sys.exit(141)
         except Exception as error:
-            explain(_unexpected(error))
+            explain(_unexpected(error), as_json=kwargs.get("as_json") is True)
             sys.exit(1)
 
     return wrapper
@@ -71,15 +72,24 @@ def exit_code(error: PenstockError) -> int:
     return 3 if isinstance(error, (ModelFormatError, ConfigError, NotFound)) else 1
 
 
-def explain(error: PenstockError) -> None:
-    """Prints what, why, fix and code; under PENSTOCK_DEBUG=1 the traceback first."""
+def explain(error: PenstockError, *, as_json: bool = False) -> None:
+    """Prints what, why, fix and code on stderr, as lines or as one JSON object; under PENSTOCK_DEBUG=1 the traceback
+    first."""
     if env.debug():
         import traceback
 
         traceback.print_exception(error.__cause__ or error)
+    if as_json:
+        print(json.dumps({"error": as_dict(error)}), file=sys.stderr)
+        return
     lines = [f"Error: {error.what}", f"  why:  {error.why}", f"  fix:  {error.fix}", f"  code: {error.code}"]
     kept = [line for line, part in zip(lines, (error.what, error.why, error.fix, error.code), strict=True) if part]
     print("\n".join(kept), file=sys.stderr)
+
+
+def as_dict(error: PenstockError) -> dict[str, str]:
+    """As it appears in JSON output."""
+    return {"code": error.code, "what": error.what, "why": error.why, "fix": error.fix}
 
 
 def _unexpected(cause: Exception) -> PenstockError:

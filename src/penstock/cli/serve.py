@@ -8,13 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from penstock.cli.complete import complete_model
 from penstock.cli.options import MODEL_HELP, engine_options
 from penstock.spec import EngineConfig
 
 
 @engine_options
 def serve(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)
+    ] = None,
     *,
     host: Annotated[
         str, typer.Option(help="address to listen on; by default only this machine can reach it")

@@ -1,0 +1,243 @@
+"""``penstock show``: what a model is, and how much of it fits on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from penstock.base import ConfigError
+from penstock.cli.complete import complete_model
+from penstock.cli.exits import as_dict, emit
+from penstock.cli.inventory import tensor_count
+from penstock.cli.options import MODEL_HELP, engine_options
+from penstock.cli.terminal import human, size
+from penstock.formats.safetensors import DTYPE_BITS
+from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec
+from penstock.spec.encoder import encoder_parameters, encoder_weight_bytes, read_any_spec
+from penstock.spec.pooling import read_pooling
+from penstock.spec.sizing import (
+    activation_bytes,
+    active_parameters,
+    kv_block_bytes,
+    kv_bytes_per_token,
+    kv_request_blocks,
+    kv_request_bytes,
+    parameters,
+    weight_bytes,
+)
+
+if TYPE_CHECKING:
+    from penstock.formats import Checkpoint
+
+
+@engine_options
+def show(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    engine: dict[str, Any],
+) -> None:
+    """Show what MODEL is, and which context and how many requests fit here."""
+    from penstock.assemble import find_model
+
+    config = EngineConfig(model=model, **engine)
+    folder = find_model(model)
+    facts = describe(folder)
+    if as_json:
+        emit(json.dumps(facts | {"here": fit(folder, config)}))
+        return
+    _print(facts)
+    emit("")
+    _print_fit(fit(folder, config))  # torch is loaded only here
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What the files of a model folder say. Reads headers only, and needs no torch.
+
+    Raises:
+        NotFound, ModelFormatError: the folder is not a model, is damaged, or is of a kind this build does not run.
+    """
+    from penstock.formats import open_checkpoint
+    from penstock.text import load_chat_template, load_tokenizer
+
+    spec = read_any_spec(folder)
+    checkpoint, pooling = open_checkpoint(folder), read_pooling(folder, spec)
+    tokenizer = load_tokenizer(folder, spec.vocab_size)
+    vocabulary = tokenizer.vocabulary
+    return {
+        "path": str(folder),
+        "family": spec.family,
+        "architecture": architecture(spec),
+        "parameters": _parameters(spec),
+        "weights": weights(checkpoint),
+        "context": pooling.max_length or spec.max_positions if isinstance(spec, EncoderSpec) else spec.max_positions,
+        "kv_bytes_per_token": 0 if isinstance(spec, EncoderSpec) else kv_bytes_per_token(spec, spec.dtype),
+        "tokenizer": {
+            "vocabulary": vocabulary.size,
+            "special_tokens": len(tokenizer.special_tokens),
+            "bos": None if vocabulary.bos_id is None else tokenizer.token_text(vocabulary.bos_id),
+            "eos": [tokenizer.token_text(token) for token in sorted(vocabulary.eos_ids)],
+        },
+        "chat_template": load_chat_template(folder) is not None,
+        "generates": not isinstance(spec, EncoderSpec) and not pooling.headless,
+        "pooling": asdict(pooling),
+    }
+
+
+def _parameters(spec: ModelSpec | EncoderSpec) -> dict[str, int]:
+    if isinstance(spec, EncoderSpec):
+        return {"total": encoder_parameters(spec), "active": encoder_parameters(spec)}
+    return {"total": parameters(spec), "active": active_parameters(spec)}
+
+
+def architecture(spec: ModelSpec | EncoderSpec) -> dict[str, Any]:
+    """What a spec says beyond its defaults; windows as width -> number of layers."""
+    own = {name: value for name, value in _said(spec).items() if name not in ("family", "max_positions")}
+    if isinstance(spec, ModelSpec):
+        own["windows"] = Counter("all" if window is None else f"{window}" for window in spec.windows)
+    return {"layers": spec.layers} | own
+
+
+def _said(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their defaults, in dataclasses within it as well."""
+    said = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+    return {name: _said(inner) if is_dataclass(inner) else inner for name, inner in said.items()}
+
+
+def weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the weight files hold: bytes by dtype, as safetensors names them."""
+    count = tensor_count(checkpoint)
+    by_dtype = {dtype: numbers * DTYPE_BITS[dtype] // 8 for dtype, numbers in sorted(count.items())}
+    return {"files": len(checkpoint.files), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
+
+
+def fit(folder: Path, config: EngineConfig) -> dict[str, Any]:
+    """What an engine would make of this machine now. Loads torch, but no weights.
+
+    Raises:
+        ModelFormatError: the weight files are not those of config.json.
+        ConfigError: the configuration cannot run here.
+    """
+    import torch
+
+    from penstock.assemble import fit_context, resolve_here
+    from penstock.formats import open_checkpoint
+    from penstock.kernels import make_ops
+    from penstock.models import Placement
+    from penstock.models.weights import open_tensors
+    from penstock.runtime.memory import check_weights, free_memory, plan_pools
+
+    spec = read_any_spec(folder)
+    config = resolve_here(config, spec)
+    device, dtype = torch.device(config.device), cast(Dtype, config.dtype)
+    if isinstance(spec, EncoderSpec):
+        needed = encoder_weight_bytes(spec, dtype)
+    else:
+        needed = weight_bytes(spec, dtype)
+        open_tensors(open_checkpoint(folder), spec, Placement(getattr(torch, dtype), device))
+    free = free_memory(device)
+    facts: dict[str, Any] = {
+        "device": config.device,
+        "backend": config.backend,
+        "one_answer": make_ops(config.backend).one_answer,
+        "dtype": dtype,
+        "free_bytes": free,
+        "weight_bytes": needed,
+        "fits": None,
+    }
+    try:
+        check_weights(spec, dtype, device)
+        if isinstance(spec, EncoderSpec):
+            return facts | {"fits": True, "context": config.max_model_len or spec.max_positions}
+        config = fit_context(config, spec, dtype, device)
+        pools = plan_pools(spec, config, dtype, device, reserved=needed)
+    except ConfigError as error:
+        return facts | {"fits": False, "why": as_dict(error)}
+    length = config.max_model_len or spec.max_positions
+    size, groups = config.block_size, spec.kv_groups()
+    working = activation_bytes(spec, config.max_num_batched_tokens, config.max_num_seqs, dtype)
+    return facts | {
+        "fits": True,
+        "context": length,
+        "kv_pool_bytes": sum(
+            pool.blocks * kv_block_bytes(group, size, dtype) for group, pool in zip(groups, pools, strict=True)
+        ),
+        "requests": min(
+            pool.blocks // kv_request_blocks(group, length, size) for group, pool in zip(groups, pools, strict=True)
+        ),
+        "requests_in_all_memory": max(0, free - needed - working) // kv_request_bytes(spec, length, size, dtype),
+    }
+
+
+def _print(facts: Mapping[str, Any]) -> None:
+    numbers, total, active = facts["architecture"], facts["parameters"]["total"], facts["parameters"]["active"]
+    stored = facts["weights"]
+    tokenizer = facts["tokenizer"]
+    rest = {k: v for k, v in numbers.items() if k not in _SHAPE}
+    rows = {
+        "family": facts["family"],
+        "shape": ", ".join(f"{name} {numbers[name]}" for name in _SHAPE if name in numbers),
+        "also": ", ".join(f"{name} {_brief(value)}" for name, value in rest.items() if name != "windows"),
+        "attention": ", ".join(
+            f"{'whole context' if window == 'all' else f'window of {window}'} in {layers} of {numbers['layers']} layers"
+            for window, layers in numbers.get("windows", {}).items()
+        ),
+        "parameters": human(total) + (f", of which a token uses {human(active)}" if active != total else ""),
+        "weights": f"{size(stored['bytes'])} in {stored['files']} file{'s' * (stored['files'] > 1)}: "
+        + ", ".join(f"{dtype} {size(count)}" for dtype, count in stored["bytes_by_dtype"].items()),
+        "context": f"{facts['context']} tokens",
+        "KV": f"{size(facts['kv_bytes_per_token'])} per token" if facts["kv_bytes_per_token"] else "none: an encoder",
+        "tokenizer": f"{tokenizer['vocabulary']} tokens, {tokenizer['special_tokens']} of them special;"
+        f" ends at {', '.join(tokenizer['eos']) or 'none'}",
+        "chat template": "yes" if facts["chat_template"] else "no",
+        "vectors": _vectors(facts["pooling"]) + ("" if facts["generates"] else "; it does not generate"),
+        "path": facts["path"],
+    }
+    _print_rows(rows)
+
+
+def _vectors(pooling: Mapping[str, Any]) -> str:
+    if pooling["classifier"]:
+        return "scores of pairs (a cross-encoder)"
+    return f"pooled by {pooling['pooling']}" + (", of length 1" if pooling["normalize"] else "")
+
+
+_SHAPE = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab_size")
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{name} {_brief(inner)}" for name, inner in value.items()) + ")"
+    if isinstance(value, tuple) and set(value) <= {True, False}:
+        return f"{sum(value)} of {len(value)}"
+    return str(value)
+
+
+def _print_fit(facts: Mapping[str, Any]) -> None:
+    promise = "one answer" if facts["one_answer"] else "does not promise one answer"
+    rows = {
+        "here": f"{facts['device']}, {facts['dtype']}, kernels {facts['backend']} ({promise})",
+        "memory": f"{size(facts['free_bytes'])} free, weights take {size(facts['weight_bytes'])}",
+    }
+    if facts["fits"] and "requests" in facts:
+        rows["fits"] = (
+            f"{facts['requests']} requests of {facts['context']} tokens in a KV pool of {size(facts['kv_pool_bytes'])};"
+            f" {facts['requests_in_all_memory']} if the pool took all that is free"
+        )
+    else:
+        rows["fits"] = f"texts of {facts['context']} tokens" if facts["fits"] else f"no: {facts['why']['why']}"
+    _print_rows(rows)
+
+
+def _print_rows(rows: Mapping[str, str]) -> None:
+    for name, value in rows.items():
+        if value:
+            emit(f"{name:14}{value}")

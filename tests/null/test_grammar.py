@@ -1,0 +1,302 @@
+"""Grammars without a model: masks against brute force, rebuilding, coercion, limits, and refusals in words."""
+
+import json
+import time
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.base import InvalidRequest
+from penstock.grammar import Grammars, Matcher, TokenTable
+from penstock.grammar.patterns import lookaheads
+from penstock.grammar.validation import InstanceCheck
+from penstock.spec import StructuredOutputs
+
+PIECES = [
+    *(bytes([i]) for i in range(256)),
+    b'"',
+    b'{"',
+    b'":',
+    b'",',
+    b"ab",
+    b"abc",
+    b"ba",
+    b"cab",
+    b"], ",
+    b'""',
+    b"  ",
+]
+END, OTHER_END, NAMELESS = len(PIECES), len(PIECES) + 1, len(PIECES) + 2
+TABLE = TokenTable([*PIECES, b"<end>", b"<stop>", b""], special=[END, OTHER_END], end_ids=[END, OTHER_END])
+GRAMMARS = Grammars(lambda: TABLE)
+ROWS = len(TABLE) + 5  # logits may have more rows than there are tokens
+
+
+def start(room: int = 200, **wanted: object) -> Matcher:
+    return GRAMMARS.matcher(StructuredOutputs(**wanted), room, (END, OTHER_END))  # type: ignore[arg-type]
+
+
+def allowed(matcher: Matcher) -> set[int]:
+    return {i for i, bit in enumerate(matcher.mask(ROWS).tolist()) if bit}
+
+
+def walk(matcher: Matcher, random: Random) -> list[int]:
+    """Draws as the sampler does: any allowed token, again where it is refused, until the end or the limit."""
+    tokens: list[int] = []
+    for _ in range(matcher.room):
+        choice = sorted(allowed(matcher))
+        while choice:
+            token = choice.pop(random.randrange(len(choice)))
+            if matcher.admits(token):
+                break
+        else:
+            raise AssertionError("nothing may come")
+        tokens.append(token)
+        matcher.advance(token)
+        if matcher.ended:
+            break
+    return tokens
+
+
+def text_of(tokens: list[int]) -> str:
+    return b"".join(TABLE.token_bytes[t] for t in tokens if t not in TABLE.special).decode()
+
+
+words = st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=6, unique=True)
+
+
+@given(words, st.randoms(use_true_random=False))
+def test_a_mask_is_what_brute_force_says(choice: list[str], random: Random) -> None:
+    matcher, text = start(choice=choice), ""
+    while True:
+        fits = {
+            i
+            for i, piece in enumerate(PIECES)
+            if any(word.encode().startswith(text.encode() + piece) for word in choice)
+        }
+        ends = {END, OTHER_END} if text in choice else set[int]()
+        rest = [word[len(text) :] for word in choice if word.startswith(text)]
+        if ends or len({word[0] for word in rest}) > 1:
+            assert allowed(matcher) == fits | ends
+        else:  # a byte that must come is written with the longest token for what must come
+            assert allowed(matcher) and allowed(matcher) <= fits
+            fits = allowed(matcher)
+        if not fits:
+            break
+        token = random.choice(sorted(fits))
+        matcher.advance(token)
+        text += PIECES[token].decode()
+    matcher.advance(END)
+    assert matcher.ended and allowed(matcher) == {END, OTHER_END}  # for those who ignore the end
+
+
+SCHEMAS = {
+    "object": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"enum": ["ab", "abc"]}},
+        "required": ["b"],
+    },
+    "array": {"type": "array", "items": {"type": "string", "maxLength": 5}, "minItems": 1, "maxItems": 4},
+    "pattern": {"type": "string", "pattern": "^[a-c]{2}-[0-9]+$"},
+    "unique": {"type": "array", "items": {"enum": ["a", "ab", "abc"]}, "uniqueItems": True, "minItems": 2},
+    "contains": {"type": "array", "items": {"type": "integer"}, "contains": {"const": 7}, "maxItems": 3},
+    "not": {"type": "object", "properties": {"a": {}, "b": {}}, "not": {"required": ["a"]}, "minProperties": 1},
+    "if": {"properties": {"a": {"type": "boolean"}}, "if": {"required": ["a"]}, "then": {"required": ["b"]}},
+    "dependencies": {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "dependencies": {"a": ["b"]},
+        "additionalProperties": False,
+    },
+    "names": {"type": "object", "propertyNames": {"pattern": "^a"}, "minProperties": 1, "maxProperties": 2},
+    "one of": {"type": "object", "oneOf": [{"required": ["a"]}, {"required": ["b"]}], "properties": {"a": {}, "b": {}}},
+    "lookahead": {"type": "string", "pattern": "^(?=.*[0-9])(?!tmp)[a-z0-9]{4,8}$"},
+    "recursive": {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]},
+    "overlapping names": {
+        "type": "object",
+        "patternProperties": {"a": {"type": "integer"}, "b": {"minimum": 3}},
+        "additionalProperties": False,
+        "minProperties": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("room", [40, 90])
+def test_random_walks_end_in_instances(name: str, room: int) -> None:
+    check = InstanceCheck(SCHEMAS[name])
+    for seed in range(6):
+        tokens = walk(start(room, json=SCHEMAS[name]), Random(seed))
+        assert tokens[-1] in (END, OTHER_END), (text_of(tokens), len(tokens))
+        assert check.accepts(text_of(tokens).encode()), text_of(tokens)
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"json": SCHEMAS["unique"]}, {"json": SCHEMAS["object"]}, {"regex": r"(ab|c)*[0-9]{3}"}]
+)
+def test_a_matcher_made_from_tokens_is_equal_to_the_one_that_saw_them(wanted: dict[str, object]) -> None:
+    for seed in range(4):
+        tokens = walk(start(60, **wanted), Random(seed))
+        seen = start(60, **wanted)
+        for count, token in enumerate(tokens[:-1]):
+            rebuilt = start(60, **wanted)
+            for before in tokens[:count]:
+                rebuilt.advance(before)
+            assert allowed(rebuilt) == allowed(seen)
+            assert [rebuilt.admits(t) for t in sorted(allowed(rebuilt))[:9]] == [
+                seen.admits(t) for t in sorted(allowed(seen))[:9]
+            ]
+            seen.admits(next(iter(allowed(seen))))  # a look at another token leaves no trace
+            seen.advance(token)
+
+
+def test_room_is_used_to_the_last_token_and_no_further() -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 3, "maxItems": 3}
+    shortest = len(walk(start(20, json=schema, disable_any_whitespace=True), Random(0)))
+    for room in range(8, 20):
+        tokens = walk(start(room, json=schema, disable_any_whitespace=True), Random(room))
+        assert tokens[-1] in (END, OTHER_END), (room, text_of(tokens))
+        assert json.loads(text_of(tokens)) is not None
+    assert shortest <= 20
+    cut = walk(start(5, json=schema), Random(1))  # no instance is so short: it is cut, and was not steered
+    assert len(cut) == 5 and cut[-1] not in (END, OTHER_END)
+
+
+def test_what_has_no_text_and_what_is_special_is_masked() -> None:
+    free = allowed(start(regex="(.|\n)*"))
+    assert NAMELESS not in free and not free & set(range(len(TABLE), ROWS))
+    assert {END, OTHER_END} <= free and set(b"ab\n") <= free
+    assert not {END, OTHER_END} & allowed(start(regex="a+"))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "word"),
+    [
+        ('start: "a" digit+\ndigit: /[0-9]/', "a01"),
+        ('root ::= "a" digit+\ndigit ::= [0-9]', "a01"),
+        ('root  ::= select " from " ("x" | "y")\nselect ::= "select a"', "select a from y"),
+    ],
+)
+def test_both_notations_of_a_grammar(grammar: str, word: str) -> None:
+    matcher = start(grammar=grammar)
+    for byte in word.encode():
+        assert byte in allowed(matcher)
+        matcher.advance(byte)
+    assert matcher.may_end
+
+
+def test_a_grammar_may_name_a_special_token() -> None:
+    matcher = GRAMMARS.matcher(StructuredOutputs(grammar="start: <stop> /a+/"), 10, (END,))
+    assert allowed(matcher) == {OTHER_END}
+    matcher.advance(OTHER_END)
+    assert ord("a") in allowed(matcher)
+
+
+def test_instances_count_in_any_order_of_names() -> None:
+    grammar = GRAMMARS.compile(StructuredOutputs(json=SCHEMAS["object"]))
+    assert grammar.check is None
+    assert grammar.accepts({"b": "ab", "a": 1}) and grammar.accepts({"a": 1, "b": "abc", "c": None})
+    assert not grammar.accepts({"a": 1}) and not grammar.accepts({"b": "abcd"}) and not grammar.accepts([])
+
+
+def test_wider_grammars_are_narrowed_by_validation() -> None:
+    for name, good, bad in (
+        ("unique", ["a", "ab"], ["a", "a"]),
+        ("contains", [1, 7], [1, 2]),
+        ("not", {"b": 1}, {"a": 1}),
+        ("if", {"a": True, "b": 0}, {"a": True}),
+        ("dependencies", {"b": 1}, {"a": 1}),
+        ("names", {"ab": 1}, {"ba": 1}),
+        ("one of", {"a": 1}, {"a": 1, "b": 1}),
+        ("overlapping names", {"ab": 3}, {"ab": 2}),
+        ("lookahead", "abc1", "tmp1"),
+    ):
+        grammar = GRAMMARS.compile(StructuredOutputs(json=SCHEMAS[name]))
+        assert grammar.check is not None, name
+        assert grammar.accepts(good) and not grammar.accepts(bad), name
+
+
+def test_look_ahead_comes_off_the_front_only() -> None:
+    assert lookaheads("^(?=.*[0-9])(?!a(b)[)])x$") == (["^(?:.*[0-9])"], ["^(?:a(b)[)])"], "^x$")
+    for pattern in ("a(?=b)", "^a", "^(?=a", "^(?=a)*b", r"\^(?=a)"):
+        assert lookaheads(pattern) == ([], [], pattern)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "code", "named"),
+    [
+        ({"json": "false"}, "unsupported_schema", ""),
+        ({"json": {"type": "strin"}}, "unsupported_schema", "strin"),
+        ({"json": {"$ref": "http://example.org/other.json"}}, "unsupported_schema", "example.org"),
+        ({"json": {"$ref": "#/$defs/missing"}}, "unsupported_schema", "missing"),
+        ({"json": {"$ref": "#"}}, "unsupported_schema", ""),
+        ({"json": {"allOf": [{"type": "string"}, {"not": {"type": "string"}}]}}, "unsupported_schema", "not"),
+        ({"json": {"pattern": "a(?<=b)c"}}, "unsupported_schema", "look-around"),
+        ({"json": {"properties": {"a": {"pattern": "("}}}}, "unsupported_schema", "("),
+        ({"json": {"uniqueItems": True, "pattern": "(?<!a)b"}}, "unsupported_schema", "look-around"),
+        ({"regex": "a("}, "invalid_regex", ""),
+        ({"regex": "(?=a)b"}, "invalid_regex", "look-around"),
+        ({"grammar": "begin: 'a'"}, "invalid_grammar", ""),
+        ({"grammar": "root ::= missing"}, "invalid_grammar", "missing"),
+        ({"grammar": "root ::= ("}, "invalid_grammar", ""),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_in_words(wanted: dict[str, object], code: str, named: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        start(**wanted)
+    assert caught.value.code == code and caught.value.why and named in str(caught.value)
+
+
+def doubling(depth: int) -> dict[str, object]:
+    """A schema whose evaluation by the letter takes 2^depth steps."""
+    defs = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(depth)}
+    return {"$defs": {**defs, f"d{depth}": {"type": "null"}}, "$ref": "#/$defs/d0", "not": {"const": 1}}
+
+
+HOSTILE = {
+    "counted": {"regex": "((a{1,100}){1,100}){1,100}b"},
+    "nested stars": {"regex": "(((a*)*)*)*b"},
+    "alternatives": {"regex": "|".join(f"a{{{i}}}b" for i in range(1, 300))},
+    "states": {"regex": "(a|b)*a(a|b){30}c"},
+    "doubling": {"json": doubling(40)},
+    "deep": {"json": json.loads('{"items":' * 100 + "{}" + "}" * 100)},
+    "wide": {"json": {"properties": {f"p{i}": {"type": "integer"} for i in range(3000)}}},
+    "enum": {"json": {"enum": [f"value {i}" for i in range(5000)]}},
+    "long": {"json": {"type": "string", "minLength": 10**6}},
+    "huge number": {"json": {"type": "number", "multipleOf": 1e-300, "minimum": 1e308}},
+    "pattern bomb": {"json": {"type": "string", "pattern": "^(a+)+$", "not": {"pattern": "^(a|aa)+$"}}},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_requests_cost_a_bounded_time(name: str) -> None:
+    started = time.process_time()
+    try:
+        matcher = start(50, **HOSTILE[name])
+    except InvalidRequest as error:
+        assert error.code in ("unsupported_schema", "invalid_regex")
+    else:
+        for _ in range(10):
+            choice = sorted(allowed(matcher))
+            token = next((t for t in choice if matcher.admits(t)), None)
+            if token is None:
+                break
+            matcher.advance(token)
+    assert time.process_time() - started < 8.0  # what is stated, times ten
+
+
+def test_validation_gives_up_rather_than_take_for_ever() -> None:
+    started = time.process_time()
+    assert not InstanceCheck(doubling(40)).accepts(b'"x"')
+    assert not InstanceCheck({"$ref": "#"}).accepts(b"1")
+    assert not InstanceCheck({"type": "string", "pattern": "^(a|aa)+$"}).accepts(b'"' + b"a" * 60 + b'b"')
+    assert not InstanceCheck({}).accepts(b'{"a": 1, "a": 2}') and not InstanceCheck({}).accepts(b"{")
+    assert time.process_time() - started < 5.0
+
+
+def test_equal_requests_share_a_grammar() -> None:
+    one, other = StructuredOutputs(json='{"type": "null"}'), StructuredOutputs(json={"type": "null"})
+    assert one == other and GRAMMARS.compile(one) is GRAMMARS.compile(other)
