@@ -1,0 +1,79 @@
+"""Grammar: what a completion may be, compiled for one vocabulary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits
+
+from penstock.grammar.completion import Lexer, completions, shortest
+from penstock.grammar.instances import written
+from penstock.grammar.tokens import TokenTable
+from penstock.grammar.validation import InstanceCheck
+
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,  # building the lexer: about 20 ms
+    step_lexer_fuel=200_000,  # a step: about 15 ms
+    step_max_items=50_000,
+    max_lexer_states=50_000,  # 1 to 2 kB each
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+BYTES = TokenTable.bytes_only()
+STEPS_FIRST, STEPS = 6_000, 1_500
+"""What is spent to find a valid completion of the empty text, and of one that has begun: about 100 and 30 ms."""
+
+
+class Grammar:
+    """A compiled grammar; every request that asks for the same shares it.
+
+    Attributes:
+        tokens, bytes: matchers at the start, over the model's tokens and over single bytes; copy before use. ``bytes``
+            is None for a grammar that names tokens which are not text: then no completion can be searched for.
+        check: what a completion must pass beside the grammar, None where the grammar says all.
+        closing: a completion of the empty text, None if none was found.
+
+    Args:
+        hints: JSON values that a valid completion may hold.
+
+    Raises:
+        ValueError: it cannot be compiled within LIMITS, or nothing satisfies it.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        table: TokenTable,
+        check: InstanceCheck | None = None,
+        *,
+        is_json: bool = False,
+        hints: Sequence[bytes] = (),
+    ) -> None:
+        self.table, self.check, self.is_json, self._hints = table, check, is_json, hints
+        self.tokens = LLMatcher(table.backend, source, log_level=0, limits=LIMITS)
+        if self.tokens.is_error():
+            raise ValueError(self.tokens.get_error())
+        if not any(self.tokens.compute_bitmask()) or (self.tokens.is_stopped() and not self.tokens.is_accepting()):
+            raise ValueError("nothing satisfies it")
+        over_bytes = LLMatcher(BYTES.backend, source, log_level=0, limits=LIMITS)
+        self.bytes = None if over_bytes.is_error() else over_bytes
+        self.closing = None
+        if self.bytes is not None:
+            self.closing = self.completion(self.bytes, b"", (False, False), STEPS_FIRST)
+
+    def completion(self, matcher: LLMatcher, text: bytes, lexer: Lexer, steps: int = STEPS) -> bytes | None:
+        """A completion of ``text``, at whose end the byte matcher stands."""
+        if self.check is None:
+            return shortest(matcher, lexer, is_json=self.is_json)
+        for rest in completions(matcher, lexer, is_json=self.is_json, steps=steps, hints=self._hints):
+            if self.check.accepts(text + rest):
+                return rest
+        return None
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a JSON value is what was asked for, in some order of its objects' names."""
+        if self.bytes is None or (self.check and not self.check.accepts(json.dumps(value).encode())):
+            return False
+        return any(matcher.is_accepting() for matcher in written(self.bytes, value))
