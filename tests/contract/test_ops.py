@@ -145,6 +145,18 @@ def test_row_op(name: str, dtype: torch.dtype, shape: Shape, place: Place) -> No
     assert ref.dtype == (torch.float32 if name == "logits" else dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 64, 65])
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_many_rows_and_few(name: str, rows: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast backends choose their way by the number of rows, and cut rows and vocabularies into pieces."""
+    monkeypatch.setattr("penstock.kernels.torch.linear.TILE", 7 * 64)
+    monkeypatch.setattr("penstock.kernels.torch.linear.LOGITS_AT_ONCE", 100)
+    (ops, device), op = place, ROW_OPS[name]
+    x_TX, weights = row_inputs(op, SHAPES["stories260k"], rows, torch.bfloat16)
+    ref = op.run(make_ops("ref"), x_TX, *weights)
+    agree(op.run(ops, x_TX.to(device), *(w.to(device) for w in weights)), ref, torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", ROW_OPS)
 def test_no_rows(name: str, place: Place) -> None:
     """A step that draws no token asks for the hidden states and logits of no row."""

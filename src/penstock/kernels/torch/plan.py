@@ -98,7 +98,7 @@ def make_plan(batch: Batch, tables_RM: Tensor, window: int | None, kv: KVLayer) 
 
 
 def _keys_at_once(kv: KVLayer) -> int:
-    if kv.k_PBHd.device.type != "cpu":
+    if kv.k_PBHd.is_cuda:
         return sys.maxsize
     _, _, kv_heads, head_dim = kv.k_PBHd.shape
     return GATHERED_BYTES * torch.get_num_threads() // (2 * kv_heads * head_dim * kv.k_PBHd.element_size())
