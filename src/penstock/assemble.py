@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from penstock.base import ConfigError, NotFound
 from penstock.core.admission import Limits
@@ -19,6 +19,7 @@ from penstock.core.plan import Executor
 from penstock.core.setup import EngineSetup
 from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec, PoolingSpec, Vocabulary
 from penstock.spec.encoder import read_any_spec
+from penstock.spec.generation import read_recommended
 from penstock.spec.pooling import read_pooling
 from penstock.spec.rule_places import invalid_option, rule_places
 from penstock.spec.sizing import weight_bytes
@@ -48,6 +49,7 @@ class Assembled:
     Attributes:
         name: what clients call the model.
         config: resolved: nothing in it is "auto" any more.
+        recommended: sampling parameters that the model's folder recommends, not yet checked.
         setup: the numbers that determine every decision; a recording starts with them.
         one_answer: whether the kernels keep the promise of docs/architecture.md, bit for bit.
         grammars: compiles structured outputs for this tokenizer; made when it is first called.
@@ -60,6 +62,7 @@ class Assembled:
     tokenizer: Tokenizer
     chat: ChatTemplate | None
     pooling: PoolingSpec
+    recommended: Mapping[str, Any]
     setup: EngineSetup
     executor: Executor
     service: LocalService
@@ -101,6 +104,7 @@ def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assemb
         tokenizer=tokenizer,
         chat=chat,
         pooling=pooling,
+        recommended=read_recommended(folder),
         setup=loaded.setup,
         executor=loaded.executor,
         service=LocalService(loaded.setup.scheduler(), loaded.executor, loaded.setup.depth, journal),

@@ -85,6 +85,7 @@ OPTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"max_num_seqs": 0}, "option_invalid", ("max_num_seqs",)),
     ({"backend": "magic"}, "option_invalid", ("magic", "ref", "torch")),
     ({"num_threads": 10**6}, "option_invalid", ("num_threads", "4096")),
+    ({"max_model_len": 10**9}, "option_invalid", ("1000000000", "134217728")),
     ({"max_model_len": "8"}, "option_invalid", ("max_model_len", "int", "str")),
     ({"max_model_len": 1.5}, "option_invalid", ("max_model_len", "float")),
     ({"gpu_memory_utilization": 3}, "option_invalid", ("gpu_memory_utilization", "0.01")),

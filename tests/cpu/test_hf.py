@@ -358,6 +358,8 @@ def test_a_value_of_a_family_that_cannot_run_is_refused_by_name(
         ({"rope_scaling": {"type": "linear"}}, "config_invalid", "rope_scaling.factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "config_invalid", "factor"),
         ({"rope_scaling": [1]}, "config_invalid", "rope_scaling"),
+        ({"hidden_size": 32.5}, "config_invalid", "hidden_size = 32.5, "),
+        ({"hidden_size": "32"}, "config_invalid", "hidden_size = '32', "),
         ({"partial_rotary_factor": 0.5}, "unsupported_rope", "partial_rotary_factor"),
         ({"hidden_act": "relu"}, "unsupported_activation", "relu"),
         ({"hidden_act": ["silu"]}, "unsupported_activation", "silu"),

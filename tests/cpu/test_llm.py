@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import runpy
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,10 +21,10 @@ import pytest
 import torch
 
 from penstock import LLM, AsyncLLM, CompletionOutput, RequestOutput, SamplingParams, TextPrompt, TokensPrompt
-from penstock.base import ConfigError, EngineError, InvalidRequest, NotFound, PenstockError
+from penstock.base import ConfigError, EngineError, InvalidRequest, ModelFormatError, NotFound, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update
 from penstock.llm.config import engine_config
-from penstock.spec import EngineConfig
+from penstock.spec import EngineConfig, StructuredOutputs
 from penstock.text import Delta
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -346,6 +348,28 @@ def test_default_sampling_params(llm: LLM) -> None:
     assert len(only(llm.generate(prompt, params)).token_ids) == params.max_tokens
 
 
+def test_a_folder_recommends_sampling_params(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder, copy_function=shutil.copyfile)
+
+    def defaults(said: dict[str, Any], **options: Any) -> SamplingParams:
+        (folder / "generation_config.json").write_text(json.dumps(said))
+        with LLM(str(folder), max_model_len=32, **options) as llm:
+            params = llm.get_default_sampling_params()
+            (unsaid,), (said_so,) = llm.generate([[5, 6]]), llm.generate([[5, 6]], params)
+            assert len(unsaid.outputs[0].token_ids) == len(said_so.outputs[0].token_ids) <= (params.max_tokens or 32)
+            return params
+
+    said = {"temperature": 0.0, "top_p": 0.5, "top_k": None, "max_new_tokens": 3, "num_beams": 4}
+    assert defaults(said) == SamplingParams(temperature=0.0, top_p=0.5, max_tokens=3)
+    assert defaults(said, generation_config="vllm") == SamplingParams() == defaults({})
+    with pytest.raises(ModelFormatError, match=r"temperature = 'hot'.*generation_config=.vllm") as error:
+        defaults({"temperature": "hot"})
+    assert error.value.code == "generation_config_invalid"
+    with pytest.raises(ConfigError, match="generation_config"):
+        LLM(str(folder), generation_config="elsewhere")
+
+
 def test_errors_have_numbers(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match=r"513 tokens.*512"):
         llm.generate([1] * 513)
@@ -524,6 +548,26 @@ def test_leaving_an_async_stream_ends_the_request(async_llm: AsyncLLM, how: str)
     asyncio.run(main())
     wait_until_idle(async_llm)
     assert status(async_llm).counters.generated_tokens < before + 300
+
+
+def test_grammars_are_compiled_beside_the_event_loop(async_llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=4, structured_outputs=StructuredOutputs(choice=["yes"]))
+    grammars, threads = async_llm.engine.grammars(), list[threading.Thread]()
+    compile_ = grammars.compile
+
+    def noted(wanted: StructuredOutputs) -> object:
+        threads.append(threading.current_thread())
+        return compile_(wanted)
+
+    monkeypatch.setattr(grammars, "compile", noted)
+
+    async def main() -> None:
+        async for _ in async_llm.generate("Once upon a time", params):
+            pass
+        await async_llm.best_of("Once upon a time", params)
+
+    asyncio.run(main())
+    assert threads and threading.main_thread() not in threads
 
 
 def test_abort_gives_a_last_piece(async_llm: AsyncLLM) -> None:

@@ -18,7 +18,7 @@ from penstock.base import ConfigError, EngineError, InvalidRequest
 from penstock.core.plan import NewRequest
 from penstock.sampling import LogitsRule, RuleKit, Sampler, make_rules
 from penstock.sampling.dry import CEILING, suffix_lengths, tokens_after_breaker
-from penstock.sampling.sampler import FAILED, MASKED
+from penstock.sampling.sampler import FAILED, MASKED, UNSOUND, draw_error
 
 INF = math.inf
 V = 24
@@ -132,7 +132,7 @@ def test_rules_come_in_vllms_order_and_only_if_asked_for() -> None:
         "allowed_token_ids": [2, 3],
     }
     assert names(**everything) == [
-        "AllowedTokens", "BadWords", "MinTokens", "LogitBias", "CountUp", "FunctionRule", "RepetitionPenalty",
+        "AllowedTokens", "BadWords", "MinTokens", "LogitBias", "OwnRule", "FunctionRule", "RepetitionPenalty",
         "CountPenalty", "Dry",
     ]  # fmt: skip
 
@@ -367,6 +367,7 @@ BROKEN: dict[str, Any] = {
     "infinity": ([lambda ids, row: row + INF], "NaN or infinity"),
     "shape": ([lambda ids, row: row[:-1]], r"of shape \(24,\), not a Tensor of shape \(23,\)"),
     "nothing": ([lambda ids, row: None], "not a NoneType"),
+    "exits": ([lambda ids, row: exit(3)], "SystemExit: 3"),
 }
 
 
@@ -394,6 +395,51 @@ def test_a_rule_that_cannot_be_made_ends_its_request_alone() -> None:
         "logits_rule_failed", "logits_rule_failed", "unknown_logits_rule",
     ]  # fmt: skip
     assert "odd" in str(drawn.errors[2]) and "bad, odd" in str(drawn.errors[3])
+
+
+class Broke:
+    """A LogitsRule of somebody's own that breaks in one of several ways."""
+
+    def __init__(self, how: Any, new: NewRequest) -> None:
+        self.how = how
+
+    def apply(self, logits_V: torch.Tensor, length: int) -> None:
+        if self.how == "apply":
+            raise ValueError("my fault")
+        if self.how in ("nan", "inf"):
+            logits_V[5] = float(self.how)
+
+    def append(self, token_1: torch.Tensor) -> None:
+        if self.how == "append":
+            raise ValueError("my fault")
+        token_1.fill_(V + 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("how", ["apply", "append", "nan", "inf"])
+def test_an_own_rule_that_fails_ends_its_request_alone(how: str, temperature: float) -> None:
+    sampler = Sampler(2, V, CPU, kit=RuleKit(factories={"broke": Broke}))
+    sampler.place(0, request(temperature=temperature, logits_rules={"broke": how}))
+    sampler.place(1, request(temperature=temperature))
+    rows, positions = np.arange(2), np.array([3, 3])
+    first = sampler.draw(random_logits(5, 2, V), rows, positions)
+    assert int(first.codes_R[1]) >= 0 and int(first.tokens_R.max()) < V
+    drawn = sampler.draw(random_logits(6, 2, V), rows, positions + 1) if how == "append" else first
+    assert drawn.codes_R[1] >= 0
+    if how in ("nan", "inf"):
+        assert drawn.codes_R[0] == UNSOUND and not drawn.errors
+        assert draw_error(UNSOUND, 3).code == "logits_rule_failed"
+    else:
+        assert drawn.codes_R[0] == FAILED
+        with pytest.raises(EngineError, match="rule broke failed: ValueError: my fault") as error:
+            raise drawn.errors[0]
+        assert error.value.code == "logits_rule_failed"
+
+
+def test_a_penalty_that_overflows_is_told_and_not_drawn_from() -> None:
+    logits = torch.arange(1.0, V + 1).repeat(2, 1)
+    drawn = draw(logits, [request(temperature=0.0, repetition_penalty=1e-40), request(temperature=0.0)])
+    assert drawn.codes_R.tolist() == [UNSOUND, V - 1]
 
 
 def test_a_rule_may_leave_no_token() -> None:

@@ -133,6 +133,9 @@ def test_llm_beam_search(llm: LLM) -> None:
     assert ids.candidates == first.candidates and ids.prompt == START
     with pytest.raises(InvalidRequest, match="BeamSearchParams"):
         llm.beam_search(START, SamplingParams())  # type: ignore[arg-type]
+    for limit in (0, -1, 1.5):  # the last two waited for ever
+        with pytest.raises(InvalidRequest, match="concurrency_limit"):
+            llm.beam_search([START, "The cat"], params, concurrency_limit=limit)  # type: ignore[arg-type]
 
 
 def test_llm_chooses_among_samples(llm: LLM) -> None:
@@ -146,6 +149,39 @@ def test_llm_chooses_among_samples(llm: LLM) -> None:
     votes = llm.self_consistency([START], params, r"\w+")[0]
     assert votes == llm.best_of(START, params, by=Majority(r"\w+"))[0]
     assert max(votes.scores) == votes.scores[votes.chosen]
+    with pytest.raises(InvalidRequest, match="by = None"):
+        llm.best_of(START, params, by=None)  # type: ignore[arg-type]
+
+
+def test_prompt_logprobs_are_refused_where_nobody_would_see_them(llm: LLM) -> None:
+    params = SamplingParams(prompt_logprobs=1, max_tokens=2)
+    for ask in (lambda: list(llm.stream(START, params)), lambda: llm.best_of(START, params)):
+        with pytest.raises(InvalidRequest, match="Ask for them with generate") as error:
+            ask()
+        assert error.value.code == "unsupported_parameter"
+
+    async def piece() -> object:
+        return await anext(AsyncLLM(llm.engine).stream(START, params))
+
+    with pytest.raises(InvalidRequest, match="Ask for them with generate"):
+        asyncio.run(piece())
+
+
+def test_an_id_in_use_is_refused_and_goes_on(llm: LLM) -> None:
+    online = AsyncLLM(llm.engine)
+    wide, params = BeamSearchParams(beam_width=2, max_tokens=12), SamplingParams(n=2, max_tokens=40)
+
+    async def twice() -> None:
+        for ask in (
+            lambda: online.beam_search(START, wide, "mine"),
+            lambda: online.best_of(START, params, "mine"),
+            lambda: online.embed("a b " * 100, request_id="mine"),
+        ):
+            first, second = await asyncio.gather(ask(), ask(), return_exceptions=True)
+            assert not isinstance(first, BaseException)
+            assert isinstance(second, InvalidRequest) and second.code == "duplicate_request_id"
+
+    asyncio.run(twice())
 
 
 def test_async_searches_are_the_same(test_data: Path, llm: LLM) -> None:

@@ -21,6 +21,7 @@ from penstock.base import InvalidRequest
 from penstock.core.plan import NewRequest
 from penstock.sampling.sampler import Sampler
 from penstock.sampling.thinking import Automaton, ThinkingBudget
+from penstock.spec import StructuredOutputs
 from penstock.text import Tokenizer, with_thinking_ids
 
 VOCAB, CPU = 12, torch.device("cpu")
@@ -276,6 +277,12 @@ def test_a_model_without_tags_says_so(llm: LLM) -> None:
     with pytest.raises(InvalidRequest) as error:
         llm.generate(PROMPT, SamplingParams(thinking_budget=5))
     assert error.value.code == "no_thinking_tags"
+
+
+def test_thoughts_beside_a_form_are_not_in_this_build(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="together with structured_outputs") as error:
+        llm.generate(PROMPT, replace(BUDGET, structured_outputs=StructuredOutputs(choice=["yes"])))
+    assert error.value.code == "unsupported_parameter"
 
 
 def test_batch_mates_do_not_matter(llm: LLM) -> None:

@@ -14,6 +14,7 @@ from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import StepPlan
 from penstock.core.service import Submission, Update
 from penstock.core.setup import EngineSetup
+from penstock.runtime.local import LocalExecutor, Pending
 from penstock.runtime.service import LocalService
 from penstock.sim.toy import Done, ToyExecutor, toy_completion
 from penstock.spec import SamplingParams, Vocabulary
@@ -116,11 +117,36 @@ def test_closing_tells_everybody_even_if_one_does_not_listen(service: LocalServi
         service.submit(job("late"), news.put)
 
 
-def test_a_fault_of_the_loop_reaches_every_caller(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
+class Panic(BaseException):
+    """As what compiled code raises: no Exception."""
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_panic_fails_its_step_and_leaves_nobody_waiting(overlap: bool) -> None:
+    class Runner:
+        def launch(self, plan: StepPlan) -> Pending:
+            raise Panic("!")
+
+    service = LocalService(SETUP.scheduler(), LocalExecutor(Runner(), overlap=overlap), depth=1 + overlap)
+    news: queue.SimpleQueue[Update] = queue.SimpleQueue()
+    service.submit(job("a"), news.put)
+    last = last_of(news)
+    assert last.error is not None and last.error.code == "step_failed" and "Panic: !" in str(last.error)
+    assert service.alive
+    service.close()
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError, Panic])
+def test_a_fault_of_the_loop_reaches_every_caller(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
+) -> None:
+    def fail(plan: StepPlan, result: object) -> None:
+        raise fault
+
     news: queue.SimpleQueue[Update] = queue.SimpleQueue()
     service.submit(job("a", max_tokens=900), news.put)
     news.get(timeout=30)
-    monkeypatch.setattr(service._engine.scheduler, "commit", lambda plan, result: 1 // 0)
+    monkeypatch.setattr(service._engine.scheduler, "commit", fail)
     last = last_of(news)
     assert last.error is not None and last.error.code == "engine_dead" and not service.alive
     with pytest.raises(PenstockError, match="engine_dead"):

@@ -357,6 +357,12 @@ def test_the_best_file_is_taken(tmp_path: Path, test_data: Path) -> None:
     assert load_tokenizer(tmp_path).vocabulary.size == 512
 
 
+def test_a_damaged_gguf_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"no such thing")
+    with pytest.raises(ModelFormatError, match="GGUF"):
+        load_tokenizer(tmp_path / "x.gguf")
+
+
 def test_chat_template_of_a_gguf(tmp_path: Path) -> None:
     metadata = vocabulary("llama", ["<unk>", "<s>", "</s>", "x"], [2, 3, 3, 1], bos_token_id=(4, 1))
     metadata["tokenizer.chat_template"] = (STRING, "{{ bos_token }}{{ messages[0].content }}")

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -180,6 +180,15 @@ class Terminal:
 
     def interrupt(self) -> None:
         self.type("\x03")
+
+    def interrupt_until(self, text: str) -> str:
+        """Presses Ctrl-C until ``text`` appears: Python's readline sees one that comes just before it waits for a key
+        only with the next key."""
+        for _ in range(10):
+            self.interrupt()
+            with suppress(AssertionError):
+                return self.read_until(text, seconds=5)
+        raise AssertionError(f"Ctrl-C brings no {text!r}")
 
     def end(self, seconds: float = 30) -> int:
         """The exit code of a process that is about to end."""

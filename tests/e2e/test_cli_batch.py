@@ -79,6 +79,8 @@ def test_the_name_says_what_a_line_is_and_messages_are_chats(tmp_path: Path) -> 
     source.write_text('"Once"\n{"messages": [{"role": "user", "content": "Hello."}]}\n{"prompt_token_ids": [5, 6]}\n')
     text, chat, ids = results(penstock(*RUN, "--input", source))
     assert chat["usage"]["prompt_tokens"] > 8 and ids["usage"]["prompt_tokens"] == 2
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())  # a byte order mark, as editors on Windows write it
+    assert results(penstock(*RUN, "--input", source))[0] == text
     as_text = results(penstock(*RUN, "--input", source, "--input-format", "text"))
     assert as_text[0]["usage"]["prompt_tokens"] > text["usage"]["prompt_tokens"]
 

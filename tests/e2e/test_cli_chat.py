@@ -81,14 +81,22 @@ never said
 def test_what_is_wrong_with_a_turn_ends_no_conversation(tmp_path: Path) -> None:
     other = tmp_path / "notes.txt"
     other.write_text("mine")
-    script = "/hepl\n/set temp 1\n/set temperature hot\n/set temperature -1\n"
+    script = "/hepl\n/set n 2\n/set temp 1\n/set temperature hot\n/set temperature -1\n"
     script += f"/save {other}\n/load {other}\n/load no\n/save\n"
     done = penstock(*CHAT, "--json", stdin=f"{script}/regen\n{'word ' * 2000}\nHello.\n".encode())
     codes = [json.loads(line)["error"]["code"] for line in done.stderr.decode().splitlines()]
     assert codes == [
-        *("unknown_command", "unknown_option", "invalid_parameter", "invalid_parameter", "file_exists"),
+        *(
+            "unknown_command",
+            "unknown_option",
+            "unknown_option",
+            "invalid_parameter",
+            "invalid_parameter",
+            "file_exists",
+        ),
         *("invalid_messages", "input_unreadable", "invalid_parameter", "empty_conversation", "prompt_too_long"),
     ]
+    assert "did you mean n?" not in done.stderr.decode()
     assert "/help" in done.stderr.decode() and "temperature?" in done.stderr.decode()
     assert done.returncode == 2 and other.read_text() == "mine"
     (answer,) = done.stdout.splitlines()
@@ -171,7 +179,6 @@ def test_lines_are_edited_recalled_and_completed(terminal: Terminal) -> None:
         assert "taken back: a\nb" in terminal.read_until(">>> ")
         terminal.type("/multiline\nno")
         terminal.read_until("... no")
-        terminal.interrupt()  # gives up the whole message
-        terminal.read_until(">>> ")
+        terminal.interrupt_until(">>> ")  # gives up the whole message
         terminal.type("/exit\n")
         assert terminal.end() == 0

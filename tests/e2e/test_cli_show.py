@@ -42,6 +42,9 @@ def test_models(cache: Path) -> None:
     assert (odd["name"], odd["runs"], odd["problem"]) == ("odd/one", False, "unknown_architecture")
     table = penstock("models", HF_HUB_CACHE=str(cache)).stdout.decode()
     assert "no: unknown_architecture" in table and "11.02M" in table and table.startswith("MODEL")
+    for folder in cache.glob("models--good--stories/snapshots/*"):
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text("{}")  # a part of the model, as sentence-transformers has it
     listed = penstock("models", cache, "--json").stdout.splitlines()
     assert [json.loads(line)["family"] for line in listed] == ["llama", None]
     assert b"code: model_not_found" in penstock("models", cache / "nowhere").stderr

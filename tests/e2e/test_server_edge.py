@@ -61,7 +61,9 @@ def post(server: Server, path: str, **fields: Any) -> httpx.Response:
         ("temperature", -0.1), ("temperature", "hot"), ("temperature", True), ("top_p", 0), ("top_p", 1.1),
         ("top_k", -2), ("min_p", 2), ("n", 0), ("n", 129), ("n", 10**30), ("max_tokens", 0), ("max_tokens", 2.5),
         ("seed", 2**70), ("presence_penalty", 2.1), ("frequency_penalty", -3), ("repetition_penalty", 0),
-        ("logprobs", -1), ("logprobs", 129), ("stop", ""), ("stop", ["a"] * 65), ("stop", [1]), ("stop", "x" * 1025),
+        ("typical_p", 0), ("dry_multiplier", -1), ("dry_sequence_breakers", [1]), ("thinking_budget", -1),
+        ("thinking_soft", 2), ("logits_rules", []), ("logprobs", -1), ("logprobs", 129),
+        ("stop", ""), ("stop", ["a"] * 65), ("stop", [1]), ("stop", "x" * 1025),
         ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 1025), ("logit_bias", {"x": 1}),
         ("logit_bias", {"1": 101}), ("logit_bias", {str(i): 1 for i in range(1025)}), ("min_tokens", 3),
         ("priority", 10**9), ("stream", "yes"), ("stream_options", {"include_usage": True}), ("model", "m" * 513),
@@ -104,9 +106,9 @@ def test_required_fields_and_allowed_values_are_told(server: Server) -> None:
     ("path", "field", "value"),
     [
         (COMPLETIONS, "suffix", "x"), (COMPLETIONS, "best_of", 3), (COMPLETIONS, "prompt_logprobs", 1),
-        (COMPLETIONS, "use_beam_search", True), (COMPLETIONS, "guided_json", {}),
+        (COMPLETIONS, "use_beam_search", True), (COMPLETIONS, "prompt_embeds", "x"),
         (CHAT, "tools", [{"type": "function"}]), (CHAT, "tool_choice", "required"), (CHAT, "chat_template", "{{ 1 }}"),
-        (CHAT, "response_format", {"type": "json_object"}), (CHAT, "modalities", ["text", "audio"]),
+        (CHAT, "response_format", {"type": "structural_tag"}), (CHAT, "modalities", ["text", "audio"]),
         (CHAT, "chat_template_kwargs", {"tokenize": True}), (CHAT, "reasoning_effort", "high"),
     ],
 )  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from house import ROOT, Function, Source, base_names, dotted, package_sources
 from penstock.spec import EngineConfig
@@ -111,36 +112,83 @@ def own_status(node: ast.ClassDef) -> Iterator[int]:
 
 
 def error_sites(sources: list[Source]) -> list[ErrorSite]:
-    statuses = error_statuses(sources)
+    """Where errors with a known code are made; where a function is given the code, or part of it, its calls."""
+    statuses, makers = error_statuses(sources), error_makers(sources)
     sites = set()
     for source in sources:
         for node in source.nodes:
-            if not isinstance(node, ast.Call) or dotted(node.func).split(".")[-1] not in statuses or not node.args:
+            if not isinstance(node, ast.Call):
                 continue
-            given = dict(zip(("code", "what"), node.args, strict=False)) | {k.arg: k.value for k in node.keywords}
-            code = given["code"]
-            if isinstance(code, ast.Constant):
-                status = given.get("status")
-                default = statuses[dotted(node.func).split(".")[-1]]
-                fixed = status.value if isinstance(status, ast.Constant) else default
-                sites.add(ErrorSite(str(code.value), fixed, message(given.get("what")), message(given.get("fix"))))
-    return sorted(sites)
+            name = dotted(node.func).split(".")[-1]
+            if name in statuses and node.args:
+                sites.add(error_site(node, statuses[name], {}))
+            for maker in makers.get(name, ()):
+                if maker.is_called(name, source):
+                    status = statuses[dotted(maker.error.func).split(".")[-1]]
+                    sites.add(error_site(maker.error, status, maker.arguments(node)))
+    return sorted(site for site in sites if site is not None)
 
 
-def message(node: ast.expr | None) -> str:
-    """The text of a string or f-string, "…" for whatever is filled in."""
+@dataclass(frozen=True)
+class ErrorMaker:
+    """A function whose parameters are the code of an error, or part of it."""
+
+    module: str
+    function: ast.FunctionDef
+    error: ast.Call
+
+    def is_called(self, name: str, source: Source) -> bool:
+        """Whether a file means this function by that name: it is its own, or imported from its module or package."""
+        imports = [n for n in source.nodes if isinstance(n, ast.ImportFrom) and name in {a.name for a in n.names}]
+        return any(f"{self.module}.".startswith(f"{place}.") for place in [source.module, *(n.module for n in imports)])
+
+    def arguments(self, call: ast.Call) -> dict[str, ast.expr]:
+        parameters = [a.arg for a in self.function.args.args if a.arg != "self"]
+        return dict(zip(parameters, call.args, strict=False)) | {k.arg: k.value for k in call.keywords if k.arg}
+
+
+def error_makers(sources: list[Source]) -> dict[str, list[ErrorMaker]]:
+    """By the name of the function."""
+    statuses = error_statuses(sources)
+    makers: dict[str, list[ErrorMaker]] = {}
+    for source in sources:
+        for function in source.nodes:
+            for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+                if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in statuses and node.args:
+                    names = {n.id for n in ast.walk(node.args[0]) if isinstance(n, ast.Name)}
+                    if names and names <= {a.arg for a in function.args.args}:
+                        makers.setdefault(function.name, []).append(ErrorMaker(source.module, function, node))
+    return makers
+
+
+def error_site(node: ast.Call, status: int, values: Mapping[str, ast.expr]) -> ErrorSite | None:
+    """``values``: what the names in it stand for. None if its code is not known."""
+    given = dict(zip(("code", "what"), node.args, strict=False)) | {k.arg: k.value for k in node.keywords if k.arg}
+    code, fixed = message(given["code"], values), given.get("status")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", code):
+        return None
+    status = fixed.value if isinstance(fixed, ast.Constant) else status
+    return ErrorSite(code, status, message(given.get("what"), values), message(given.get("fix"), values))
+
+
+def message(node: ast.expr | None, values: Mapping[str, ast.expr] = MappingProxyType({})) -> str:
+    """The text of a string or f-string, "…" for whatever is filled in and not among ``values``."""
+    if isinstance(node, ast.FormattedValue):
+        return message(node.value, values)
+    if isinstance(node, ast.Name) and node.id in values:
+        return message(values[node.id])
     if node is None:
         return ""
     if isinstance(node, ast.Constant):
         return str(node.value).replace("|", "\\|").replace("\n", " ")
     if isinstance(node, ast.JoinedStr):
-        return re.sub(r"…(\s*…)+", "…", "".join(message(part) for part in node.values))
+        return re.sub(r"…(\s*…)+", "…", "".join(message(part, values) for part in node.values))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return message(node.left) + message(node.right)
+        return message(node.left, values) + message(node.right, values)
     if isinstance(node, ast.BoolOp):
-        return message(node.values[-1])
+        return message(node.values[-1], values)
     if isinstance(node, ast.IfExp):
-        return " / ".join(filter(None, (message(node.body), message(node.orelse))))
+        return " / ".join(filter(None, (message(node.body, values), message(node.orelse, values))))
     return "…"
 
 

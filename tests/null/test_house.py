@@ -280,6 +280,15 @@ def test_error_sites_are_read() -> None:
     assert (site.code, site.status, site.what, site.fix) == ("too_big", 413, "… > …", "send less")
 
 
+def test_codes_that_a_function_is_given_are_read_at_its_calls() -> None:
+    base = Source("base/errors.py", "class InvalidRequest(PenstockError):\n    status = 400")
+    maker = 'def lacks(kind, what): return InvalidRequest(f"no_{kind}", f"There is no {what}", fix="go")'
+    called = Source("spec/b.py", 'from penstock.spec.a import lacks\nraise lacks("rope", f"rope of {n}")')
+    other = Source("core/c.py", 'def lacks(kind): ...\nlacks("x")')
+    (site,) = pages.error_sites([Source("spec/a.py", maker), called, other, base])
+    assert (site.code, site.status, site.what, site.fix) == ("no_rope", 400, "There is no rope of …", "go")
+
+
 def test_broken_references_are_seen() -> None:
     core = [Source("core/a.py", "X = 1\nclass A:\n    b: int\n    def c(self): ...")]
     good = "`core/a.py:A.c` `core/a.py:A.b` `core/a.py:X` `a.py` [x](architecture.md) [y](https://x.org/y.md)"

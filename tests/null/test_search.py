@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import blake2b
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -337,11 +338,21 @@ def too_few(prompt: str | None, candidates: Sequence[CompletionOutput]) -> list[
     return [1.0]
 
 
-@pytest.mark.parametrize("scorer", [nan, too_few])
+@pytest.mark.parametrize(
+    "scorer",
+    [nan, too_few, lambda prompt, found: None, lambda prompt, found: ["high"] * 2, Verifier(lambda p, t: None)],
+)
 def test_scores_that_are_none(scorer: Scorer) -> None:
     with pytest.raises(InvalidRequest) as error:
         found(best_of(samples(2), scorer))
     assert error.value.code == "invalid_score"
+
+
+@pytest.mark.parametrize("extract", ["(", 5])
+def test_an_extract_that_cannot_be_used(extract: Any) -> None:
+    with pytest.raises(InvalidRequest, match="a function of a text, or a regular expression") as error:
+        Majority(extract)
+    assert error.value.code == "invalid_parameter"
 
 
 def test_candidates_end_at_stop_strings() -> None:

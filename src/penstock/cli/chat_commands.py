@@ -72,7 +72,7 @@ def _set(session: Session, text: str) -> None:
     name, _, value = text.replace("=", " ", 1).partition(" ")
     name = name.replace("-", "_")
     if name not in SAMPLING or name in NOT_SET:
-        near = difflib.get_close_matches(name, SAMPLING, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, SAMPLING.keys() - NOT_SET, n=1, cutoff=0.4)
         raise InvalidRequest(
             "unknown_option",
             f"There is no parameter {name!r}",

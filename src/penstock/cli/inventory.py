@@ -56,6 +56,12 @@ def cached_folders() -> Iterator[tuple[str, Path]]:
             yield folder.name.removeprefix("models--").replace("--", "/"), revision
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """Model folders below a folder, sorted. A folder within one is part of it, as ``1_Pooling`` is."""
+    found = {path.parent for path in folder.glob("**/config.json")}
+    return sorted(path for path in found if not found.intersection(path.parents))
+
+
 def _revision(folder: Path) -> Path | None:
     """The main revision, else the one that came last."""
     try:

@@ -23,7 +23,7 @@ def parsed(number: int, raw: bytes, as_jsonl: bool) -> tuple[dict[str, Any], dic
         InvalidRequest: (invalid_line).
     """
     try:
-        text = raw.decode("utf-8").rstrip("\r\n")
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")  # Windows begins a file with a mark
         given = json.loads(text) if as_jsonl else text
     except (ValueError, RecursionError) as error:
         what = "not JSON" if as_jsonl else "not UTF-8 text"

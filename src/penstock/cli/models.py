@@ -22,14 +22,14 @@ def models(
 ) -> None:
     """List the models on this machine: the bundled one and those in the Hugging Face cache."""
     from penstock.assemble import BUNDLED, BUNDLED_NAME
-    from penstock.cli.inventory import cached_folders, look_at
+    from penstock.cli.inventory import cached_folders, folders_in, look_at
 
     if folder is not None and not Path(folder).is_dir():
         raise NotFound("model_not_found", f"There is no folder {folder}")
     if folder is None:
         places = [(BUNDLED_NAME, BUNDLED), *cached_folders()]
     else:
-        places = [(str(path.parent), path.parent) for path in sorted(Path(folder).glob("**/config.json"))]
+        places = [(str(path), path) for path in folders_in(Path(folder))]
     found = (look_at(name, path) for name, path in places)
     if as_json:
         for model in found:

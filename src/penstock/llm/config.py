@@ -63,7 +63,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "enable_chunked_prefill": (None, True),
     "enable_expert_parallel": (False,),
     "enable_lora": (None, False),
-    "generation_config": (),
+    "generation_config": (None, "auto", "vllm"),
     "kv_cache_dtype": ("auto",),
     "load_format": ("auto", "safetensors"),
     "max_logprobs": (),

@@ -148,10 +148,11 @@ class Vectors:
     def collect(self, jobs: Iterable[VectorJob], done: Callable[[VectorJob], None]) -> None:
         """Submits jobs and waits for all; leaving early aborts the rest. Raises what ``Service.submit`` raises."""
         news: SimpleQueue[Update] = SimpleQueue()
-        unfinished = {job.submission.id: job for job in jobs}
+        unfinished = dict[str, VectorJob]()
         try:
-            for job in unfinished.values():
+            for job in jobs:
                 self.requests.engine.service.submit(job.submission, news.put)
+                unfinished[job.submission.id] = job
             while unfinished:
                 if (update := news.get()).finish_reason:
                     job = unfinished.pop(update.id)

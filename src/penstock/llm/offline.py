@@ -21,10 +21,20 @@ from penstock.base import InvalidRequest, PenstockError
 from penstock.core.service import Update
 from penstock.llm.config import engine_config
 from penstock.llm.embedding import VectorJob, Vectors
-from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt, not_a_prompt, wrong_type
+from penstock.llm.requests import (
+    Job,
+    Message,
+    Prompt,
+    Requests,
+    TokensPrompt,
+    not_a_prompt,
+    refuse_prompt_logprobs,
+    wrong_type,
+)
 from penstock.llm.searches import beams_of, run_searches, samples_of
 from penstock.search import BeamSearchParams, Extract, Majority, Scorer, SearchOutput, mean_logprob
 from penstock.spec import EmbeddingRequestOutput, PoolingParams, RequestOutput, SamplingParams, ScoringRequestOutput
+from penstock.spec.generation import recommended_params
 from penstock.text import ChatTemplate, Delta, Tokenizer
 
 T = TypeVar("T")
@@ -48,6 +58,7 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         config = engine_config(model, options)
         self._requests = Requests(build_engine(config), _seeds(config.seed))
+        self._recommended = {} if options.get("generation_config") == "vllm" else self._requests.engine.recommended
 
     @property
     def engine(self) -> Assembled:
@@ -142,7 +153,8 @@ class LLM:
             PenstockError: the request was refused or failed.
         """
         tokenized = self._requests.tokenize(prompt, parse_special=parse_special)
-        params = SamplingParams() if sampling_params is None else sampling_params
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        refuse_prompt_logprobs(params)
         job = self._requests.job(tokenized, params, priority=priority)
         for _, delta in self._follow([job]):
             if job.error is not None:
@@ -252,8 +264,13 @@ class LLM:
         return [vectors.scored(pair) for pair in pairs]
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What ``generate``, ``chat`` and ``stream`` use when they are given none."""
-        return SamplingParams()
+        """What ``generate``, ``chat`` and ``stream`` use when they are given none: what the model's
+        generation_config.json recommends, or with ``LLM(generation_config="vllm")`` the defaults of SamplingParams.
+
+        Raises:
+            ModelFormatError: (generation_config_invalid).
+        """
+        return recommended_params(self._recommended)
 
     def get_tokenizer(self) -> Tokenizer:
         return self._requests.engine.tokenizer
@@ -277,7 +294,7 @@ class LLM:
         priority: int | Sequence[int] | None,
         show_progress: bool,
     ) -> list[RequestOutput]:
-        params = SamplingParams() if params is None else params
+        params = self.get_default_sampling_params() if params is None else params
         every_params = _one_each("sampling_params", params, SamplingParams, len(prompts))
         priorities = _one_each("priority", 0 if priority is None else priority, int, len(prompts))
         jobs = [
@@ -298,10 +315,11 @@ class LLM:
     def _follow(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Delta]]:
         """Submits jobs and yields their deltas until all are finished; leaving early aborts the rest."""
         news: SimpleQueue[tuple[Job, Update]] = SimpleQueue()
-        unfinished = {job.submission.id: job for job in jobs}
+        unfinished = dict[str, Job]()
         try:
             for job in jobs:
                 self._requests.submit(job, lambda job, update: news.put((job, update)))
+                unfinished[job.submission.id] = job
             while unfinished:
                 job, update = news.get()
                 delta = self._requests.apply(job, update)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from penstock.assemble import Assembled, build_engine
 from penstock.core.service import Update
 from penstock.llm.embedding import VectorJob, Vectors
-from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt
+from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt, refuse_prompt_logprobs
 from penstock.llm.searches import beams_of, samples_of
 from penstock.search import (
     BeamSearchParams,
@@ -68,6 +68,15 @@ class AsyncLLM:
             lambda: self._requests.tokenize(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special),
         )
 
+    async def compile(self, params: SamplingParams) -> None:
+        """Compiles the grammar that ``params`` ask for, beside the event loop, so that it is known when it is needed.
+
+        Raises:
+            InvalidRequest: unsupported_schema, invalid_regex, invalid_grammar.
+        """
+        if params.structured_outputs is not None:
+            await asyncio.to_thread(self.engine.grammars().compile, params.structured_outputs)
+
     async def tokenize_chat(self, messages: Sequence[Message], **options: Any) -> TokensPrompt:
         """A conversation as the model reads it; ``options`` are those of ``text.ChatTemplate.apply``.
 
@@ -90,6 +99,8 @@ class AsyncLLM:
         Raises:
             PenstockError: the request was refused (before the first delta) or failed.
         """
+        if sampling_params is not None:
+            refuse_prompt_logprobs(sampling_params)
         async with aclosing(self._follow(prompt, sampling_params, request_id, priority)) as news:
             async for _, delta in news:
                 yield delta
@@ -126,7 +137,12 @@ class AsyncLLM:
         """As ``LLM.best_of``. ``by`` is called in the event loop."""
         name = request_id or secrets.token_hex(8)
         tokenized = await self.tokenize(prompt)
-        return await self._search(samples_of(self._requests, tokenized, sampling_params, by, name, priority))
+        search = await _beside_the_loop(
+            tokenized,
+            lambda: samples_of(self._requests, tokenized, sampling_params, by, name, priority),
+            sampling_params,
+        )
+        return await self._search(search)
 
     async def self_consistency(
         self,
@@ -184,6 +200,8 @@ class AsyncLLM:
         self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, priority: int
     ) -> AsyncGenerator[tuple[Job, Delta], None]:
         name = request_id or secrets.token_hex(8)
+        if isinstance(params, SamplingParams):
+            await self.compile(params)
         job = await _beside_the_loop(
             prompt,
             lambda: self._requests.job(
@@ -192,6 +210,7 @@ class AsyncLLM:
                 request_id=name,
                 priority=priority,
             ),
+            params,
         )
         mailbox, news = self._current_mailbox(), asyncio.Queue[Update]()
         self._requests.submit(job, lambda _, update: mailbox.post(news, update))
@@ -227,10 +246,11 @@ class AsyncLLM:
     async def _collect(self, jobs: Iterable[VectorJob]) -> None:
         """Submits jobs and waits for all of them."""
         mailbox, news = self._current_mailbox(), asyncio.Queue[Update]()
-        service, unfinished = self.engine.service, {job.submission.id: job for job in jobs}
+        service, unfinished = self.engine.service, dict[str, VectorJob]()
         try:
-            for job in unfinished.values():
+            for job in dict.fromkeys(jobs):
                 service.submit(job.submission, lambda update: mailbox.post(news, update))
+                unfinished[job.submission.id] = job
             while unfinished:
                 if (update := await news.get()).finish_reason:
                     unfinished.pop(update.id).update = update
@@ -239,13 +259,14 @@ class AsyncLLM:
                 service.abort(id)
 
 
-async def _beside_the_loop(prompt: Prompt, work: Callable[[], T]) -> T:
-    """On a thread of its own if the prompt is so long that the work would hold up the event loop for a millisecond."""
+async def _beside_the_loop(prompt: Prompt, work: Callable[[], T], params: SamplingParams | None = None) -> T:
+    """On a thread of its own if it would hold up the event loop for a millisecond: for a long prompt, or a grammar."""
     content: Any = prompt
     if isinstance(prompt, Mapping):
         content = prompt.get("prompt_token_ids") or prompt.get("prompt")
     size = len(content) if isinstance(content, Sized) else 0
-    return work() if size < 2_000 else await asyncio.to_thread(work)
+    compiles = getattr(params, "structured_outputs", None) is not None
+    return await asyncio.to_thread(work) if compiles or size >= 2_000 else work()
 
 
 LINGER = 0.001

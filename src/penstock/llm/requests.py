@@ -154,8 +154,8 @@ class Requests:
     def job(
         self, prompt: TokensPrompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
     ) -> Job:
-        """Raises InvalidRequest: invalid_parameter, cannot_generate, no_thinking_tags, what ``Grammars.compile`` raises
-        for structured outputs, and what ``submission`` raises."""
+        """Raises InvalidRequest: invalid_parameter, unsupported_parameter, cannot_generate, no_thinking_tags, what
+        ``Grammars.compile`` raises for structured outputs, and what ``submission`` raises."""
         if not isinstance(params, SamplingParams):
             raise wrong_type("sampling_params", params, "SamplingParams")
         if not self.engine.generates:
@@ -172,7 +172,14 @@ class Requests:
         return Job(submission, prompt.get("prompt"), self.engine.tokenizer, held=grammar)
 
     def _resolved(self, params: SamplingParams) -> SamplingParams:
-        """Raises InvalidRequest: invalid_parameter, unknown_logits_rule."""
+        """Raises InvalidRequest: invalid_parameter, unknown_logits_rule, unsupported_parameter."""
+        if params.structured_outputs is not None and params.thinking_budget is not None:
+            raise InvalidRequest(
+                "unsupported_parameter",
+                "thinking_budget together with structured_outputs is not in this build yet",
+                why="the form would have to hold for the thoughts as well",
+                fix="leave one of them out",
+            )
         known = [name for name, _, _ in rule_places(self.engine.config.logits_rule)]
         for name in params.logits_rules or ():
             if name not in known:
@@ -263,6 +270,13 @@ def wrong_type(name: str, value: object, wanted: str) -> InvalidRequest:
     return InvalidRequest(
         "invalid_parameter", f"{name} = {repr(value)[:60]} cannot be used", why=f"it must be {wanted}"
     )
+
+
+def refuse_prompt_logprobs(params: SamplingParams) -> None:
+    """Raises InvalidRequest: unsupported_parameter, where the answer has no place for them."""
+    if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
+        what = "prompt_logprobs have no place in a stream or a search"
+        raise InvalidRequest("unsupported_parameter", what, fix="ask for them with generate")
 
 
 def not_a_prompt(prompt: object) -> InvalidRequest:

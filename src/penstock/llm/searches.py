@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 
 from penstock.core.service import Update
-from penstock.llm.requests import Requests, TokensPrompt, wrong_type
+from penstock.llm.requests import Requests, TokensPrompt, refuse_prompt_logprobs, wrong_type
 from penstock.search import BeamSearchParams, Scorer, Search, SearchOutput, SearchRun, beam_search, best_of, step_params
 from penstock.spec import SamplingParams
 from penstock.text import Tokenizer
@@ -38,13 +38,22 @@ def samples_of(
     request_id: str | None = None,
     priority: int = 0,
 ) -> Search:
-    """Best of ``params.n``. Raises InvalidRequest as ``Requests.job``."""
+    """Best of ``params.n``. Raises InvalidRequest as ``Requests.job``; unsupported_parameter."""
+    if not callable(scorer):
+        raise wrong_type("by", scorer, "a function of a prompt and its candidates")
+    refuse_prompt_logprobs(params)
     job = requests.job(prompt, params, request_id=request_id, priority=priority)
     return best_of(job.submission, scorer, _text_of(prompt, requests.engine.tokenizer))
 
 
 def run_searches(requests: Requests, searches: Sequence[Search], limit: int | None = None) -> list[SearchOutput]:
-    """Runs searches side by side, at most ``limit`` at a time, and waits for all. The first error ends them all."""
+    """Runs searches side by side, at most ``limit`` at a time, and waits for all. The first error ends them all.
+
+    Raises:
+        InvalidRequest: (invalid_parameter) the limit is no positive integer; what the searches raise.
+    """
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise wrong_type("concurrency_limit", limit, "a positive integer")
     news: SimpleQueue[tuple[SearchRun, Update]] = SimpleQueue()
 
     def make(search: Search) -> SearchRun:

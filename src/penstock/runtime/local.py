@@ -73,16 +73,21 @@ class LocalExecutor:
         # Not a ThreadPoolExecutor: the interpreter shuts those down before it lets a running engine close.
         while work := self._steps.get():
             plan, step = work
-            step.set_result(self._launch(plan))
+            try:
+                step.set_result(self._launch(plan))
+            except BaseException as error:  # or who waits for the step would wait for ever
+                step.set_exception(error)
 
     def _launch(self, plan: StepPlan) -> Launched:
         try:
             return self.runner.launch(plan)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of compiled code is no Exception, and must end no thread
             return step_failed(plan.number, error)
 
 
-def step_failed(number: int, error: Exception) -> StepFailed:
+def step_failed(number: int, error: BaseException) -> StepFailed:
     log.error("step %d failed", number, exc_info=error)
     if isinstance(error, PenstockError):
         why = str(error)

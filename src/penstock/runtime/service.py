@@ -73,7 +73,7 @@ class LocalService:
                 self._engine.launch(time.monotonic())
                 self._engine.land()
             error = EngineError("engine_closed", "The engine was closed while the request ran")
-        except Exception as cause:
+        except BaseException as cause:  # whatever it is, nobody may wait for ever
             log.exception("the engine loop ended by a fault of its own")
             error = self._fault = EngineError(
                 "engine_dead",

@@ -52,12 +52,33 @@ class FunctionRule:
         self.output.append(int(token_1))
 
 
+class OwnRule:
+    """A LogitsRule that somebody brought. What it raises when it learns a token comes out at the next draw."""
+
+    def __init__(self, name: str, rule: Any) -> None:
+        self.name, self.rule = name, rule
+        self._error: PenstockError | None = None
+
+    def apply(self, logits_V: Tensor, length: int) -> None:
+        if self._error is not None:
+            raise self._error
+        with _blaming(self.name):
+            self.rule.apply(logits_V, length)
+
+    def append(self, token_1: Tensor) -> None:
+        try:
+            with _blaming(self.name):
+                self.rule.append(token_1.clone())  # others read it too
+        except PenstockError as error:
+            self._error = error
+
+
 def made_by(name: str, factory: RuleFactory, arguments: Any, request: NewRequest) -> Any:
     """The LogitsRule a factory makes for a request. Raises EngineError(logits_rule_failed)."""
     with _blaming(name):
         made = factory(arguments, request)
         if hasattr(made, "apply") and hasattr(made, "append"):
-            return made
+            return OwnRule(name, made)
         if not callable(made):
             raise TypeError(f"its factory must return a function or a LogitsRule, not {_shown(made)}")
         return FunctionRule(name, made, request)
@@ -75,12 +96,12 @@ def _takes_prompt(function: RowFunction) -> bool:
 
 @contextmanager
 def _blaming(name: str) -> Iterator[None]:
-    """Whatever a person's code raises becomes one error that names it."""
+    """Whatever a person's code raises becomes one error that names it; also SystemExit, which would end the engine."""
     try:
         yield
     except PenstockError:
         raise
-    except Exception as error:
+    except BaseException as error:
         why = f"{type(error).__name__}: {error}"[:300]
         fix = "correct the rule, or leave it out"
         raise EngineError("logits_rule_failed", f"The logits rule {name} failed", why=why, fix=fix) from error

@@ -18,8 +18,9 @@ from penstock.sampling.rules import LogitsRule, RuleKit, VettingRule, make_rules
 
 Ints = npt.NDArray[np.int64]
 
-NUMERICAL, MASKED, FAILED = -1, -2, -3
-"""In place of a token: the model's logits were not finite; the request's rules left no token; a rule raised."""
+NUMERICAL, MASKED, FAILED, UNSOUND = -1, -2, -3, -4
+"""In place of a token: the model's logits were not finite; the request's rules left no token; a rule raised; rules made
+a logit NaN or infinite."""
 
 RANDOM, LIMITED, ORDERED, TYPICAL = 1, 2, 4, 8
 """What a request's draw takes, added up: noise; min_p; top_k or top_p; typical_p. 0 is greedy."""
@@ -31,7 +32,7 @@ class Drawn:
 
     Attributes:
         tokens_R: int64, drawn tokens; 0 where there is none.
-        codes_R: int64, drawn tokens; NUMERICAL, MASKED or FAILED where there is none.
+        codes_R: int64, drawn tokens; NUMERICAL, MASKED, FAILED or UNSOUND where there is none.
         logprobs: of the rows that asked.
         errors: why rows are FAILED.
     """
@@ -100,6 +101,8 @@ class Sampler:
             errors = self._apply_rules(logits_RV, ruled.tolist(), rows, positions)
             maxima_RB[self._put(ruled)] = blocks.maxima(logits_RV[self._put(ruled)])
         codes_R = self._choose(logits_RV, maxima_RB, rows, positions)
+        if ruled.size:
+            codes_R.masked_fill_(~(maxima_RB.amax(dim=1) < torch.inf), UNSOUND)
         for r in ruled.tolist():
             if r not in errors:
                 self._vet(logits_RV, codes_R, r, rows, positions)
@@ -187,7 +190,14 @@ def draw_error(code: int, position: int) -> PenstockError:
             "no_token_left",
             "The request's rules forbid every token",
             why=f"all logits are -inf at position {position}",
-            fix="loosen what forbids tokens: allowed_token_ids, bad_words, min_tokens, logit_bias or a rule",
+            fix="loosen what forbids tokens: structured_outputs, allowed_token_ids, bad_words, min_tokens or a rule",
+        )
+    if code == UNSOUND:
+        return EngineError(
+            "logits_rule_failed",
+            "The request's rules spoilt its logits",
+            why=f"NaN or infinity at position {position}, where the model had none",
+            fix="correct the custom rule, or use a milder penalty",
         )
     return EngineError(
         "numerical_error",

@@ -30,10 +30,18 @@ class Majority:
 
     Args:
         extract: a function, or a regular expression whose last match is the answer, or its first group if it has one.
+
+    Raises:
+        InvalidRequest: (invalid_parameter) it is neither.
     """
 
     def __init__(self, extract: Extract | str | re.Pattern[str]) -> None:
-        self.extract = extract if callable(extract) else _last_match(re.compile(extract))
+        try:
+            self.extract = extract if callable(extract) else _last_match(re.compile(extract))
+        except (re.error, TypeError) as error:
+            what = f"extract = {repr(extract)[:60]} cannot be used"
+            fix = "give a function of a text, or a regular expression"
+            raise InvalidRequest("invalid_parameter", what, why=str(error), fix=fix) from None
 
     def __call__(self, prompt: str | None, candidates: Sequence[CompletionOutput]) -> list[float]:
         answers = [self.extract(candidate.text) for candidate in candidates]
@@ -67,7 +75,12 @@ def best_of(request: Submission, scorer: Scorer = mean_logprob, prompt: str | No
     if request.params.logprobs is None:
         request = replace(request, params=replace(request.params, logprobs=0))
     (candidates,) = yield [request]
-    scores = [float(score) for score in scorer(prompt, candidates)]
+    given = scorer(prompt, candidates)
+    try:
+        scores = [float(score) for score in given]
+    except (TypeError, ValueError) as error:
+        what = f"The scorer gave {repr(given)[:60]}"
+        raise InvalidRequest("invalid_score", what, why=str(error), fix="return a number for each candidate") from None
     if len(scores) != len(candidates):
         what = f"The scorer gave {len(scores)} scores for {len(candidates)} candidates"
         raise InvalidRequest("invalid_score", what, fix="return one for each")

@@ -140,10 +140,13 @@ class SearchRun:
 
     def _submit(self, submissions: Round) -> None:
         self._round = {submission.id: self._samples(submission) for submission in submissions}
+        started = set[str]()
         try:
             for submission in submissions:
                 self._service.submit(submission, self._sink)
+                started.add(submission.id)
         except Exception:
+            self._round = {id: samples for id, samples in self._round.items() if id in started}  # others' run on
             self.cancel()
             raise
 

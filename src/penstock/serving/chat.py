@@ -33,6 +33,7 @@ class ChatTask:
     async def prepare(cls, request: ChatRequest, context: Context) -> ChatTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
         params = request.sampling_params()
+        await context.llm.compile(params)
         prompt = await context.llm.tokenize_chat(messages_of(request))
         identifier = f"chatcmpl-{uuid.uuid4().hex}"
         return cls(request, Generation(context, identifier, [prompt], params, request.priority or 0))

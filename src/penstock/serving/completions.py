@@ -27,6 +27,7 @@ class CompletionTask:
     async def prepare(cls, request: CompletionRequest, context: Context) -> CompletionTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
         params = request.sampling_params()
+        await context.llm.compile(params)
         if request.echo and request.logprobs is not None:
             raise unsupported("echo", what="echo together with logprobs is not supported by this server")
         if request.best_of is not None and request.best_of != params.n:

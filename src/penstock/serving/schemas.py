@@ -14,6 +14,7 @@ from msgspec import Meta
 from penstock.core.service import MAX_PRIORITY
 from penstock.serving.errors import HTTPError, unsupported
 from penstock.serving.limits import MAX_MESSAGES, MAX_MODEL_NAME, MAX_PROMPTS
+from penstock.serving.structured import wanted_form
 from penstock.spec import FinishReason, SamplingParams
 from penstock.spec.sampling import MAX_STOP_IDS, MAX_STOP_LENGTH
 
@@ -37,9 +38,15 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: list[str] | None = None
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
     stop: Stop | list[Stop] | None = None
@@ -49,6 +56,18 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    logits_rules: dict[str, Any] | None = None
+    thinking_budget: int | None = None
+    thinking_start: str | list[int] | None = None
+    thinking_end: str | list[int] | None = None
+    thinking_close: str | list[int] | None = None
+    thinking_soft: float | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     priority: Priority | None = None
     add_special_tokens: bool | None = None
 
@@ -143,14 +162,19 @@ def _contradiction(field: str, needed: str) -> HTTPError:
 
 
 _SHARED = (
-    "n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty logit_bias seed stop "
-    "stop_token_ids min_tokens ignore_eos skip_special_tokens include_stop_str_in_output"
+    "n temperature top_p top_k min_p typical_p repetition_penalty presence_penalty frequency_penalty logit_bias seed "
+    "dry_multiplier dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers stop stop_token_ids "
+    "min_tokens ignore_eos skip_special_tokens include_stop_str_in_output logits_rules "
+    "thinking_budget thinking_start thinking_end thinking_close thinking_soft"
 ).split()
+
+_FORMS = "response_format structured_outputs guided_json guided_regex guided_choice guided_grammar".split()
 
 
 def _params(request: GenerationRequest, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     given = {name: value for name in _SHARED if (value := getattr(request, name)) is not None}
-    return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+    form = wanted_form({name: getattr(request, name) for name in _FORMS})
+    return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=form)
 
 
 _HARMLESS: dict[str, tuple[object, ...]] = {
@@ -158,15 +182,9 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "truncate_prompt_tokens": (),

@@ -50,7 +50,7 @@ class EngineConfig:
             if wrong := _wrong_type(value, _kinds()[option.name]):
                 raise _invalid(option.name, value, wrong)
             if low is not None and value is not None and not low <= value <= high:
-                raise _invalid(option.name, value, f"it must be from {low:g} to {high:g}")
+                raise _invalid(option.name, value, f"it must be from {low:.12g} to {high:.12g}")
 
 
 @cache

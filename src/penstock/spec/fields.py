@@ -39,7 +39,7 @@ class Fields:
         if value is None:
             raise self._missing(name)
         if type(value) not in (int, float) or not low < value <= high:  # NaN fails too
-            raise bad_config(self._prefix + name, value, f"it must be a number in ({low:g}, {high:g}]")
+            raise bad_config(self._prefix + name, value, f"it must be a number in ({low:.12g}, {high:.12g}]")
         return float(value)
 
     def flag(self, name: str, *, default: bool) -> bool:
@@ -63,7 +63,7 @@ class Fields:
 def bad_config(name: str, value: object, why: str) -> ModelFormatError:
     return ModelFormatError(
         "config_invalid",
-        f"config.json has {name} = {str(value)[:80]!r}, which cannot be",
+        f"config.json has {name} = {repr(value)[:80]}, which cannot be",
         why=why,
         fix="take config.json from the model's own page",
     )

@@ -66,8 +66,8 @@ _FLAGS = (
 class SamplingParams:
     """How tokens are drawn and when a completion ends.
 
-    Rules apply in this order: grammar, ``allowed_token_ids``, ``bad_words``, ``min_tokens``, ``logit_bias``, custom
-    rules, penalties, DRY, ``temperature``, ``min_p``, ``top_k``, ``top_p``, ``typical_p``.
+    Rules apply in this order: ``allowed_token_ids``, ``bad_words``, ``min_tokens``, ``logit_bias``, custom rules,
+    penalties, DRY, the thinking budget, grammar, ``temperature``, ``min_p``, ``top_k``, ``top_p``, ``typical_p``.
 
     Attributes:
         n: completions per prompt; they share the prompt's KV blocks.

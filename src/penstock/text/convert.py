@@ -91,7 +91,7 @@ def _from_file(path: Path, config: Mapping[str, Any], added: Added) -> Converted
     except OSError:
         start = b""  # the reader says what is wrong
     add_bos = config.get("add_bos_token")
-    if start == b"GGUF":
+    if start == b"GGUF" or path.suffix == ".gguf":  # a damaged one is not to be taken for another kind
         return gguf_converted(GGUFFile(path).metadata)
     if not looks_like_sentencepiece(start):
         return ranks_backend(read_ranks(path), added, add_bos=add_bos if isinstance(add_bos, bool) else None)

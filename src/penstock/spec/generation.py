@@ -1,0 +1,44 @@
+"""The sampling parameters that a model's folder recommends, in generation_config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from penstock.base import InvalidRequest, ModelFormatError
+from penstock.formats import read_json_object
+from penstock.spec.sampling import SamplingParams
+
+RECOMMENDED = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} | {
+    "max_new_tokens": "max_tokens"
+}
+"""Keys of generation_config.json that are taken over, and the fields of SamplingParams they are, as in vLLM."""
+
+
+def read_recommended(folder: Path) -> dict[str, Any]:
+    """What a folder recommends, by the names of SamplingParams and not yet checked; empty if it does not say.
+
+    Raises:
+        ModelFormatError: json_invalid.
+    """
+    path = folder / "generation_config.json"
+    said = read_json_object(path) if path.exists() else {}
+    return {name: said[key] for key, name in RECOMMENDED.items() if said.get(key) is not None}
+
+
+def recommended_params(recommended: Mapping[str, Any]) -> SamplingParams:
+    """SamplingParams with what a folder recommends in place of their defaults.
+
+    Raises:
+        ModelFormatError: (generation_config_invalid) one of them cannot be used.
+    """
+    try:
+        return SamplingParams(**recommended)
+    except InvalidRequest as error:
+        raise ModelFormatError(
+            "generation_config_invalid",
+            f"generation_config.json recommends what cannot be: {error.what}",
+            why=error.why,
+            fix='correct the file, or pass it over with generation_config="vllm"',
+        ) from None
