@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -14,15 +14,18 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from penstock.base import InvalidRequest
-from penstock.grammar.grammar import Grammar
+from penstock.grammar.grammar import BYTES, Grammar
 from penstock.grammar.matcher import Matcher
-from penstock.grammar.schema import hints, readings
+from penstock.grammar.schema import hints, patterns, property_names, readings
 from penstock.grammar.tokens import TokenTable
 from penstock.grammar.validation import InstanceCheck
 from penstock.spec import StructuredOutputs
 
 CACHED = 64
 """Grammars kept although no request is using them, the most recently used ones."""
+
+MAX_PATTERNS = 40
+"""Patterns of a schema for which a match is looked for."""
 
 
 class Grammars:
@@ -101,11 +104,12 @@ def _source(wanted: StructuredOutputs) -> tuple[str, str, str]:
 
 def _from_schema(schema: Any, table: TokenTable, *, compact: bool) -> Grammar:
     errors: list[str] = []
-    values = hints(schema)
+    names = property_names(schema)
+    values = (*_pattern_words(schema), *hints(schema))
     for source, exact in readings(schema, compact=compact):
         try:
             check = None if exact else InstanceCheck(schema)
-            grammar = Grammar(source, table, check, is_json=True, hints=values)
+            grammar = Grammar(source, table, check, is_json=True, hints=values, names=names)
         except ValueError as error:
             errors.append(_brief(error))
             continue
@@ -119,6 +123,18 @@ def _from_schema(schema: Any, table: TokenTable, *, compact: bool) -> Grammar:
         why=errors[-1],
         fix="simplify the named part, or check that any JSON can satisfy it",
     )
+
+
+def _pattern_words(schema: Any) -> Iterator[bytes]:
+    """For each pattern a text that is nothing but a match of it, which chance would not find."""
+    for pattern in patterns(schema)[:MAX_PATTERNS]:
+        anchored = {"type": "string", "pattern": f"^(?:{pattern})$"}
+        try:
+            word = Grammar(next(readings(anchored, compact=True)).grammar, BYTES, is_json=True).closing
+        except ValueError:
+            continue
+        if word is not None:
+            yield word
 
 
 def _brief(error: Exception) -> str:

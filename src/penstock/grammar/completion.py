@@ -30,6 +30,10 @@ MAX_STEPS = 1500
 """Steps of matchers that one search may take: some 20 ms."""
 WIDTH, BRANCHES = 6, 24
 """States that the second search keeps, and bytes it tries from each."""
+BROAD_TURN = 4
+"""When the second search has its turn."""
+GIVE_UP = 300
+"""Steps with the same choice after which a way is going nowhere."""
 MAX_OPENINGS = 8
 """First bytes that are tried beside the best one."""
 
@@ -80,17 +84,18 @@ def completions(
 
     Args:
         steps: how many to spend; when the likely ones have been tried, on ways at random, the same ones each time.
-        hints: JSON values that a valid text may hold, to be tried on those ways.
+        hints: JSON values that a valid text may hold, the likelier ones first, to be tried on those ways.
     """
     found, meter = set[bytes](), _Meter(steps)
     openings = _openings(matcher, lexer, is_json)
-    for seed in count():
-        opening = next(openings, b"")
-        wander = _Wander(Random(seed), hints) if seed > 0 and not opening else None
+    for turn in count():
+        # The best way; then, in turn, ways with hints and other first bytes; then hints alone, for as long as it takes.
+        opening = b"" if turn == 0 or turn % 2 else next(openings, b"")
+        wander = _Wander(Random(turn), hints) if turn > 0 and not opening else None
         opened = matcher.deep_copy()
         if opened.consume_tokens(list(opening)):
             rest = _dive(_State(opened, opening, scan(lexer, opening)), is_json, meter, wander)
-            if rest is None and seed == 0:
+            if rest is None and turn == BROAD_TURN:
                 rest = _broad(_State(matcher, b"", lexer), is_json, meter)
             if rest is not None and rest not in found:
                 found.add(rest)
@@ -99,15 +104,7 @@ def completions(
             return
 
 
-def shortest(matcher: LLMatcher, lexer: Lexer, *, is_json: bool) -> bytes | None:
-    """One short completion."""
-    meter = _Meter(2 * MAX_STEPS)
-    found = _dive(_State(matcher.deep_copy(), b"", lexer), is_json, meter)
-    return found if found is not None else _broad(_State(matcher, b"", lexer), is_json, meter)
-
-
 def _openings(matcher: LLMatcher, lexer: Lexer, is_json: bool) -> Iterator[bytes]:
-    yield b""
     order = _ranked(bits(matcher), 0, lexer, is_json, {})
     yield from (bytes([byte]) for byte in order[:MAX_OPENINGS])
     if lexer[0]:  # inside a string: a letter or a digit makes it another one
@@ -121,8 +118,9 @@ class _Wander(NamedTuple):
     hints: Sequence[bytes]
 
     def step(self, state: _State, ranked: list[int]) -> bytes:
-        if not state.lexer[0] and self.hints and self.random.random() < 0.5:
-            hint = self.random.choice(self.hints)
+        if self.hints and not state.lexer[1] and self.random.random() < 0.5:
+            hint = self.hints[int(len(self.hints) * self.random.random() ** 3)]
+            hint = hint[1:] if state.lexer[0] and hint.startswith(b'"') else hint
             if state.matcher.validate_tokens(list(hint)) == len(hint):
                 return hint
         return bytes([next((byte for byte in ranked if self.random.random() < 0.5), ranked[0])])
@@ -131,6 +129,7 @@ class _Wander(NamedTuple):
 def _dive(state: _State, is_json: bool, meter: _Meter, wander: _Wander | None = None) -> bytes | None:
     """Always the best byte, or one at random; goes back over none."""
     used: dict[int, int] = {}
+    same = 0
     meter.left -= 1
     for _ in range(MAX_STEPS):
         meter.left -= 1
@@ -140,7 +139,8 @@ def _dive(state: _State, is_json: bool, meter: _Meter, wander: _Wander | None = 
         if not step:
             choice = bits(state.matcher)
             ranked = _ranked(choice, state.before, state.lexer, is_json, used)
-            if not ranked:
+            same = same + 1 if choice == state.before else 0
+            if not ranked or same > GIVE_UP:
                 return None
             step = bytes([ranked[0]]) if wander is None else wander.step(state, ranked)
             state.before = choice

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llguidance import LLMatcher
 
-MAX_STEPS = 1500
+MAX_STEPS = 3_000
 """Attempts to write some part of a value."""
 
 
@@ -16,22 +16,27 @@ class _Enough(Exception):
     """Too many orders were tried."""
 
 
-def written(matcher: LLMatcher, value: Any) -> Iterator[LLMatcher]:
-    """Matchers that have read the value, each in another order of names; the given order first."""
-    try:
-        yield from _Writer().value(matcher, value)
-    except (_Enough, RecursionError):
-        return
+def written(matcher: LLMatcher, value: Any, names: Sequence[str]) -> Iterator[LLMatcher]:
+    """Matchers that have read the value, each in another order of names: first the given order and what is near it,
+    then that of ``names``, with all others at the end.
+    """
+    for order in ((), names):
+        try:
+            yield from _Writer({name: place for place, name in enumerate(order)}).value(matcher, value)
+        except (_Enough, RecursionError):
+            continue
 
 
 class _Writer:
-    def __init__(self) -> None:
-        self.steps = 0
+    def __init__(self, places: Mapping[str, int]) -> None:
+        self.places, self.steps = places, 0
 
     def value(self, matcher: LLMatcher, value: Any) -> Iterator[LLMatcher]:
         if isinstance(value, dict) and value:
             for opened in self._read(matcher, "{"):
-                yield from self._members(opened, value, list(value))
+                yield from self._members(
+                    opened, value, sorted(value, key=lambda name: self.places.get(name, len(self.places)))
+                )
         elif isinstance(value, list) and value:
             for opened in self._read(matcher, "["):
                 yield from self._items(opened, value, 0)

@@ -68,10 +68,9 @@ def readings(schema: Schema, *, compact: bool) -> Iterator[Reading]:
         schema = {} if schema else {"not": {}}
     plain = rewrite(schema, _Same(old_refs=_old_dialect(schema)).rewrite)
     yield Reading(_grammar(plain, compact, wider=False), exact=True)
-    for wider in (_wider_patterns, _without_overlaps, _bare_refs):
-        yield Reading(_grammar(plain, compact, wider=True), exact=False)
+    for wider in (_uncounted, _wider_patterns, _without_overlaps, _bare_refs):
         plain = rewrite(plain, wider)
-    yield Reading(_grammar(plain, compact, wider=True), exact=False)
+        yield Reading(_grammar(plain, compact, wider=True), exact=False)
 
 
 def hints(schema: Schema) -> tuple[bytes, ...]:
@@ -93,6 +92,35 @@ def hints(schema: Schema) -> tuple[bytes, ...]:
         elif isinstance(part, list) and len(text := json.dumps(part)) <= MAX_HINT:
             found[text.encode()] = None
     return tuple(found)
+
+
+def patterns(schema: Schema) -> list[str]:
+    """All regular expressions in a schema."""
+    parts = _parts(schema)
+    single = [part["pattern"] for part in parts if isinstance(part.get("pattern"), str)]
+    return list(dict.fromkeys([*single, *(name for part in parts for name in _names(part, "patternProperties"))]))
+
+
+def property_names(schema: Schema) -> list[str]:
+    """All names of properties, in the order of the schema."""
+    return list(dict.fromkeys(name for part in _parts(schema) for name in _names(part, "properties")))
+
+
+def _parts(schema: Schema) -> list[dict[str, Any]]:
+    """Every schema in a schema."""
+    parts: list[dict[str, Any]] = []
+
+    def collect(part: dict[str, Any], root: bool) -> dict[str, Any]:
+        parts.append(part)
+        return part
+
+    rewrite(schema, collect)
+    return parts
+
+
+def _names(schema: Mapping[str, Any], keyword: str) -> Iterator[str]:
+    named = schema.get(keyword)
+    return iter(named if isinstance(named, Mapping) else ())
 
 
 def _grammar(schema: Schema, compact: bool, *, wider: bool) -> str:
@@ -132,7 +160,7 @@ class _Same:
         if not root and isinstance(schema.get("$schema"), str):
             del schema["$schema"]
         form = schema.get("format")
-        if isinstance(form, str) and not _known_format(form):
+        if isinstance(form, str) and not known_format(form):
             del schema["format"]
         for name in ("minimum", "maximum"):
             _exclusive_number(schema, name)
@@ -154,6 +182,15 @@ def _exclusive_number(schema: dict[str, Any], name: str) -> None:
     exclusive = "exclusive" + name.capitalize()
     if isinstance(schema.get(exclusive), bool) and schema.pop(exclusive) and name in schema:
         schema[exclusive] = schema.pop(name)
+
+
+def _uncounted(schema: dict[str, Any], root: bool) -> dict[str, Any]:
+    """llguidance cannot count properties if some of those listed may be missing; told to go on, it miscounts."""
+    listed, required = schema.get("properties"), schema.get("required")
+    if isinstance(listed, Mapping) and not set(listed).issubset(required if isinstance(required, list) else ()):
+        schema.pop("minProperties", None)
+        schema.pop("maxProperties", None)
+    return schema
 
 
 def _wider_patterns(schema: dict[str, Any], root: bool) -> dict[str, Any]:
@@ -185,6 +222,7 @@ def _old_dialect(schema: Schema) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _known_format(name: str) -> bool:
+def known_format(name: str) -> bool:
+    """Whether the grammar engine has a grammar for a ``format``."""
     grammar = LLMatcher.grammar_from_json_schema({"type": "string", "format": name})
     return not LLMatcher.validate_grammar(grammar)

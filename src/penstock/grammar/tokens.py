@@ -13,6 +13,16 @@ NO_TEXT = b"\xff"
 BYTE_END = 256
 """End of sequence in the vocabulary of single bytes."""
 
+LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=1_000_000,  # building the lexer: about 20 ms
+    step_lexer_fuel=200_000,  # a step: about 15 ms
+    step_max_items=50_000,
+    max_lexer_states=50_000,  # 1 to 2 kB each
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+"""What one grammar may take of time and memory; all else is an error of that grammar."""
+
 
 class TokenTable:
     """The tokens of a model, or single bytes.

@@ -20,8 +20,8 @@ from llguidance import LLMatcher, LLTokenizer
 from referencing.exceptions import Unresolvable
 
 from penstock.grammar.patterns import lookaheads
-from penstock.grammar.schema import rewrite
-from penstock.grammar.tokens import TokenTable
+from penstock.grammar.schema import known_format, rewrite
+from penstock.grammar.tokens import LIMITS, TokenTable
 
 MAX_STEPS = 50_000
 """Keywords that one validation may look at: about a tenth of a second."""
@@ -34,7 +34,8 @@ class _TooLong(Exception):
 
 
 class InstanceCheck:
-    """Says whether texts are instances of a schema. Formats are not asserted.
+    """Says whether texts are instances of a schema. Formats are asserted where the grammar engine knows them, as in
+    grammars.
 
     Args:
         schema: parsed; the dialect is that of its ``$schema``, 2020-12 without one.
@@ -115,7 +116,18 @@ def _additional_properties(validator: Any, rest: Any, instance: Any, schema: Any
                 yield from validator.descend(value, rest, path=name)
 
 
+def _format(validator: Any, name: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    if (
+        isinstance(instance, str)
+        and isinstance(name, str)
+        and known_format(name)
+        and not _fits("format", name, instance)
+    ):
+        yield ValidationError(f"{instance!r} is no {name}")
+
+
 _LINEAR: dict[str, Keyword] = {
+    "format": _format,
     "pattern": _pattern,
     "patternProperties": _pattern_properties,
     "additionalProperties": _additional_properties,
@@ -129,21 +141,25 @@ def _found(pattern: str, text: str) -> bool:
         ValueError: the grammar engine does not support the pattern.
     """
     needed, forbidden, rest = lookaheads(pattern)
-    wanted = all(_matches(part, text) for part in (*needed, rest))
-    return wanted and not any(_matches(part, text) for part in forbidden)
+    wanted = all(_fits("pattern", part, text) for part in (*needed, rest))
+    return wanted and not any(_fits("pattern", part, text) for part in forbidden)
 
 
-def _matches(pattern: str, text: str) -> bool:
-    matcher = _matcher(pattern).deep_copy()
-    return matcher.consume_tokens(list(json.dumps(text, ensure_ascii=False).encode())) and matcher.is_accepting()
+def _fits(keyword: str, value: str, text: str) -> bool:
+    matcher = _matcher(keyword, value).deep_copy()
+    return (
+        matcher.consume_tokens(list(json.dumps(text, ensure_ascii=False).encode(errors="replace")))
+        and matcher.is_accepting()
+    )
 
 
 @lru_cache(maxsize=256)
-def _matcher(pattern: str) -> LLMatcher:
-    grammar = LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern})
-    matcher = LLMatcher(_bytes(), grammar, log_level=0)
+def _matcher(keyword: str, value: str) -> LLMatcher:
+    matcher = LLMatcher(
+        _bytes(), LLMatcher.grammar_from_json_schema({"type": "string", keyword: value}), log_level=0, limits=LIMITS
+    )
     if matcher.is_error():
-        raise ValueError(f"pattern {pattern[:60]!r}: {matcher.get_error()[:200]}")
+        raise ValueError(f"{keyword} {value[:60]!r}: {matcher.get_error()[:200]}")
     return matcher
 
 
