@@ -149,8 +149,7 @@ def test_a_terminal(terminal: Terminal) -> None:
         shown = terminal.read_until(">>> ")
         assert "last answer: " in shown and "cached" in shown
         terminal.type("half a line")
-        terminal.interrupt()
-        assert "Ctrl-D or /exit" in terminal.read_until(">>> ")
+        assert "Ctrl-D or /exit" in terminal.interrupt_until(">>> ")
         terminal.type("/hepl\n")
         assert "code: unknown_command" in terminal.read_until(">>> ")
         terminal.type("/undo\n")
