@@ -40,14 +40,14 @@ clean:  ## remove the venv and every cache
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp is remade when the dependencies change. `run` installs only what serving needs.
-$(VENV)/.run $(VENV)/.test: pyproject.toml constraints.txt
+# A stamp is remade when the dependencies or the native sources change. `run` installs only what serving needs.
+$(VENV)/.run $(VENV)/.test: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Penstock needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "This Python cannot make a venv: sudo apt install python3-venv (or use another PYTHON=...)" >&2; exit 1; }
-	@echo "installing into $(VENV): a minute or two"
+	@echo "installing into $(VENV) and building the native kernels: two or three minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) hatchling editables
+	@$(PIP) scikit-build-core nanobind cmake ninja
 	@$(PIP) --no-build-isolation -e '.$(if $(filter %.test,$@),[test])'
 	@touch $@

@@ -48,8 +48,8 @@ class Assembled:
 
     Attributes:
         name: what clients call the model.
-        config: resolved: nothing in it is "auto" any more.
-        recommended: sampling parameters that the model's folder recommends, not yet checked.
+        config: resolved: nothing is left to be decided by the machine or the model.
+        recommended: sampling parameters that the model's folder recommends; empty where they are passed over.
         setup: the numbers that determine every decision; a recording starts with them.
         one_answer: whether the kernels keep the promise of docs/architecture.md, bit for bit.
         grammars: compiles structured outputs for this tokenizer; made when it is first called.
@@ -93,6 +93,7 @@ def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assemb
     tokenizer = load_tokenizer(folder, spec.vocab_size)
     chat = load_chat_template(folder, config.chat_template)
     pooling = read_pooling(folder, spec)
+    recommended = read_recommended(folder) if config.generation_config == "auto" else {}
     between = tokenizer.pair_frame()[1] if pooling.classifier else []
     grammars = cache(lambda: _grammars(tokenizer))
     loaded = load_executor(folder, config, tokenizer.vocabulary, between[0] if between else None, grammars)
@@ -104,7 +105,7 @@ def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assemb
         tokenizer=tokenizer,
         chat=chat,
         pooling=pooling,
-        recommended=read_recommended(folder),
+        recommended=recommended,
         setup=loaded.setup,
         executor=loaded.executor,
         service=LocalService(loaded.setup.scheduler(), loaded.executor, loaded.setup.depth, journal),
@@ -260,6 +261,16 @@ def find_model(model: str | None) -> Path:
         NotFound: (model_not_found) no such folder or hub id.
         Unavailable: (hub_unreachable) a hub id that is not in the cache, and no hub.
     """
+    place = locate(model)
+    if isinstance(place, Path):
+        return place
+    from penstock.hub import fetch
+
+    return fetch(place)
+
+
+def locate(model: str | None) -> Path | str:
+    """A folder of this machine, or a hub id. Raises NotFound: (model_not_found) it is neither."""
     if model in (None, BUNDLED_NAME):
         return BUNDLED
     assert model is not None
@@ -269,23 +280,24 @@ def find_model(model: str | None) -> Path:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         fix = "give a folder or a hub id such as org/name"
         raise NotFound("model_not_found", f"There is no model folder {model!r}", fix=fix)
-    from penstock.hub import fetch
-
-    return fetch(model)
+    return model
 
 
 def resolve_here(config: EngineConfig, spec: ModelSpec | EncoderSpec) -> EngineConfig:
     """``resolve`` for this machine."""
     import torch
 
+    from penstock.kernels import native
     from penstock.runtime.host import cpu_count
 
     cpus = min(cpu_count(), torch.get_num_threads())  # the latter knows OMP_NUM_THREADS
-    return resolve(config, spec, "cuda" if torch.cuda.is_available() else "cpu", cpus)
+    return resolve(config, spec, "cuda" if torch.cuda.is_available() else "cpu", cpus, native=native())
 
 
-def resolve(config: EngineConfig, spec: ModelSpec | EncoderSpec, accelerator: str, cpus: int) -> EngineConfig:
-    """Decides everything left open. ``accelerator`` is the best device there is.
+def resolve(
+    config: EngineConfig, spec: ModelSpec | EncoderSpec, accelerator: str, cpus: int, *, native: bool = False
+) -> EngineConfig:
+    """Decides everything left open. ``accelerator`` is the best device there is; ``native``: our CPU kernels are built.
 
     Raises:
         ConfigError: what was asked for cannot be had here.
@@ -306,6 +318,14 @@ def resolve(config: EngineConfig, spec: ModelSpec | EncoderSpec, accelerator: st
             why="torch finds no such device here",
             fix="use device = auto",
         )
+    backend = ("cpu" if native and device == "cpu" else "torch") if config.backend == "auto" else config.backend
+    if backend == "cpu" and device != "cpu":
+        raise ConfigError(
+            "backend_device",
+            f"backend = cpu cannot run on device = {device}",
+            why="its kernels are for the processor",
+            fix="use backend = auto, or device = cpu",
+        )
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
         raise ConfigError(
             "context_too_long",
@@ -318,7 +338,7 @@ def resolve(config: EngineConfig, spec: ModelSpec | EncoderSpec, accelerator: st
     return replace(
         config,
         device=cast(Literal["cpu", "cuda"], device),
-        backend="torch" if config.backend == "auto" else config.backend,
+        backend=backend,
         dtype=stored if config.dtype == "auto" else config.dtype,
         max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
         num_threads=config.num_threads or cpus,

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.kernels import Batch, GroupBatch, KVLayer, Ops, backends, make_ops
+from penstock.kernels import Batch, GroupBatch, KVLayer, Ops, backends, make_ops, native
 
 CPU = torch.device("cpu")
-PLACES = [(name, "cpu") for name in backends] + [("torch", "cuda")] * torch.cuda.is_available()
-EXACT = [name for name in backends if make_ops(name).one_answer]
+BACKENDS = [name for name in backends if name != "cpu" or native()]
+PLACES = [(name, "cpu") for name in BACKENDS] + [("torch", "cuda")] * torch.cuda.is_available()
+EXACT = [name for name in BACKENDS if make_ops(name).one_answer]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 EPS = 1e-5
@@ -50,6 +51,11 @@ def agree(ours: Tensor, ref: Tensor, dtype: torch.dtype) -> None:
     assert ours.shape == ref.shape and ours.dtype == ref.dtype
     distance = (ours.cpu().float() - ref.float()).abs().max()
     assert float(distance) <= TOLERANCE[dtype] * float(ref.abs().max()), float(distance / ref.abs().max())
+
+
+def packed(ops: Ops, *weights: Tensor | None) -> list[Tensor | None]:
+    """Matrices, and stacks of them, in copies as the backend reads them; vectors as they are."""
+    return [w if w is None or w.ndim < 2 else ops.pack(w.clone(memory_format=torch.contiguous_format)) for w in weights]
 
 
 def on(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsuite import DTYPES, EPS, EXACT, SHAPES, Place, Shape, agree
+from opsuite import BACKENDS, DTYPES, EPS, EXACT, SHAPES, Place, Shape, agree, packed
 from penstock.base import ConfigError
-from penstock.kernels import backends, make_ops, sum_segments
+from penstock.kernels import Ops, backends, make_ops, sum_segments
 
 Widths = list[tuple[int, ...]]
 
@@ -114,10 +114,10 @@ for _name, _gate in GATES.items():  # rows times 8, so that erf saturates and cl
         lambda x, w, b, gate=_gate: gate(*(8 * x @ w.T + b).chunk(2, -1)),
     )
     if _name != "swiglu_clamped":
-        ROW_OPS[f"linear_act {_name}"] = RowOp(
+        ROW_OPS[f"linear {_name}"] = RowOp(
             _hidden,
             _inner,
-            lambda ops, x, w, b, name=_name: ops.linear_act(8 * x, w, b, name),
+            lambda ops, x, w, b, name=_name: ops.linear(8 * x, w, b, 1, name),
             lambda x, w, b, gate=_gate: gate(8 * x @ w.T + b, torch.ones((), dtype=torch.float64)),
         )
 
@@ -127,12 +127,16 @@ def row_inputs(op: RowOp, shape: Shape, rows: int, dtype: torch.dtype) -> tuple[
     return x_TX, [(torch.randn(size) / size[-1] ** 0.5).to(dtype) for size in op.weights(shape)]
 
 
+def run(op: RowOp, ops: Ops, x_TX: Tensor, weights: list[Tensor]) -> Tensor:
+    return op.run(ops, x_TX, *packed(ops, *weights))
+
+
 @pytest.mark.parametrize("name", ROW_OPS)
 def test_ref_is_the_textbook(name: str, shape: Shape) -> None:
     op = ROW_OPS[name]
     x_TX, weights = row_inputs(op, shape, 5, torch.float32)
     textbook = op.textbook(x_TX.double(), *(w.double() for w in weights))
-    agree(op.run(make_ops("ref"), x_TX, *weights), textbook.float(), torch.float32)
+    agree(run(op, make_ops("ref"), x_TX, weights), textbook.float(), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,8 +144,8 @@ def test_ref_is_the_textbook(name: str, shape: Shape) -> None:
 def test_row_op(name: str, dtype: torch.dtype, shape: Shape, place: Place) -> None:
     (ops, device), op = place, ROW_OPS[name]
     x_TX, weights = row_inputs(op, shape, 5, dtype)
-    ref = op.run(make_ops("ref"), x_TX, *weights)
-    agree(op.run(ops, x_TX.to(device), *(w.to(device) for w in weights)), ref, dtype)
+    ref = run(op, make_ops("ref"), x_TX, weights)
+    agree(run(op, ops, x_TX.to(device), [w.to(device) for w in weights]), ref, dtype)
     assert ref.dtype == (torch.float32 if name == "logits" else dtype)
 
 
@@ -153,8 +157,8 @@ def test_many_rows_and_few(name: str, rows: int, place: Place, monkeypatch: pyte
     monkeypatch.setattr("penstock.kernels.torch.linear.LOGITS_AT_ONCE", 100)
     (ops, device), op = place, ROW_OPS[name]
     x_TX, weights = row_inputs(op, SHAPES["stories260k"], rows, torch.bfloat16)
-    ref = op.run(make_ops("ref"), x_TX, *weights)
-    agree(op.run(ops, x_TX.to(device), *(w.to(device) for w in weights)), ref, torch.bfloat16)
+    ref = run(op, make_ops("ref"), x_TX, weights)
+    agree(run(op, ops, x_TX.to(device), [w.to(device) for w in weights]), ref, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ROW_OPS)
@@ -163,7 +167,7 @@ def test_no_rows(name: str, place: Place) -> None:
     (ops, device), op = place, ROW_OPS[name]
     x_TX, weights = row_inputs(op, SHAPES["odd"], 2, torch.bfloat16)
     x_TX, weights = x_TX.to(device), [w.to(device) for w in weights]
-    some, none = op.run(ops, x_TX.clone(), *weights), op.run(ops, x_TX[:0], *weights)
+    some, none = run(op, ops, x_TX.clone(), weights), run(op, ops, x_TX[:0], weights)
     assert none.shape == (0, *some.shape[1:]) and none.dtype == some.dtype
 
 
@@ -174,15 +178,17 @@ def test_row_bits(name: str, backend: str, shape: Shape) -> None:
     ops, op, rng = make_ops(backend), ROW_OPS[name], random.Random(name)
     for dtype in (torch.float32, torch.bfloat16):
         x_TX, weights = row_inputs(op, shape, 12, dtype)
-        expected = op.run(ops, x_TX.clone(), *weights)
+        expected = run(op, ops, x_TX.clone(), weights)
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             for count in (1, 3, 8):
                 rows = rng.sample(range(12), count)
-                assert torch.equal(op.run(ops, x_TX[rows], *weights), expected[rows]), (dtype, threads, rows)
+                assert torch.equal(run(op, ops, x_TX[rows], weights), expected[rows]), (dtype, threads, rows)
 
 
-@pytest.mark.parametrize("name", [name for name in ROW_OPS if "gate_up" in name or "linear_act" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in ROW_OPS if name.removeprefix("gate_up ").removeprefix("linear ") in GATES]
+)
 def test_activations_know_no_place(name: str) -> None:
     """One number at every place of a vector, at every length of its tail: the same bits. Exp, tanh and erf may come
     as vector code with another code for the rest."""
@@ -190,7 +196,7 @@ def test_activations_know_no_place(name: str) -> None:
         ones = torch.full((1, 1), 0.37)
         weights = [torch.full((2 * width, 1), 0.81), torch.full((2 * width,), 0.11)]
         op = ROW_OPS[name]
-        out = op.run(make_ops("ref"), ones, *weights[: len(op.weights(SHAPES["odd"]))])
+        out = run(op, make_ops("ref"), ones, weights[: len(op.weights(SHAPES["odd"]))])
         assert (out == out[0, 0]).all(), width
 
 
@@ -200,14 +206,15 @@ def test_sum_tree_is_that_of_the_parallel_ranks(backend: str, shape: Shape) -> N
     two ranks that each hold half of the outputs."""
     ops, segments = make_ops(backend), sum_segments(shape.ffn)
     x_TK, w_NK = torch.randn(3, shape.ffn), torch.randn(shape.hidden, shape.ffn)
-    whole = ops.linear(x_TK, w_NK, None, segments)
+    (packed_NK,) = packed(ops, w_NK)
+    whole = ops.linear(x_TK, packed_NK, None, segments)
     if segments > 1:
         halves = [
-            ops.linear(x.contiguous(), w.contiguous(), None, segments // 2)
+            ops.linear(x.contiguous(), *packed(ops, w), None, segments // 2)
             for x, w in zip(x_TK.chunk(2, 1), w_NK.chunk(2, 1), strict=True)
         ]
         assert torch.equal(whole, halves[0] + halves[1])
-    outputs = torch.cat([ops.linear(x_TK, w.contiguous(), None, segments) for w in w_NK.chunk(2)], 1)
+    outputs = torch.cat([ops.linear(x_TK, *packed(ops, w), None, segments) for w in w_NK.chunk(2)], 1)
     assert torch.equal(whole, outputs)
 
 
@@ -221,8 +228,10 @@ def test_add_norm_reads_the_sum_as_stored(place: Place) -> None:
 
 def test_embed(place: Place) -> None:
     ops, device = place
-    table_VD = torch.randn(20, 6, device=device)
-    assert torch.equal(ops.embed(torch.tensor([3, 19, 3], device=device), table_VD), table_VD[[3, 19, 3]])
+    for dtype in DTYPES:
+        table_VD = torch.randn(21, 7, device=device).to(dtype)
+        ids_T = torch.tensor([3, 20, 3], device=device)
+        assert torch.equal(ops.embed(ids_T, *packed(ops, table_VD)), table_VD[ids_T])
 
 
 @pytest.mark.parametrize(("units", "segments"), [(1, 1), (14, 2), (8, 8), (12, 4), (96, 8), (7, 1), (40, 8)])
@@ -231,9 +240,9 @@ def test_sum_segments(units: int, segments: int) -> None:
 
 
 def test_backends_have_names_and_numerics() -> None:
-    assert {make_ops(name).name for name in backends} == set(backends) == {"ref", "torch"}
-    assert len({make_ops(name).numerics for name in backends}) == 2
-    assert EXACT == ["ref"]
+    assert {make_ops(name).name for name in BACKENDS} == set(BACKENDS) <= set(backends) == {"ref", "torch", "cpu"}
+    assert len({make_ops(name).numerics for name in BACKENDS}) == len(BACKENDS)
+    assert [name for name in BACKENDS if name != "torch"] == EXACT
     with pytest.raises(ConfigError) as error:
         make_ops("abacus")
     assert error.value.code == "unknown_variant"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsuite import DTYPES, EXACT, Place, agree, on
+from opsuite import DTYPES, EXACT, Place, agree, on, packed
 from penstock.kernels import Ops, make_ops
 from penstock.layers import (
     Experts,
@@ -44,7 +44,9 @@ def choices(rows: int, rng: random.Random) -> Tensor:
 
 def run_experts(ops: Ops, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, weights: Weights, act: str) -> Tensor:
     device = x_TD.device
-    return ops.experts(x_TD, chosen_TA, weights_TA, *on(device, *weights.values()), act)  # type: ignore[arg-type]
+    gate_up, gate_up_bias, down, down_bias = on(device, *weights.values())
+    (gate_up, down) = packed(ops, gate_up, down)
+    return ops.experts(x_TD, chosen_TA, weights_TA, gate_up, gate_up_bias, down, down_bias, act)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -56,7 +58,7 @@ def test_route(normalize: bool, place: Place) -> None:
         odds, expected = logits.softmax(-1).topk(A)
         if normalize:
             odds = odds / odds.sum(-1, keepdim=True)
-        chosen_TA, weights_TA = ops.route(*on(device, x_TD, weight_ED, bias), A, normalize)
+        chosen_TA, weights_TA = ops.route(*on(device, x_TD, *packed(ops, weight_ED, bias)), A, normalize)
         assert torch.equal(chosen_TA.cpu(), expected) and chosen_TA.dtype == torch.int64
         agree(weights_TA, odds.float(), torch.float32)
 
@@ -65,7 +67,7 @@ def test_route(normalize: bool, place: Place) -> None:
 def test_ties_go_to_the_lower_expert(experts: int, place: Place) -> None:
     ops, device = place
     logits_TE = torch.randint(0, 3, (20, experts)).float()
-    chosen_TA, _ = ops.route(*on(device, torch.eye(20), logits_TE.T.contiguous(), None), 3, True)
+    chosen_TA, _ = ops.route(*on(device, torch.eye(20), *packed(ops, logits_TE.T), None), 3, True)
     for row, chosen in zip(logits_TE.tolist(), chosen_TA.tolist(), strict=True):
         assert chosen == sorted(range(experts), key=lambda e: (-row[e], e))[:3]
 
@@ -103,7 +105,7 @@ def test_expert_bits(backend: str) -> None:
     x_TD, router_ED = torch.randn(12, D).bfloat16(), torch.randn(E, D).bfloat16()
 
     def run(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        chosen_TA, weights_TA = ops.route(x_TD[rows], router_ED, None, A, True)
+        chosen_TA, weights_TA = ops.route(x_TD[rows], *packed(ops, router_ED), None, A, True)
         return chosen_TA, weights_TA, run_experts(ops, x_TD[rows], chosen_TA, weights_TA, weights, "silu")
 
     expected = run(list(range(12)))
@@ -136,7 +138,7 @@ def test_slots_add_in_order(place: Place) -> None:
 
 
 def layer(ops: Ops, weights: dict[str, Tensor], device: torch.device, *, shared: bool) -> SparseFeedForward:
-    w = {name: tensor.to(device) for name, tensor in weights.items()}
+    w = {name: ops.pack(tensor.to(device, copy=True)) for name, tensor in weights.items()}
     experts = Experts(ops, w["gate_up_E2FD"], None, w["down_EDF"], None, "silu")
     beside = SharedExpert(
         FeedForward(GateUp(ops, w["shared_2FD"], None, "silu"), RowLinear(ops, w["shared_down"], None, 2)),

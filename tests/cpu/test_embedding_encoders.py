@@ -26,7 +26,7 @@ from encoder_models import (
 from oracle import TOLERANCE, error
 from penstock.base import EngineError, ModelFormatError
 from penstock.core.plan import NewRequest, StepFailed, StepPlan, StepResult
-from penstock.kernels import make_ops
+from penstock.kernels import make_ops, native
 from penstock.layers import Placement
 from penstock.models import Encoder, load_encoder
 from penstock.runtime import EncoderRunner, LocalExecutor
@@ -35,6 +35,7 @@ from penstock.spec import PoolingSpec, SamplingParams
 from penstock.spec.encoder import encoder_parameters, encoder_spec, encoder_weight_bytes, is_encoder, read_any_spec
 from penstock.spec.pooling import read_pooling
 
+BACKENDS = ("ref", "torch", *(("cpu",) if native() else ()))
 TASKS = ("mean", "last", "cls")
 SEPARATOR = 3
 
@@ -103,7 +104,7 @@ def test_hidden_states_and_vectors(kind: str, seed: int, tmp_path: Path) -> None
     for text in texts:
         starts.append(starts[-1] + len(text))
     ids_T = torch.tensor([token for text in texts for token in text])
-    for backend in ("ref", "torch"):
+    for backend in BACKENDS:
         encoder = load(reference, backend)
         with torch.inference_mode():
             ours_TD = encoder.forward(ids_T, torch.zeros_like(ids_T), starts)
@@ -182,7 +183,7 @@ def test_classifiers(kind: str, labels: int, tmp_path: Path) -> None:
         with torch.inference_mode():
             out = reference.model(torch.tensor([pair]), token_type_ids=torch.tensor([types]))
         theirs.append(out.logits[0])
-    for backend in ("ref", "torch"):
+    for backend in BACKENDS:
         encoder = load(reference, backend)
         ours = vectors(encoder, pairs, ["cls"] * 2)
         assert ours.shape == (2, labels)
@@ -196,7 +197,7 @@ def test_low_precision(tmp_path: Path) -> None:
     rng = random.Random("bf16")
     reference = build_encoder("BertModel", rng, tmp_path)
     texts = [reference.tokens(rng, 30)]
-    for backend in ("ref", "torch"):
+    for backend in BACKENDS:
         assert (
             error(
                 vectors(load(reference, backend, torch.bfloat16), texts, ["mean"]), pooled(reference, texts, ["mean"])

@@ -1,7 +1,7 @@
 """One answer: tokens, logprobs and vectors are bitwise equal whatever else the engine does (DESIGN.md section 4).
 
-Each cell runs the same requests and searches under another configuration on the ``ref`` backend and a trained
-checkpoint, and compares with each of them run alone in the plainest one.
+Each cell runs the same requests and searches under another configuration, on every backend that makes the promise and a
+trained checkpoint, and compares with each of them run alone in the plainest one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 from penstock.assemble import Assembled, build_engine
 from penstock.core.engine import Engine
 from penstock.core.service import Abort, Sink, Status, Submission, Update
+from penstock.kernels import native
 from penstock.search import BeamSearchParams, Search, SearchRun, beam_search, best_of, step_params
 from penstock.spec import EngineConfig, SamplingParams, StructuredOutputs
 
@@ -29,6 +30,7 @@ AXES: dict[str, tuple[object, ...]] = {
     "pool": ("ample", "tight"),
     "depth": (1, 2),
     "policy": ("fcfs", "priority"),
+    "threads": (1, 2, 4),
 }
 PLAIN = {
     "mates": "alone",
@@ -38,6 +40,7 @@ PLAIN = {
     "pool": "ample",
     "depth": 1,
     "policy": "fcfs",
+    "threads": 1,
 }
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw"
 
@@ -59,6 +62,16 @@ class Cell:
     pool: str
     depth: int
     policy: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, and what computes it."""
+
+    folder: Path
+    backend: str
+    dtype: str
 
 
 def covering_array(axes: dict[str, tuple[object, ...]], seed: int = 0) -> list[Cell]:
@@ -142,19 +155,21 @@ def searches(engine: Assembled, ids: tuple[int, ...]) -> list[Ask]:
     ]
 
 
-def build(folder: Path, cell: Cell) -> Assembled:
+def build(world: World, cell: Cell) -> Assembled:
+    tight = "164K" if world.dtype == "float32" else "82K"
     return build_engine(
         EngineConfig(
-            model=str(folder),
+            model=str(world.folder),
             device="cpu",
-            backend="ref",
-            dtype="float32",
+            backend=world.backend,
+            dtype=world.dtype,
+            num_threads=cell.threads,
             max_model_len=96,
             max_num_seqs=8,
             max_num_batched_tokens=cell.chunk,
             block_size=cell.block_size,
             enable_prefix_caching=cell.prefix != "off",
-            kv_memory="4M" if cell.pool == "ample" else "164K",
+            kv_memory="4M" if cell.pool == "ample" else tight,
             depth=cell.depth,
             scheduling_policy=cell.policy,
         )
@@ -213,15 +228,18 @@ class Driver:
         self.now += 1.0
 
 
-@pytest.fixture(scope="module")
-def folder(test_data: Path) -> Path:
-    return test_data / "models" / "stories260k"
+WORLDS = [("ref", "float32"), *((("cpu", "float32"), ("cpu", "bfloat16")) if native() else ())]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids="-".join)
+def world(request: pytest.FixtureRequest, test_data: Path) -> World:
+    return World(test_data / "models" / "stories260k", *request.param)
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> Answer:
+def expected(world: World) -> Answer:
     """Each request alone, whole prompts, nothing cached, nothing preempted."""
-    engine = build(folder, Cell(**PLAIN))
+    engine = build(world, Cell(**PLAIN))
     driver = Driver(engine)
     answers: Answer = {}
     for ask in asks(engine):
@@ -234,8 +252,8 @@ def expected(folder: Path) -> Answer:
     return answers
 
 
-def check(folder: Path, cell: Cell, expected: Answer) -> dict[str, int]:
-    engine = build(folder, cell)
+def check(world: World, cell: Cell, expected: Answer) -> dict[str, int]:
+    engine = build(world, cell)
     driver = Driver(engine)
     batch = asks(engine)
     batch = batch[::-1] if cell.mates == "reversed" else batch
@@ -252,23 +270,23 @@ def check(folder: Path, cell: Cell, expected: Answer) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("cell", covering_array(AXES), ids=lambda c: "-".join(str(v) for v in astuple(c)))
-def test_pairwise(folder: Path, cell: Cell, expected: Answer) -> None:
-    check(folder, cell, expected)
+def test_pairwise(world: World, cell: Cell, expected: Answer) -> None:
+    check(world, cell, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("half", [0, 1])
-def test_full_product(folder: Path, expected: Answer, half: int) -> None:
+def test_full_product(world: World, expected: Answer, half: int) -> None:
     events: Counter[str] = Counter()
     for values in itertools.islice(itertools.product(*AXES.values()), half, None, 2):
-        events.update(check(folder, Cell(*values), expected))  # type: ignore[arg-type]
+        events.update(check(world, Cell(*values), expected))  # type: ignore[arg-type]
     assert min(events.values()) > 0, events
 
 
-def test_the_grid_can_fail(folder: Path, expected: Answer) -> None:
+def test_the_grid_can_fail(world: World, expected: Answer) -> None:
     """Another draw position, another seed or other KV is noticed: the comparison is not vacuous."""
-    engine = build(folder, Cell(**PLAIN))
+    engine = build(world, Cell(**PLAIN))
     driver = Driver(engine)
     name, ask = asks(engine)[1]
     assert isinstance(ask, Submission)
@@ -277,7 +295,7 @@ def test_the_grid_can_fail(folder: Path, expected: Answer) -> None:
     assert got[name, 0] != expected[name, 0]
 
 
-def test_the_array_exercises_what_it_claims(folder: Path, expected: Answer) -> None:
+def test_the_array_exercises_what_it_claims(world: World, expected: Answer) -> None:
     """A tight pool preempts, a warm cache hits, samples copy."""
-    tight = check(folder, Cell(**{**PLAIN, "mates": "all", "pool": "tight", "prefix": "warm"}), expected)
+    tight = check(world, Cell(**{**PLAIN, "mates": "all", "pool": "tight", "prefix": "warm"}), expected)
     assert tight["preemptions"] > 0 and tight["hits"] > 0 and tight["copies"] > 0

@@ -21,12 +21,12 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from families import FAMILIES, random_config
 from oracle import CPU, TOLERANCE, PagedDriver, Reference, build_reference, error, load, paged_logits
-from penstock.kernels import Batch, Ops, make_ops
+from penstock.kernels import Batch, Ops, make_ops, native
 from penstock.layers import Placement
 from penstock.models import Decoder, load_decoder, numerics_id
 from penstock.spec.hf import read_model_spec
 
-BACKENDS = ("ref", "torch")
+BACKENDS = ("ref", "torch", *(("cpu",) if native() else ()))
 CHUNKS = (1, 7, 64, 10_000)
 SURE = 1e-3
 """Top-2 margin of the reference below which a greedy token is a coin toss."""
@@ -59,7 +59,7 @@ def test_logits(family: str, seed: int, tmp_path: Path) -> None:
     for backend in BACKENDS:
         ops = make_ops(backend)
         decoder = load(reference, ops)
-        for chunk in CHUNKS if backend == "torch" else [CHUNKS[seed % 4]]:
+        for chunk in CHUNKS if backend != "ref" else [CHUNKS[seed % 4]]:
             block_size = rng.choice([1, 2, 16, 64, 128])
             mates = [reference.tokens(rng, rng.randrange(1, 40)) for _ in range(rng.randrange(3))]
             ours = paged_logits(decoder, ops, tokens, chunk, block_size, seed=seed, mates=mates)
@@ -111,7 +111,7 @@ def test_greedy_tokens(seed: int, tmp_path: Path) -> None:
     for index, family in enumerate(FAMILIES):
         rng = random.Random(f"greedy {family} {seed}")
         reference = build_reference(family, rng, tmp_path / family)
-        ops = make_ops(BACKENDS[(seed + index) % 2])
+        ops = make_ops(BACKENDS[(seed + index) % len(BACKENDS)])
         prompts = [reference.tokens(rng, rng.randrange(1, 40)) for _ in range(3)]
         for prompt, tokens in zip(prompts, greedy(load(reference, ops), ops, prompts, 64), strict=True):
             steps, agreed = sure_steps(reference, tokens, len(prompt))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import httpx
 import pytest
 
 from commands import GREEDY, argv, penstock, running
-from servers import PROMPT
+from servers import PROMPT, TEMPLATE
 
 RUN = ("run", *GREEDY)
 
@@ -33,6 +34,31 @@ def test_run_prints_text_and_the_same_text_as_json(stories: Path) -> None:
     assert usage["cached"] == 0
     assert 0 < timings["time_to_first_token_s"] <= timings["total_s"] and timings["load_s"] > 0
     assert timings["tokens_per_s"] == pytest.approx(24 / timings["total_s"], rel=0.01)
+
+
+def test_what_is_left_open_is_as_the_model_recommends(stories: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(stories, folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 5}')
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n")
+
+    def tokens(*arguments: str | Path) -> list[int]:
+        done = penstock("run", "--dtype", "float32", "--num-threads", "1", *arguments)
+        ids: list[int] = json.loads(done.stdout)["token_ids"]
+        return ids
+
+    greedy = tokens("--json", "--temperature", "0", "--max-tokens", "5", stories, PROMPT)
+    assert tokens("--json", folder, PROMPT) == greedy == tokens("--input", tmp_path / "prompts.txt", folder)
+    assert tokens("--json", "--max-tokens", "3", folder, PROMPT) == greedy[:3]
+    plain = ("--json", "--generation-config", "none", "--max-tokens", "40")
+    assert tokens(*plain, folder, PROMPT) == tokens(*plain, stories, PROMPT)
+    assert len(tokens(*plain, folder, PROMPT)) == 40
+    script = b"Hello\n/params\n/set max_tokens 2\nHello\n/set max_tokens -\nHello\n"
+    options = ("--json", "--chat-template", tmp_path / "template.jinja")
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    talk = penstock("chat", *options, folder, stdin=script)
+    assert [len(json.loads(line)["token_ids"]) for line in talk.stdout.splitlines()] == [5, 2, 5]
+    assert b"temperature            0.0" in talk.stderr
 
 
 def test_a_prompt_from_a_pipe_loses_one_newline(stories: Path) -> None:
@@ -119,7 +145,7 @@ def test_serve_finds_a_free_port_and_its_curl_line_works(stories: Path) -> None:
             taken.listen()
         except OSError:
             pass  # somebody else has it, which serves the purpose as well
-        with running(argv("serve", stories), stdout=subprocess.PIPE, text=True) as process:
+        with running(argv("serve", stories, "--backend", "torch"), stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             lines = []
             while not lines or not lines[-1].startswith("  curl "):

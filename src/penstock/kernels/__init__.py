@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
-from penstock.base import Registry
+from penstock.base import ConfigError, Registry
 from penstock.kernels.ops import MAX_SEGMENTS, SEGMENT, Activation, Ops, sum_segments
 from penstock.kernels.types import Batch, GroupBatch, KVLayer
 
@@ -18,6 +19,7 @@ __all__ = [
     "Ops",
     "backends",
     "make_ops",
+    "native",
     "sum_segments",
 ]
 
@@ -41,3 +43,22 @@ def _torch() -> Ops:
     from penstock.kernels.torch import TorchOps
 
     return TorchOps()
+
+
+@backends.register("cpu")
+def _cpu() -> Ops:
+    if not native():
+        raise ConfigError(
+            "backend_not_built",
+            "The native CPU kernels are not installed",
+            why="penstock was installed without a C++ compiler or without Python's headers",
+            fix="install g++ and python3-dev and install penstock again, or choose --backend torch",
+        )
+    from penstock.kernels.cpu import CpuOps
+
+    return CpuOps()
+
+
+def native() -> bool:
+    """Whether the native CPU kernels are part of this installation."""
+    return find_spec("penstock.kernels._native") is not None

@@ -45,6 +45,12 @@ class Ops(Protocol):
     numerics: str
     """All that decides the backend's bits: its name, the version of its arithmetic, library and ISA class."""
 
+    def pack(self, weight: Tensor) -> Tensor:
+        """Puts matrices [..., N, K] into the order in which this backend reads them. Shape and dtype stay; the numbers
+        may be moved about in place. Weights of linears, experts and the embedding are given to ops as it returns them.
+        """
+        ...
+
     def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         """Rows of the table, as stored: [T, D]."""
         ...
@@ -62,8 +68,16 @@ class Ops(Protocol):
         it as stored; ``residual_TD`` may be overwritten by it."""
         ...
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int = 1) -> Tensor:
-        """x W^T + bias: [T, N]. The bias joins the fp32 sum; rounded once: the output.
+    def linear(
+        self,
+        x_TK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        segments: int = 1,
+        activation: Activation | None = None,
+    ) -> Tensor:
+        """act(x W^T + bias): [T, N]; an activation is for feed-forwards without a gate. The bias joins the fp32 sum;
+        rounded once: the output.
 
         K is summed in ``segments`` equal fp32 parts that add along a binary tree, neighbours first: where ranks hold
         parts of K, the sum is the same at every tensor-parallel degree that divides ``segments`` (rule 4)."""
@@ -71,10 +85,6 @@ class Ops(Protocol):
 
     def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
         """act(x Wg^T) * (x Wu^T): [T, F]; gate rows first in the weight. Rounded once: the product."""
-        ...
-
-    def linear_act(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: Activation) -> Tensor:
-        """act(x W^T + bias): [T, F], of feed-forwards without a gate. Rounded once: the output."""
         ...
 
     def qk_norm_rope_write(

@@ -47,7 +47,7 @@ class EncoderBlock:
         scale = (x_TD.shape[1] // self.heads) ** -0.5
         seen_TD = self.ops.attend_whole(self.qkv(x_TD), self.heads, row_starts, scale)
         x_TD = self.attention_norm(x_TD, self.out(seen_TD))
-        return self.norm(x_TD, self.down(self.ops.linear_act(x_TD, self.up_FD, self.up_F, self.activation)))
+        return self.norm(x_TD, self.down(self.ops.linear(x_TD, self.up_FD, self.up_F, 1, self.activation)))
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ class _Builder:
 
     def encoder(self) -> Encoder:
         words, positions, types = (
-            Embedding(self.ops, self.tensors.fuse(f"embeddings.{name}_embeddings.weight"))
+            Embedding(self.ops, self.ops.pack(self.tensors.fuse(f"embeddings.{name}_embeddings.weight")))
             for name in ("word", "position", "token_type")
         )
         return Encoder(
@@ -78,7 +78,9 @@ class _Builder:
         return Classifier(dense, out)
 
     def norm(self, name: str) -> LayerNorm:
-        return LayerNorm(self.ops, *self.linear(name), self.spec.norm_eps)
+        weight, bias = (self.tensors.fuse(f"{name}.{part}") for part in ("weight", "bias"))
+        return LayerNorm(self.ops, weight, bias, self.spec.norm_eps)
 
     def linear(self, *names: str) -> tuple[Tensor, Tensor]:
-        return self.tensors.fuse(*(f"{n}.weight" for n in names)), self.tensors.fuse(*(f"{n}.bias" for n in names))
+        weight, bias = (self.tensors.fuse(*(f"{name}.{part}" for name in names)) for part in ("weight", "bias"))
+        return self.ops.pack(weight), bias

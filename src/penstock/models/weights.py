@@ -88,8 +88,8 @@ class _Builder:
     def decoder(self) -> Decoder:
         spec, ops, slots = self.spec, self.ops, model_slots(self.spec)
         scale = float(torch.tensor(spec.embed_scale, dtype=self.placement.dtype))  # as the models were trained with
-        embedding = Embedding(ops, self.fuse(slots, "embedding"), scale)
-        head_VD = embedding.table_VD if spec.tied else self.fuse(slots, "head")
+        embedding = Embedding(ops, self.matrix(slots, "embedding"), scale)
+        head_VD = embedding.table_VD if spec.tied else self.matrix(slots, "head")
         group_of = {layer: i for i, group in enumerate(spec.kv_groups()) for layer in group.layers}
         blocks = [self.block(layer, group_of[layer]) for layer in range(spec.layers)]
         return Decoder(
@@ -157,9 +157,11 @@ class _Builder:
         """One of the experts' linears, [E, out, in], and its bias. In stacked checkpoints ``paired`` rows are gate and
         up in turn."""
         if not names_of(self.spec).stacked:
-            weight, bias = self.linear(slots, slot)
-            return weight.view(-1, rows, weight.shape[1]), None if bias is None else bias.view(-1, rows)
-        weight = self.stacked(list(slots[f"{slot}.weight"]), paired)
+            weight = self.fuse(slots, f"{slot}.weight")
+            bias = self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
+            weight = self.ops.pack(weight.view(-1, rows, weight.shape[1]))
+            return weight, None if bias is None else bias.view(-1, rows)
+        weight = self.ops.pack(self.stacked(list(slots[f"{slot}.weight"]), paired))
         (name,) = slots[f"{slot}.bias"]
         stored = self.tensors.stored(name)
         bias = self.placement.empty(tuple(stored.shape))
@@ -199,8 +201,11 @@ class _Builder:
         return weight.float() + self.spec.norm_offset if self.spec.norm_offset else weight
 
     def linear(self, slots: Slots, slot: str) -> tuple[Tensor, Tensor | None]:
-        weight = self.fuse(slots, f"{slot}.weight")
+        weight = self.matrix(slots, f"{slot}.weight")
         return weight, self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
+
+    def matrix(self, slots: Slots, slot: str) -> Tensor:
+        return self.ops.pack(self.fuse(slots, slot))
 
     def fuse(self, slots: Slots, slot: str) -> Tensor:
         return self.tensors.fuse(*slots[slot])

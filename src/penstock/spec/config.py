@@ -21,7 +21,9 @@ class EngineConfig:
     model: str | None = option(None, "model folder or hub id; the bundled model by default")
     served_model_name: str | None = option(None, "name clients use; by default the model's own")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
-    backend: Literal["auto", "ref", "torch"] = option("auto", "kernels: ref is exact and slow, torch is fast")
+    backend: Literal["auto", "ref", "torch", "cpu"] = option(
+        "auto", "kernels: cpu is native and exact, torch runs anywhere, ref is exact and slow"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "arithmetic of activations and weights")
     max_model_len: int | None = option(None, "longest prompt plus completion, in tokens", low=1, high=134217728)
     max_num_seqs: int = option(64, "most requests in one step", low=1, high=65536)
@@ -41,6 +43,11 @@ class EngineConfig:
     enforce_eager: bool = option(False, "never capture steps as graphs")
     num_threads: int | None = option(None, "compute threads on a CPU", low=1, high=4096)
     chat_template: str | None = option(None, "file with a chat template that replaces the model's own")
+    generation_config: Literal["auto", "none", "vllm"] = option(
+        "auto",
+        "sampling that requests leave open: auto as the model's generation_config.json says; none (or vllm) as if it "
+        "said nothing",
+    )
     logits_rule: str | None = option(None, "rules that requests may ask for by name: [name=]package.module:factory,...")
 
     def __post_init__(self) -> None:

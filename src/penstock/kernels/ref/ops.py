@@ -30,6 +30,9 @@ class RefOps:
     def __init__(self) -> None:
         self.numerics = f"ref/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
     def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return table_VD.index_select(0, ids_T)
 
@@ -43,15 +46,19 @@ class RefOps:
         sum_TD = (residual_TD.float() + delta_TD.float()).to(residual_TD.dtype)
         return self.norm(sum_TD, weight_D, eps), sum_TD
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int = 1) -> Tensor:
-        return each_row(lambda x_K: matvec(x_K, weight_NK, bias_N, segments).to(x_TK.dtype), x_TK)
+    def linear(
+        self,
+        x_TK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        segments: int = 1,
+        activation: Activation | None = None,
+    ) -> Tensor:
+        act = ACTIVATIONS[activation] if activation else torch.Tensor.float
+        return each_row(lambda x_K: act(matvec(x_K, weight_NK, bias_N, segments)).to(x_TK.dtype), x_TK)
 
     def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
         return each_row(lambda x_D: gate_up(x_D, weight_2FD, bias_2F, activation).to(x_TD.dtype), x_TD)
-
-    def linear_act(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: Activation) -> Tensor:
-        act = ACTIVATIONS[activation]
-        return each_row(lambda x_D: act(matvec(x_D, weight_FD, bias_F)).to(x_TD.dtype), x_TD)
 
     def qk_norm_rope_write(
         self,

@@ -31,6 +31,9 @@ class TorchOps:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         self.numerics = f"torch/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {gpu}"
 
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
     def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return F.embedding(ids_T, table_VD)
 
@@ -50,17 +53,21 @@ class TorchOps:
             out_TD[rows] = rms_norm_(sum_tD.to(torch.float32, copy=True), weight_D, eps)
         return out_TD, residual_TD
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int = 1) -> Tensor:
-        """Sums K in the library's own order."""
-        return linear(x_TK, weight_NK, bias_N)
+    def linear(
+        self,
+        x_TK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        segments: int = 1,
+        activation: Activation | None = None,
+    ) -> Tensor:
+        """Sums K in the library's own order; rounds before an activation too, as ``gate_up`` does."""
+        out_TN = linear(x_TK, weight_NK, bias_N)
+        return activated(out_TN, activation) if activation else out_TN
 
     def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
         """Rounds the linear's output and the activation too, as the library's products do."""
         return gate_up(x_TD, weight_2FD, bias_2F, activation)
-
-    def linear_act(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None, activation: Activation) -> Tensor:
-        """Rounds the linear's output too, as ``gate_up`` does."""
-        return activated(linear(x_TD, weight_FD, bias_F), activation)
 
     def qk_norm_rope_write(
         self,

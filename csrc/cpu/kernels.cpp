@@ -1,0 +1,53 @@
+// All kernels for one instruction set: this file is compiled once for each, with PENSTOCK_ISA as its name.
+#include "kernels.h"
+
+#include "attention.h"
+#include "linear.h"
+#include "rows.h"
+
+namespace penstock::PENSTOCK_ISA {
+namespace {
+
+template <class Run>
+void by_dtype(Dtype dtype, const Run& run) {
+    switch (dtype) {
+        case Dtype::f32:
+            return run(float());
+        case Dtype::bf16:
+            return run(bf16());
+        case Dtype::fp16:
+            return run(fp16());
+    }
+}
+
+void pack(void* weight, int64_t outputs, int64_t inputs, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) { pack_of((decltype(t)*)weight, outputs, inputs); });
+}
+void unpack_rows(
+    const void* weight, const int64_t* ids, void* out, int64_t rows, int64_t outputs, int64_t inputs, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        unpack_rows_of((const T*)weight, ids, (T*)out, rows, outputs, inputs);
+    });
+}
+void linear(const Linear& a, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) { linear_of<decltype(t)>(a); });
+}
+void norm(const Norm& a, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) { norm_of<decltype(t)>(a); });
+}
+void heads(const Heads& a, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) { heads_of<decltype(t)>(a); });
+}
+void attention(const Attention& a, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) { attention_of<decltype(t)>(a); });
+}
+
+}  // namespace
+
+#define NAME_OF(isa) #isa
+#define NAME(isa) NAME_OF(isa)
+extern const Table table;
+const Table table{NAME(PENSTOCK_ISA), pack, unpack_rows, linear, norm, heads, attention};
+
+}  // namespace penstock::PENSTOCK_ISA

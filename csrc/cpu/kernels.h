@@ -1,0 +1,80 @@
+// What a kernel is given, and the table of kernels that each instruction set fills in. Pointers are to contiguous
+// memory; nothing is aligned beyond its element. Names and roundings are those of penstock/kernels/ops.py.
+#pragma once
+
+#include <cstdint>
+
+namespace penstock {
+
+enum class Dtype { f32, bf16, fp16 };
+enum class Activation { none, silu, gelu, gelu_tanh, swiglu_clamped };
+
+// Outputs in one panel of packed weights. Of a matrix [N, K] a panel holds 16 rows (the last one what is left), so
+// that lanes run over N and K is sequential: fp32 as [K][16]; two-byte types as [K / 2][16][2], and for odd K a last
+// [16]. A panel takes the same memory as its rows did.
+constexpr int PANEL = 16;
+
+struct Linear {
+    const void* x;       // [T, K]
+    const void* weight;  // [N, K], packed
+    const void* bias;    // [N] or null
+    void* out;           // [T, N], or [T, N / 2] if gated
+    int64_t rows, outputs, inputs;
+    int segments;  // equal parts of K that add along a binary tree
+    Activation activation;
+    bool gated;  // the first half of the outputs are gates of the second
+    bool wide;   // out is fp32
+};
+
+struct Norm {
+    const void* x;   // [T, D]
+    void* residual;  // null, or [T, D]: x is added to it, and the sum is normed
+    const void *weight, *bias;  // bias may be null
+    bool wide_weight;           // weight and bias are fp32
+    bool centred;               // LayerNorm: the mean is taken away first
+    void* out;
+    int64_t rows, width;
+    float eps;
+};
+
+struct Heads {
+    const void* qkv;  // [T, (N + 2 H) d]
+    const void *q_weight, *k_weight;  // null, or [d] or [N d] and [H d]
+    bool wide_weight, whole_row;      // whole_row: all heads of a row are normed together
+    const float* rope;                // [positions, 2 half], cosines then sines; null rotates nothing
+    int64_t half;
+    const int64_t *positions, *slots;  // [T]
+    void *q_out, *k_pool, *v_pool;     // [T, N, d]; [slots, H, d]
+    int64_t rows, heads, kv_heads, width;
+    float eps;
+};
+
+struct Attention {
+    const void* q;  // [T, N, d]
+    const void *k_pool, *v_pool;
+    void* out;              // [T, N d]
+    const int32_t* tables;  // [R, columns]
+    int64_t columns, block_size;
+    const int64_t* starts;    // [R + 1]
+    const int64_t* contexts;  // [R]
+    int64_t requests, heads, kv_heads, width;
+    int64_t window;  // 0: all
+    bool whole;      // a row sees all of its request, later positions too
+    float scale, softcap;  // softcap 0: none
+    const float* sinks;    // [N] or null
+};
+
+struct Table {
+    const char* name;
+    void (*pack)(void* weight, int64_t outputs, int64_t inputs, Dtype);  // in place
+    void (*unpack_rows)(const void* weight, const int64_t* ids, void* out, int64_t rows, int64_t outputs, int64_t inputs, Dtype);
+    void (*linear)(const Linear&, Dtype);
+    void (*norm)(const Norm&, Dtype);
+    void (*heads)(const Heads&, Dtype);
+    void (*attention)(const Attention&, Dtype);
+};
+
+// Keys of one attention segment (ops.py).
+constexpr int64_t SEGMENT = 128;
+
+}  // namespace penstock

@@ -1,0 +1,475 @@
+// Products with packed weights. Lanes run over outputs and K is sequential within a segment, so that the bits of an
+// output depend on (dtype, N, K, segments) and on its own row alone, whatever the number of rows and their grouping.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "functions.h"
+#include "kernels.h"
+#include "pool.h"
+#include "vec.h"
+
+namespace penstock::PENSTOCK_ISA {
+
+constexpr int BLOCK = 32;  // rows and outputs computed together
+constexpr int64_t DEEPEST = 512;  // inputs of one piece: BLOCK rows of it stay in the first-level cache
+constexpr int64_t ROWS_BYTES = 1 << 19;  // of x that stay in the second-level cache while weights stream past
+
+// BLOCK rows of x: number k of a row stands at first + row * stride + k * step, 32 neighbours side by side.
+template <class T>
+struct Rows {
+    const T* first;
+    int64_t stride, step;
+    INLINE const T* at(int64_t row, int64_t k) const { return first + row * stride + k * step; }
+};
+
+// One panel and how many outputs it has; none has no weights.
+template <class T>
+struct PanelOf {
+    const T* weight;
+    int width;
+};
+
+template <class T>
+INLINE PanelOf<T> panel_of(const void* weight, int64_t index, int64_t outputs, int64_t inputs) {
+    int64_t first = index * PANEL;
+    if (first >= outputs) return {nullptr, 0};
+    return {(const T*)weight + first * inputs, (int)std::min<int64_t>(PANEL, outputs - first)};
+}
+
+// The weights of input k in a panel: k's own for fp32.
+INLINE F column(PanelOf<float> p, int64_t k, int64_t) { return load_upto(p.weight + k * p.width, p.width); }
+template <class T>
+INLINE F last_column(PanelOf<T> p, int64_t inputs) {
+    return load_upto(p.weight + (inputs - 1) * p.width, p.width);
+}
+template <class T>
+INLINE void pair_of_columns(PanelOf<T> p, int64_t pair, F& first, F& second) {
+    const T* at = p.weight + pair * 2 * p.width;
+    p.width == PANEL ? split(at, first, second) : split_some(at, p.width, first, second);
+}
+
+#if defined(__AVX512F__)
+constexpr int TALL = 8;  // rows whose sums fit in the registers
+#else
+constexpr int TALL = 2;
+#endif
+
+// Adds inputs [k0, k1) to sums [R][2]: one fused multiply-add each.
+template <int R>
+INLINE void accumulate(const float* x, int64_t inputs, const PanelOf<float>* p, int64_t k0, int64_t k1, F (*sums)[2]) {
+    for (int64_t k = k0; k < k1; k++) {
+        F w0 = column(p[0], k, inputs), w1 = p[1].width ? column(p[1], k, inputs) : splat(0);
+        for (int r = 0; r < R; r++) {
+            F value = splat(x[r * inputs + k]);
+            sums[r][0] = fma(value, w0, sums[r][0]);
+            sums[r][1] = fma(value, w1, sums[r][1]);
+        }
+    }
+}
+
+template <int R, class T>
+INLINE void accumulate(const T* x, int64_t inputs, const PanelOf<T>* p, int64_t k0, int64_t k1, F (*sums)[2]) {
+    auto add = [&](int64_t k, F w0, F w1) {
+        for (int r = 0; r < R; r++) {
+            F one = splat(value(x + r * inputs + k));
+            sums[r][0] = fma(one, w0, sums[r][0]);
+            sums[r][1] = fma(one, w1, sums[r][1]);
+        }
+    };
+    F a0, a1, b0, b1;
+    b0 = b1 = splat(0);
+    auto pair = [&](int64_t index) {
+        pair_of_columns(p[0], index, a0, a1);
+        if (p[1].width) pair_of_columns(p[1], index, b0, b1);
+    };
+    int64_t k = k0;
+    if (k % 2 && k < k1) {
+        pair(k / 2);
+        add(k++, a1, b1);
+    }
+    for (; k + 1 < k1; k += 2) {
+        pair(k / 2);
+        add(k, a0, b0);
+        add(k + 1, a1, b1);
+    }
+    if (k < k1) {
+        if (k + 1 == inputs) {
+            add(k, last_column(p[0], inputs), p[1].width ? last_column(p[1], inputs) : splat(0));
+        } else {
+            pair(k / 2);
+            add(k, a0, b0);
+        }
+    }
+}
+
+#if defined(__AVX512BF16__)
+// Two products and two roundings at a time: the pair's second, then its first.
+INLINE __m512i pairs_at(PanelOf<bf16> p, int64_t pair) {
+    const bf16* at = p.weight + pair * 2 * p.width;
+    if (p.width == PANEL) return _mm512_loadu_si512(at);
+    return _mm512_maskz_loadu_epi32((__mmask16)((1u << p.width) - 1), at);
+}
+INLINE __m512i last_at(PanelOf<bf16> p, int64_t inputs) {
+    bf16 buffer[PANEL] = {};
+    std::memcpy(buffer, p.weight + (inputs - 1) * p.width, (size_t)p.width * 2);
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)buffer));
+}
+
+template <int R>
+INLINE void accumulate(const bf16* x, int64_t inputs, const PanelOf<bf16>* p, int64_t k0, int64_t k1, F (*sums)[2]) {
+    bool two = p[1].width != 0;
+    auto add = [&](int64_t k, uint32_t kept, __m512i w0, __m512i w1) {
+        for (int r = 0; r < R; r++) {
+            uint32_t both = 0;
+            const bf16* at = x + r * inputs + (k & ~1ll);
+            std::memcpy(&both, at, kept == 0xffff ? 2 : 4);
+            __m512bh value = (__m512bh)_mm512_set1_epi32((int)(both & kept));
+            sums[r][0].v = _mm512_dpbf16_ps(sums[r][0].v, value, (__m512bh)w0);
+            sums[r][1].v = _mm512_dpbf16_ps(sums[r][1].v, value, (__m512bh)w1);
+        }
+    };
+    const __m512i none = _mm512_setzero_si512();
+    int64_t k = k0;
+    if (k % 2 && k < k1) {
+        add(k, 0xffff0000, pairs_at(p[0], k / 2), two ? pairs_at(p[1], k / 2) : none);
+        k++;
+    }
+    for (; k + 1 < k1; k += 2) add(k, 0xffffffff, pairs_at(p[0], k / 2), two ? pairs_at(p[1], k / 2) : none);
+    if (k < k1) {
+        if (k + 1 == inputs) {
+            add(k, 0xffff, last_at(p[0], inputs), two ? last_at(p[1], inputs) : none);
+        } else {
+            add(k, 0xffff, pairs_at(p[0], k / 2), two ? pairs_at(p[1], k / 2) : none);
+        }
+    }
+}
+#endif
+
+template <int R, class T>
+inline void some_rows(const T* x, int64_t inputs, const PanelOf<T>* p, int64_t k0, int64_t k1, bool fresh, float* out) {
+    F sums[R][2];
+    for (int r = 0; r < R; r++) {
+        sums[r][0] = fresh ? splat(0) : load(out + r * BLOCK);
+        sums[r][1] = fresh ? splat(0) : load(out + r * BLOCK + PANEL);
+    }
+    accumulate<R>(x, inputs, p, k0, k1, sums);
+    for (int r = 0; r < R; r++) {
+        store(out + r * BLOCK, sums[r][0]);
+        store(out + r * BLOCK + PANEL, sums[r][1]);
+    }
+}
+
+template <class T>
+void part_by_rows(
+    const T* x, int rows, int64_t inputs, const PanelOf<T>* p, int64_t k0, int64_t k1, bool fresh, float* out) {
+    int row = 0;
+    auto take = [&]<int R>() {
+        for (; row + R <= rows; row += R) some_rows<R>(x + row * inputs, inputs, p, k0, k1, fresh, out + row * BLOCK);
+    };
+    take.template operator()<TALL>();
+    take.template operator()<4>();
+    take.template operator()<1>();
+}
+
+#if defined(__AMX_BF16__)
+// Tiles 0-3 are sums [2][2], 4-5 rows of x, 6-7 panels. A tile product adds 32 inputs: their even and their odd
+// products each from zero, then both together to the sum.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+INLINE void configure(int upper, int lower) {
+    TileConfig config;
+    for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64;
+    config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)upper;
+    config.rows[2] = config.rows[3] = config.rows[5] = (uint8_t)(lower ? lower : 1);
+    config.rows[6] = config.rows[7] = 16;
+    _tile_loadconfig(&config);
+}
+
+constexpr int64_t DEEP = 32;
+constexpr int64_t AHEAD_K = 64;  // inputs whose weights are fetched before they are needed
+
+// Panels of 32 inputs, zeros where there are none.
+INLINE void copy_panel(PanelOf<bf16> p, int64_t inputs, int64_t k, int64_t depth, uint32_t (*out)[PANEL]) {
+    std::memset(out, 0, sizeof(uint32_t) * 16 * PANEL);
+    int64_t pairs = depth / 2;
+    for (int64_t i = 0; i < pairs; i++) std::memcpy(out[i], p.weight + (k + 2 * i) * p.width, (size_t)p.width * 4);
+    if (depth % 2) {
+        for (int lane = 0; lane < p.width; lane++) out[pairs][lane] = p.weight[(inputs - 1) * p.width + lane].bits;
+    }
+}
+
+template <bool lower, bool second>
+INLINE void tile_products() {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (second) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (lower) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (lower && second) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <bool lower, bool second>
+void part_by_tiles(
+    Rows<bf16> x, int rows, int64_t inputs, const PanelOf<bf16>* p, int64_t k0, int64_t k1, bool fresh, float* out) {
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, out, BLOCK * 4);
+        if constexpr (second) _tile_loadd(1, out + PANEL, BLOCK * 4);
+        if constexpr (lower) _tile_loadd(2, out + 16 * BLOCK, BLOCK * 4);
+        if constexpr (lower && second) _tile_loadd(3, out + 16 * BLOCK + PANEL, BLOCK * 4);
+    }
+    int64_t k = k0;
+    bool full = p[0].width == PANEL && (!second || p[1].width == PANEL);
+    if (full) {
+        for (; k + DEEP <= k1; k += DEEP) {
+            _tile_loadd(4, x.at(0, k), x.stride * 2);
+            _tile_loadd(6, p[0].weight + k * PANEL, 64);
+            if constexpr (second) _tile_loadd(7, p[1].weight + k * PANEL, 64);
+            if constexpr (lower) _tile_loadd(5, x.at(16, k), x.stride * 2);
+            for (int64_t line = 0; line < DEEP * PANEL; line += 32) {
+                _mm_prefetch((const char*)(p[0].weight + (k + AHEAD_K) * PANEL + line), _MM_HINT_T0);
+                if constexpr (second) _mm_prefetch((const char*)(p[1].weight + (k + AHEAD_K) * PANEL + line), _MM_HINT_T0);
+            }
+            tile_products<lower, second>();
+        }
+    }
+    alignas(64) bf16 some_x[BLOCK][DEEP];
+    alignas(64) uint32_t some_weights[2][16][PANEL];
+    for (; k < k1; k += DEEP) {
+        int64_t depth = std::min(DEEP, k1 - k);
+        std::memset(some_x, 0, sizeof some_x);
+        for (int row = 0; row < rows; row++) std::memcpy(some_x[row], x.at(row, k), (size_t)depth * 2);
+        for (int i = 0; i < (second ? 2 : 1); i++) copy_panel(p[i], inputs, k, depth, some_weights[i]);
+        _tile_loadd(4, some_x[0], 64);
+        _tile_loadd(6, some_weights[0], 64);
+        if constexpr (second) _tile_loadd(7, some_weights[1], 64);
+        if constexpr (lower) _tile_loadd(5, some_x[16], 64);
+        tile_products<lower, second>();
+    }
+    _tile_stored(0, out, BLOCK * 4);
+    if constexpr (second) _tile_stored(1, out + PANEL, BLOCK * 4);
+    if constexpr (lower) _tile_stored(2, out + 16 * BLOCK, BLOCK * 4);
+    if constexpr (lower && second) _tile_stored(3, out + 16 * BLOCK + PANEL, BLOCK * 4);
+}
+#endif
+
+// Two panels whose outputs are computed together.
+template <class T>
+struct Pair {
+    PanelOf<T> panels[2];
+};
+
+// Adds inputs [k0, k1) to the sums of up to BLOCK rows and two panels, fp32 [rows][BLOCK]; fresh sums are zero.
+template <class T>
+INLINE void part(Rows<T> x, int rows, int64_t inputs, const Pair<T>& p, int64_t k0, int64_t k1, bool fresh, bool, float* out) {
+    part_by_rows(x.first, rows, inputs, p.panels, k0, k1, fresh, out);
+}
+#if defined(__AMX_BF16__)
+INLINE void part(
+    Rows<bf16> x, int rows, int64_t inputs, const Pair<bf16>& p, int64_t k0, int64_t k1, bool fresh, bool tiles, float* out) {
+    if (!tiles) return part_by_rows(x.first, rows, inputs, p.panels, k0, k1, fresh, out);
+    bool lower = rows > 16, second = p.panels[1].width != 0;
+    auto compute = lower ? (second ? part_by_tiles<true, true> : part_by_tiles<true, false>)
+                         : (second ? part_by_tiles<false, true> : part_by_tiles<false, false>);
+    compute(x, rows, inputs, p.panels, k0, k1, fresh, out);
+}
+#endif
+
+constexpr int SIZE = BLOCK * BLOCK;  // of the sums of one pair
+
+// All of K for some pairs: sums [count][segments][BLOCK][BLOCK], of which the first segment's are the result. Inputs are
+// taken in pieces of ``deep``, so that a piece of x is in the first-level cache for all pairs.
+template <class T>
+void whole(Rows<T> x, int rows, const Linear& a, const Pair<T>* pairs, int count, int64_t deep, float* sums) {
+    int64_t segment = a.inputs / a.segments;
+    bool tiles = a.segments == 1 || segment % 2 == 0;  // pairs of inputs do not cross segments
+    for (int s = 0; s < a.segments; s++) {
+        for (int64_t k = 0; k < segment; k += deep) {
+            int64_t k0 = s * segment + k, k1 = s * segment + std::min(k + deep, segment);
+            for (int i = 0; i < count; i++) {
+                part(x, rows, a.inputs, pairs[i], k0, k1, k == 0, tiles, sums + (i * a.segments + s) * SIZE);
+            }
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        for (int step = 1; step < a.segments; step *= 2) {
+            for (int s = 0; s < a.segments; s += 2 * step) {
+                float *left = sums + (i * a.segments + s) * SIZE, *right = left + step * SIZE;
+                for (int j = 0; j < rows * BLOCK; j += LANES) store(left + j, load(left + j) + load(right + j));
+            }
+        }
+    }
+}
+
+// What is computed of one row before it is stored; ``bias`` may be null.
+template <class T>
+INLINE F biased(const float* sums, const T* bias, int64_t n) {
+    return bias ? load(sums) + load_upto(bias, n) : load(sums);
+}
+
+// Where a group of outputs is in memory: row ``row + r`` of it at out + r * stride.
+template <class T>
+INLINE void put(const Linear& a, int64_t at, F y, int64_t count) {
+    a.wide ? store_upto((float*)a.out + at, y, count) : store_upto((T*)a.out + at, y, count);
+}
+
+template <class T>
+void plain_outputs(const Linear& a, int64_t row, int rows, int64_t group, const float* sums) {
+    for (int i = 0; i < 2; i++) {
+        int64_t first = (2 * group + i) * PANEL, count = std::min<int64_t>(PANEL, a.outputs - first);
+        if (count <= 0) return;
+        const T* bias = a.bias ? (const T*)a.bias + first : nullptr;
+        for (int r = 0; r < rows; r++) {
+            F y = activate(biased(sums + r * BLOCK + i * PANEL, bias, count), a.activation);
+            put<T>(a, (row + r) * a.outputs + first, y, count);
+        }
+    }
+}
+
+// Sixteen gates and what they let through. ``shift``: where in its panel the first of the latter stands; if it is not
+// at the beginning, they go on in the next panel, in the sums after these.
+template <class T>
+void gated_outputs(const Linear& a, int64_t row, int rows, int64_t group, int64_t shift, const float* sums) {
+    int64_t half = a.outputs / 2, first = group * PANEL, count = std::min<int64_t>(PANEL, half - first);
+    const T* bias = (const T*)a.bias;
+    for (int r = 0; r < rows; r++) {
+        const float *gates = sums + r * BLOCK, *ups = gates + PANEL;
+        float both[2 * PANEL];
+        if (shift) {
+            std::memcpy(both, ups, PANEL * 4);
+            std::memcpy(both + PANEL, gates + a.segments * SIZE, PANEL * 4);
+            ups = both + shift;
+        }
+        F g = biased(gates, bias ? bias + first : nullptr, count), u = biased(ups, bias ? bias + half + first : nullptr, count);
+        put<T>(a, (row + r) * half + first, gate(g, u, a.activation), count);
+    }
+}
+
+constexpr int TOGETHER = 4;  // groups of outputs that are summed before any is stored
+
+// Outputs of groups first .. first + count - 1 and up to BLOCK rows.
+template <class T>
+void some_outputs(const Linear& a, Rows<T> x, int64_t row, int rows, int64_t first, int count, int64_t deep, float* sums) {
+    int64_t half = a.outputs / 2, shift = a.gated ? half % PANEL : 0;
+    int each = shift ? 2 : 1, total = 0;
+    Pair<T> pairs[2 * TOGETHER];
+    auto panel = [&](int64_t index) { return panel_of<T>(a.weight, index, a.outputs, a.inputs); };
+    for (int64_t group = first; group < first + count; group++) {
+        int64_t up = half / PANEL + group;
+        pairs[total++] = a.gated ? Pair<T>{panel(group), panel(up)} : Pair<T>{panel(2 * group), panel(2 * group + 1)};
+        if (shift) pairs[total++] = {panel(up + 1), {nullptr, 0}};
+    }
+    if (shift && !pairs[total - 1].panels[0].width) total--;  // the last outputs end in the panel before
+    whole(x, rows, a, pairs, total, deep, sums);
+    for (int i = 0; i < count; i++) {
+        const float* own = sums + i * each * a.segments * SIZE;
+        a.gated ? gated_outputs<T>(a, row, rows, first + i, shift, own) : plain_outputs<T>(a, row, rows, first + i, own);
+    }
+}
+
+#if defined(__AMX_BF16__)
+// x as [T / BLOCK][K / DEEP][BLOCK][DEEP].
+template <class T>
+void lay(const Linear& a, std::vector<T>& out) {
+    int64_t blocks = (a.rows + BLOCK - 1) / BLOCK;
+    if ((int64_t)out.size() < blocks * BLOCK * a.inputs) out.resize((size_t)(blocks * BLOCK * a.inputs));
+    T* to = out.data();
+    parallel(blocks, [&](int64_t block, int) {
+        for (int64_t row = block * BLOCK; row < std::min(a.rows, (block + 1) * BLOCK); row++) {
+            const T* from = (const T*)a.x + row * a.inputs;
+            T* at = to + block * BLOCK * a.inputs + row % BLOCK * DEEP;
+            for (int64_t k = 0; k < a.inputs; k += DEEP) std::memcpy(at + k * BLOCK, from + k, DEEP * sizeof(T));
+        }
+    });
+}
+#endif
+
+template <class T>
+void linear_of(const Linear& a) {
+    int64_t group_size = a.gated ? PANEL : 2 * PANEL, outputs = a.gated ? a.outputs / 2 : a.outputs;
+    int64_t groups = (outputs + group_size - 1) / group_size;
+    int64_t tall = std::max<int64_t>(BLOCK, ROWS_BYTES / (a.inputs * (int64_t)sizeof(T)) / BLOCK * BLOCK);
+    int64_t stacks = (a.rows + tall - 1) / tall;
+    auto rows_at = [&](int64_t row) { return Rows<T>{(const T*)a.x + row * a.inputs, a.inputs, 1}; };
+#if defined(__AMX_BF16__)
+    // Rows a power of two apart fall into few sets of the first-level cache: many rows are laid side by side first.
+    static thread_local std::vector<T> tiles;
+    bool laid = std::is_same_v<T, bf16> && a.rows > BLOCK && a.inputs / a.segments % DEEP == 0;
+    if (laid) lay(a, tiles);
+    const T* laid_x = tiles.data();
+    auto laid_or_not = [&](int64_t row) {
+        return laid ? Rows<T>{laid_x + row * a.inputs, DEEP, BLOCK} : rows_at(row);
+    };
+#else
+    auto laid_or_not = rows_at;
+#endif
+    // Enough items to share them out evenly, and few enough not to count.
+    int64_t at_once = std::max<int64_t>(1, groups * stacks / (threads() * 16));
+    int64_t lots = (groups + at_once - 1) / at_once;
+    // Few rows leave the weights to be read from memory, and long runs of it are read fastest.
+    int64_t deep = a.rows > BLOCK ? DEEPEST : a.inputs;
+    parallel(stacks * lots, [&](int64_t item, int) {
+        static thread_local std::vector<float> memory;
+        memory.resize((size_t)(2 * TOGETHER * a.segments * SIZE));
+        int64_t first_row = item / lots * tall, last_row = std::min(first_row + tall, a.rows);
+        int64_t first = item % lots * at_once, last = std::min(first + at_once, groups);
+        for (int64_t row = first_row; row < last_row; row += BLOCK) {
+            int rows = (int)std::min<int64_t>(BLOCK, last_row - row);
+#if defined(__AMX_BF16__)
+            if (std::is_same_v<T, bf16> && (row == first_row || rows < BLOCK)) {
+                configure(std::min(rows, 16), rows - std::min(rows, 16));
+            }
+#endif
+            for (int64_t group = first; group < last; group += TOGETHER) {
+                int count = (int)std::min<int64_t>(TOGETHER, last - group);
+                some_outputs<T>(a, laid_or_not(row), row, rows, group, count, deep, memory.data());
+            }
+        }
+#if defined(__AMX_BF16__)
+        if (std::is_same_v<T, bf16>) _tile_release();
+#endif
+    });
+}
+
+inline int64_t packed_at(int64_t lane, int64_t k, int width, int64_t inputs, bool pairs) {
+    if (!pairs || k == (inputs & ~1ll)) return k * width + lane;
+    return (k / 2 * width + lane) * 2 + k % 2;
+}
+
+template <class T>
+void pack_of(T* weight, int64_t outputs, int64_t inputs) {
+    constexpr bool pairs = sizeof(T) == 2;
+    int64_t panels = (outputs + PANEL - 1) / PANEL;
+    parallel(panels, [&](int64_t index, int) {
+        T* panel = weight + index * PANEL * inputs;
+        int width = (int)std::min<int64_t>(PANEL, outputs - index * PANEL);
+        std::vector<T> rows(panel, panel + width * inputs);
+        for (int lane = 0; lane < width; lane++) {
+            for (int64_t k = 0; k < inputs; k++) {
+                panel[packed_at(lane, k, width, inputs, pairs)] = rows[(size_t)(lane * inputs + k)];
+            }
+        }
+    });
+}
+
+template <class T>
+void unpack_rows_of(const T* weight, const int64_t* ids, T* out, int64_t rows, int64_t outputs, int64_t inputs) {
+    constexpr bool pairs = sizeof(T) == 2;
+    parallel(rows, [&](int64_t row, int) {
+        int64_t first = ids[row] / PANEL * PANEL;
+        int width = (int)std::min<int64_t>(PANEL, outputs - first);
+        const T* panel = weight + first * inputs;
+        for (int64_t k = 0; k < inputs; k++) {
+            out[row * inputs + k] = panel[packed_at(ids[row] - first, k, width, inputs, pairs)];
+        }
+    });
+}
+
+}  // namespace penstock::PENSTOCK_ISA

@@ -1,0 +1,163 @@
+#include "pool.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace penstock {
+namespace {
+
+// What a member does before it sleeps: about 100 microseconds, longer than the way from one kernel to the next.
+constexpr int SPINS = 4000;
+
+void pause_briefly() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Denormal numbers are zeros, in operands and results: some instructions know no others.
+class NoDenormals {
+public:
+#if defined(__x86_64__)
+    NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    ~NoDenormals() { _mm_setcsr(before_); }
+
+private:
+    unsigned before_;
+#elif defined(__aarch64__)
+    NoDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before_));
+        asm volatile("msr fpcr, %0" ::"r"(before_ | (1ull << 24)));
+    }
+    ~NoDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+private:
+    uint64_t before_;
+#endif
+};
+
+using Work = std::function<void(int64_t, int)>;
+
+class Team {
+public:
+    explicit Team(int count) : owner_(getpid()) {
+        for (int thread = 1; thread < count; thread++) {
+            members_.emplace_back([this, thread] { serve(thread); });
+        }
+    }
+
+    ~Team() {
+        {
+            std::lock_guard lock(sleep_);
+            ended_ = true;
+            round_++;
+        }
+        wake_.notify_all();
+        for (auto& member : members_) member.join();
+    }
+
+    int size() const { return (int)members_.size() + 1; }
+
+    // A forked child has this object and none of its threads.
+    bool orphaned() const { return owner_ != getpid(); }
+
+    void run(int64_t items, const Work& work) {
+        work_ = &work;
+        items_ = items;
+        next_.store(0, std::memory_order_relaxed);
+        if (members_.empty() || items < 2) {
+            take_items(0);
+            return;
+        }
+        gate_.fetch_or(OPEN, std::memory_order_release);
+        {
+            std::lock_guard lock(sleep_);
+            round_.fetch_add(1, std::memory_order_release);
+        }
+        if (asleep_.load()) wake_.notify_all();
+        take_items(0);
+        // Who has not come by now is not waited for: its processor may be somebody else's.
+        gate_.fetch_and(~OPEN, std::memory_order_relaxed);
+        while (gate_.load(std::memory_order_acquire)) pause_briefly();
+    }
+
+private:
+    static constexpr uint32_t OPEN = 1u << 31;
+
+    bool enter() {
+        uint32_t gate = gate_.load(std::memory_order_relaxed);
+        while (gate & OPEN) {
+            if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acquire)) return true;
+        }
+        return false;
+    }
+
+    void serve(int thread) {
+        uint64_t seen = 0;
+        for (;;) {
+            for (int i = 0; i < SPINS && round_.load(std::memory_order_acquire) == seen; i++) pause_briefly();
+            if (round_.load(std::memory_order_acquire) == seen) {
+                std::unique_lock lock(sleep_);
+                asleep_++;
+                wake_.wait(lock, [&] { return round_.load() != seen; });
+                asleep_--;
+            }
+            seen = round_.load(std::memory_order_acquire);
+            if (ended_) return;
+            if (!enter()) continue;
+            take_items(thread);
+            gate_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    void take_items(int thread) {
+        NoDenormals guard;
+        for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(item, thread);
+    }
+
+    pid_t owner_;
+    std::vector<std::thread> members_;
+    const Work* work_ = nullptr;
+    int64_t items_ = 0;
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<uint32_t> gate_{0};  // OPEN while a call runs, and how many members are inside
+    alignas(64) std::atomic<uint64_t> round_{0};
+    std::atomic<int> asleep_{0};
+    std::mutex sleep_;
+    std::condition_variable wake_;
+    bool ended_ = false;
+};
+
+std::mutex turn;
+std::atomic<int> wanted{1};
+Team* team = nullptr;  // never destroyed at exit: the interpreter may be gone by then
+
+}  // namespace
+
+void set_threads(int count) { wanted = count < 1 ? 1 : count; }
+int threads() { return wanted; }
+
+void parallel(int64_t items, const Work& work) {
+    std::lock_guard lock(turn);
+    if (team && team->orphaned()) team = nullptr;  // leaked: its end would wait for threads that do not exist
+    if (team && team->size() != wanted) {
+        delete team;
+        team = nullptr;
+    }
+    if (!team) team = new Team(wanted);
+    team->run(items, work);
+}
+
+}  // namespace penstock

@@ -1,0 +1,77 @@
+"""The extension module: addresses and sizes, unchecked. ``csrc/cpu/kernels.h`` says what they are."""
+
+def usable() -> list[str]: ...
+def choose(name: str) -> None: ...
+def chosen() -> str: ...
+def set_threads(count: int) -> None: ...
+def threads() -> int: ...
+def pack(weight: int, outputs: int, inputs: int, dtype: int) -> None: ...
+def embed(table: int, ids: int, out: int, rows: int, outputs: int, inputs: int, dtype: int) -> None: ...
+def linear(
+    x: int,
+    weight: int,
+    bias: int,
+    out: int,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    segments: int,
+    activation: int,
+    gated: bool,
+    wide: bool,
+    dtype: int,
+) -> None: ...
+def norm(
+    x: int,
+    residual: int,
+    weight: int,
+    bias: int,
+    wide_weight: bool,
+    centred: bool,
+    out: int,
+    rows: int,
+    width: int,
+    eps: float,
+    dtype: int,
+) -> None: ...
+def heads(
+    qkv: int,
+    q_weight: int,
+    k_weight: int,
+    wide_weight: bool,
+    whole_row: bool,
+    rope: int,
+    half: int,
+    positions: int,
+    slots: int,
+    q: int,
+    k_pool: int,
+    v_pool: int,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    eps: float,
+    dtype: int,
+) -> None: ...
+def attention(
+    q: int,
+    k_pool: int,
+    v_pool: int,
+    out: int,
+    tables: int,
+    columns: int,
+    block_size: int,
+    starts: int,
+    contexts: int,
+    requests: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    window: int,
+    whole: bool,
+    scale: float,
+    softcap: float,
+    sinks: int,
+    dtype: int,
+) -> None: ...

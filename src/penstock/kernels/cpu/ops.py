@@ -1,0 +1,290 @@
+"""CpuOps: the native kernels. ``one_answer``: lanes run over outputs, sums over K and over keys are sequential within
+fixed segments, and rows never see each other. The bits are those of an instruction set, which ``numerics`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from penstock.kernels import _native
+from penstock.kernels.ops import Activation
+from penstock.kernels.paged import allocate_layers, copy_layer_blocks
+from penstock.kernels.types import Batch, KVLayer
+
+VERSION = 1
+"""Raised by every change of this backend's bits."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_clamped": 4}
+
+
+class CpuOps:
+    name = "cpu"
+    one_answer = True
+
+    def __init__(self) -> None:
+        self.numerics = f"cpu/{VERSION} {_native.chosen()} torch/{torch.__version__}"  # torch sorts and adds experts
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """In place: panels of 16 outputs, inputs in pairs (``csrc/cpu/kernels.h``)."""
+        _share_threads()
+        outputs, inputs = weight.shape[-2:]
+        for weight_NK in weight.view(-1, outputs, inputs):
+            _native.pack(weight_NK.data_ptr(), outputs, inputs, DTYPES[weight.dtype])
+        return weight
+
+    def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
+        _share_threads()
+        ids_T, (rows, width) = ids_T.contiguous(), table_VD.shape
+        out_TD = table_VD.new_empty(len(ids_T), width)
+        code = DTYPES[table_VD.dtype]
+        _native.embed(table_VD.data_ptr(), ids_T.data_ptr(), out_TD.data_ptr(), len(ids_T), rows, width, code)
+        return out_TD
+
+    def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return _norm(x_TD, None, weight_D, None, eps, centred=False)
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+        return _norm(x_TD, None, weight_D, bias_D, eps, centred=True)
+
+    def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        residual_TD = residual_TD.contiguous()
+        return _norm(delta_TD, residual_TD, weight_D, None, eps, centred=False), residual_TD
+
+    def linear(
+        self,
+        x_TK: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        segments: int = 1,
+        activation: Activation | None = None,
+    ) -> Tensor:
+        return _linear(x_TK, weight_NK, bias_N, segments, activation)
+
+    def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
+        return _linear(x_TD, weight_2FD, bias_2F, activation=activation, gated=True)
+
+    def qk_norm_rope_write(
+        self,
+        qkv_TC: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        rope_Pd: Tensor | None,
+        kv: KVLayer,
+        batch: Batch,
+        group: int,
+    ) -> Tensor:
+        _share_threads()
+        kv_heads, head_dim = kv.k_PBHd.shape[2:]
+        heads = qkv_TC.shape[1] // head_dim - 2 * kv_heads
+        qkv_TC = qkv_TC.contiguous()
+        q_TNd = qkv_TC.new_empty(len(qkv_TC), heads, head_dim)
+        q_weight, k_weight = norms or (None, None)
+        _native.heads(
+            qkv_TC.data_ptr(),
+            _address(q_weight),
+            _address(k_weight),
+            q_weight is not None and q_weight.dtype == torch.float32,
+            q_weight is not None and len(q_weight) != head_dim,
+            _address(rope_Pd),
+            0 if rope_Pd is None else rope_Pd.shape[1] // 2,
+            batch.positions_T.data_ptr(),
+            batch.groups[group].slots_T.data_ptr(),
+            q_TNd.data_ptr(),
+            kv.k_PBHd.data_ptr(),
+            kv.v_PBHd.data_ptr(),
+            len(qkv_TC),
+            heads,
+            kv_heads,
+            head_dim,
+            eps,
+            DTYPES[qkv_TC.dtype],
+        )
+        return q_TNd
+
+    def attention(
+        self,
+        q_TNd: Tensor,
+        kv: KVLayer,
+        batch: Batch,
+        group: int,
+        window: int | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
+        sinks_N = None if sinks_N is None else sinks_N.float()
+        tables_RM = batch.groups[group].tables_RM
+        spans = (batch.row_starts_R1, batch.contexts_R)
+        return _attention(q_TNd, kv, tables_RM, batch.block_size, spans, scale, window or 0, softcap or 0.0, sinks_N)
+
+    def attend_whole(self, qkv_TC: Tensor, heads: int, row_starts: Sequence[int], scale: float) -> Tensor:
+        """As if each row were a block of its own."""
+        parts_T3Nd = qkv_TC.view(len(qkv_TC), 3, heads, qkv_TC.shape[1] // (3 * heads))
+        q_TNd, k_TNd, v_TNd = (x_TNd.contiguous() for x_TNd in parts_T3Nd.unbind(1))
+        kv, starts = KVLayer(k_TNd.unsqueeze(1), v_TNd.unsqueeze(1)), torch.tensor(row_starts)
+        contexts_R = starts.diff()
+        tables_RM = starts[:-1, None] + torch.arange(max((b - a for a, b in pairwise(row_starts)), default=0))
+        return _attention(q_TNd, kv, tables_RM.int(), 1, (starts, contexts_R), scale, whole=True)
+
+    def route(
+        self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, active: int, normalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Sorting, exp and the sum over a row of experts are torch's, whose bits know no other row."""
+        top_TE, order_TE = _linear(x_TD, weight_ED, bias_E, wide=True).sort(descending=True, stable=True)
+        odds_TE = torch.exp(top_TE - top_TE[:, :1])
+        odds_TA = odds_TE[:, :active]
+        total_T1 = (odds_TA.contiguous() if normalize else odds_TE).sum(-1, keepdim=True)
+        return order_TE[:, :active], odds_TA / total_T1
+
+    def experts(
+        self,
+        x_TD: Tensor,
+        chosen_TA: Tensor,
+        weights_TA: Tensor,
+        gate_up_E2FD: Tensor,
+        gate_up_bias_E2F: Tensor | None,
+        down_EDF: Tensor,
+        down_bias_ED: Tensor | None,
+        activation: Activation,
+    ) -> Tensor:
+        active = chosen_TA.shape[1]
+        out_SD = torch.empty(chosen_TA.numel(), x_TD.shape[1])  # S = T A slots
+        order_S = chosen_TA.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen_TA.flatten(), minlength=len(down_EDF)).tolist()
+        for expert, slots_n in enumerate(torch.split(order_S, counts)):
+            if len(slots_n):
+                up_2F, down_D = (None if bias is None else bias[expert] for bias in (gate_up_bias_E2F, down_bias_ED))
+                inner_nF = self.gate_up(x_TD[slots_n // active], gate_up_E2FD[expert], up_2F, activation)
+                out_SD[slots_n] = _linear(inner_nF, down_EDF[expert], down_D, wide=True)
+        first_TD, *others = (out_SD.view(-1, active, x_TD.shape[1]) * weights_TA.unsqueeze(-1)).unbind(1)
+        for slot_TD in others:  # in order, as rule 7 has it
+            first_TD += slot_TD
+        return first_TD.to(x_TD.dtype)
+
+    def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+        return _linear(x_RD, weight_VD, None, wide=True)
+
+    def allocate_kv(
+        self,
+        layers: int,
+        blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> list[KVLayer]:
+        return allocate_layers(layers, blocks, block_size, kv_heads, head_dim, dtype, device)
+
+    def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
+        copy_layer_blocks(layers, pairs)
+
+
+def _share_threads() -> None:
+    """As many threads as torch has: one number for the user to set."""
+    _native.set_threads(torch.get_num_threads())
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _norm(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, *, centred: bool
+) -> Tensor:
+    _share_threads()
+    x_TD, (rows, width) = x_TD.contiguous(), x_TD.shape
+    out_TD = torch.empty_like(x_TD)
+    _native.norm(
+        x_TD.data_ptr(),
+        _address(residual_TD),
+        weight_D.data_ptr(),
+        _address(bias_D),
+        weight_D.dtype == torch.float32,
+        centred,
+        out_TD.data_ptr(),
+        rows,
+        width,
+        eps,
+        DTYPES[x_TD.dtype],
+    )
+    return out_TD
+
+
+def _linear(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    segments: int = 1,
+    activation: Activation | None = None,
+    *,
+    gated: bool = False,
+    wide: bool = False,
+) -> Tensor:
+    _share_threads()
+    x_TK = x_TK.contiguous()
+    outputs, inputs = weight_NK.shape
+    if weight_NK.dtype != x_TK.dtype or x_TK.shape[1] != inputs:  # the native side could not tell
+        raise TypeError(f"{x_TK.dtype} {list(x_TK.shape)} times {weight_NK.dtype} {list(weight_NK.shape)}")
+    dtype = torch.float32 if wide else x_TK.dtype
+    out_TN = torch.empty(len(x_TK), outputs // 2 if gated else outputs, dtype=dtype)
+    _native.linear(
+        x_TK.data_ptr(),
+        weight_NK.data_ptr(),
+        _address(bias_N),
+        out_TN.data_ptr(),
+        len(x_TK),
+        outputs,
+        inputs,
+        segments,
+        ACTIVATIONS[activation],
+        gated,
+        wide,
+        DTYPES[x_TK.dtype],
+    )
+    return out_TN
+
+
+def _attention(
+    q_TNd: Tensor,
+    kv: KVLayer,
+    tables_RM: Tensor,
+    block_size: int,
+    spans: tuple[Tensor, Tensor],
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks_N: Tensor | None = None,
+    *,
+    whole: bool = False,
+) -> Tensor:
+    """``spans``: where each request's rows start, and how many positions it has."""
+    _share_threads()
+    (rows, heads, head_dim), (starts_R1, contexts_R) = q_TNd.shape, spans
+    out_TC = q_TNd.new_empty(rows, heads * head_dim)
+    _native.attention(
+        q_TNd.contiguous().data_ptr(),
+        kv.k_PBHd.data_ptr(),
+        kv.v_PBHd.data_ptr(),
+        out_TC.data_ptr(),
+        tables_RM.data_ptr(),
+        tables_RM.shape[1],
+        block_size,
+        starts_R1.data_ptr(),
+        contexts_R.data_ptr(),
+        len(contexts_R),
+        heads,
+        kv.k_PBHd.shape[2],
+        head_dim,
+        window,
+        whole,
+        scale,
+        softcap,
+        _address(sinks_N),
+        DTYPES[q_TNd.dtype],
+    )
+    return out_TC

@@ -1,0 +1,132 @@
+"""The native kernels of every instruction set that this processor has, and the team of threads they share."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsuite import DTYPES, SHAPES, Shape, agree, mixed, packed, run_attention
+from penstock.kernels import SEGMENT, Ops, make_ops, native
+from test_ops import ROW_OPS, row_inputs, run
+
+pytestmark = pytest.mark.skipif(not native(), reason="installed without a compiler")
+
+if native():
+    from penstock.kernels import _native
+
+    SETS = _native.usable()
+else:
+    SETS = []
+
+
+@pytest.fixture(params=SETS)
+def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    before = _native.chosen()
+    _native.choose(request.param)
+    yield make_ops("cpu")
+    _native.choose(before)
+
+
+def test_the_best_is_chosen_and_portable_is_always_there() -> None:
+    assert _native.chosen() == SETS[0] and SETS[-1] == "portable"
+    assert _native.chosen() in make_ops("cpu").numerics
+    with pytest.raises(ValueError):
+        _native.choose("abacus")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_row_op(name: str, dtype: torch.dtype, ops: Ops) -> None:
+    for shape in (SHAPES["odd"], SHAPES["qwen2.5-0.5b"]):
+        x_TX, weights = row_inputs(ROW_OPS[name], shape, 5, dtype)
+        agree(run(ROW_OPS[name], ops, x_TX, weights), run(ROW_OPS[name], make_ops("ref"), x_TX, weights), dtype)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear in segments", "logits", "gate_up silu", "norm"])
+def test_row_bits(name: str, ops: Ops) -> None:
+    """At more rows than one block, and more than one stack of blocks: a row's bytes are those it has alone."""
+    rng = random.Random(name)
+    for shape, rows in (("odd", 70), ("stories260k", 300)):
+        for dtype in DTYPES:
+            x_TX, weights = row_inputs(ROW_OPS[name], SHAPES[shape], rows, dtype)
+            whole = run(ROW_OPS[name], ops, x_TX.clone(), weights)
+            for row in rng.sample(range(rows), 3):
+                alone = run(ROW_OPS[name], ops, x_TX[row : row + 1].clone(), weights)
+                assert torch.equal(alone[0], whole[row]), (shape, dtype, row)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("shape", ["odd", "wide heads", "qwen2.5-0.5b"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(dtype: torch.dtype, shape: str, window: int | None, ops: Ops) -> None:
+    sequences = mixed(SHAPES[shape], dtype)
+    whole = run_attention(ops, sequences, 16, window)
+    for ours, ref in zip(whole, run_attention(make_ops("ref"), sequences, 16, window), strict=True):
+        agree(ours, ref, dtype)
+    for sequence, expected in zip(sequences, whole, strict=True):
+        assert torch.equal(run_attention(ops, [sequence], SEGMENT, window, seed=1)[0], expected)
+
+
+def test_special_numbers(ops: Ops) -> None:
+    """NaN and infinity come out where they come out of ``ref``, and nowhere else."""
+    op, shape = ROW_OPS["gate_up silu"], SHAPES["stories260k"]
+    for name in ("linear", "gate_up silu", "norm"):
+        op = ROW_OPS[name]
+        x_TX, weights = row_inputs(op, shape, 40, torch.bfloat16)
+        x_TX[3, 5], x_TX[7, 1], x_TX[11, 2] = float("nan"), float("inf"), 3e38
+        ours, ref = run(op, ops, x_TX, weights), run(op, make_ops("ref"), x_TX, weights)
+        assert torch.equal(ours.isnan().any(1), ref.isnan().any(1)), name
+        assert not ours[12:].isnan().any()
+
+
+@pytest.mark.parametrize("bits", range(0, 1 << 16, 1 << 13))
+def test_every_half_is_read_and_written(bits: int, ops: Ops) -> None:
+    """All numbers of the two-byte types through a product with 1: the same number, NaN for NaN."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x_T1 = torch.arange(bits, bits + (1 << 13), dtype=torch.int32).to(torch.int16).view(dtype).unsqueeze(1)
+        ours = ops.linear(x_T1, *packed(ops, torch.ones(1, 1, dtype=dtype)), None)
+        assert torch.equal(ours.isnan(), x_T1.isnan())
+        tiny = 2.0**-126  # fp32 below this is zero in the kernels
+        kept = ~x_T1.isnan() & (x_T1.float().abs() >= tiny)
+        assert torch.equal(ours[kept], x_T1[kept])
+
+
+def test_threads_of_two_callers(shape: Shape) -> None:
+    """Calls from several threads take turns; a team is remade when its size changes."""
+    ops, op = make_ops("cpu"), ROW_OPS["gate_up silu"]
+    x_TX, weights = row_inputs(op, shape, 9, torch.bfloat16)
+    expected, wrong = run(op, ops, x_TX, weights), []
+
+    def work(threads: int) -> None:
+        with torch.inference_mode():
+            for _ in range(50):
+                torch.set_num_threads(threads)
+                if not torch.equal(run(op, ops, x_TX, weights), expected):
+                    wrong.append(threads)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in (1, 2, 3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    torch.set_num_threads(1)
+    assert not wrong
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    ops, x_TK, w_NK = make_ops("cpu"), torch.randn(4, 256), torch.randn(512, 256)
+    torch.set_num_threads(2)
+    (weight_NK,) = packed(ops, w_NK)
+    assert weight_NK is not None
+    expected: Tensor = ops.linear(x_TK, weight_NK, None)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if ops.linear(x_TK, weight_NK, None).equal(expected) else 1)
+    torch.set_num_threads(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
