@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -22,20 +23,35 @@ OTHERS = ["*/*.safetensors", "consolidated*", "original/*", "onnx/*", "openvino/
 """The same weights once more, in folders and formats that are not read."""
 
 
-def fetch(model: str) -> Path:
+def fetch(model: str, *, weights: bool = True) -> Path:
     """The local folder of a model of the hub; what is missing in the cache is downloaded, with a bar on a terminal.
 
     Args:
         model: a hub id, "org/name".
+        weights: without them only what describes a model is downloaded.
 
     Raises:
         NotFound: (model_not_found) there is no such model, or it may not be read.
         Unavailable: (hub_unreachable) it is not in the cache, and the hub does not answer or is not to be asked.
     """
-    progress = _progress()
-    shown: Any = _Download(progress, model)
+    ignored = OTHERS if weights else [*OTHERS, "*.safetensors"]
+    with _progress() as progress, _our_words(model):
+        bar: Any = _Download(progress, model)
+        return Path(snapshot_download(model, allow_patterns=FILES, ignore_patterns=ignored, tqdm_class=bar))
+
+
+def file_sizes(model: str) -> dict[str, int]:
+    """Bytes of each file of a model on the hub, as it says. Raises as ``fetch``."""
+    with _our_words(model):
+        files = HfApi().model_info(model, files_metadata=True).siblings or []
+        return {file.rfilename: file.size for file in files if file.size is not None}
+
+
+@contextmanager
+def _our_words(model: str) -> Iterator[None]:
+    """Says what huggingface_hub raises as errors of this package."""
     try:
-        return Path(snapshot_download(model, allow_patterns=FILES, ignore_patterns=OTHERS, tqdm_class=shown))
+        yield
     except HFValidationError:
         raise NotFound("model_not_found", f"{model!r} is neither a folder nor a valid hub id") from None
     except LocalEntryNotFoundError:
@@ -58,15 +74,18 @@ def fetch(model: str) -> Path:
     except Exception as error:  # whatever a broken connection, a full disk or a strange server makes the client raise
         why = f"{type(error).__name__}: {error}"[:200]
         raise Unavailable("hub_unreachable", f"{model} could not be fetched", why=why) from None
-    finally:
-        progress.stop()
 
 
-def _progress() -> Progress:
-    """One line on stderr, and nothing at all where that is no terminal."""
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """One line on stderr once it is started, and nothing at all where that is no terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    try:
+        yield progress
+    finally:
+        progress.stop()
 
 
 class _Download:

@@ -280,6 +280,22 @@ def test_a_decoder_without_a_head_only_embeds(tmp_path: Path) -> None:
             llm.generate("the cat")
 
 
+def test_own_ids_are_none_that_a_caller_would_choose() -> None:
+    async def score_while_numbers_are_taken(engine: AsyncLLM) -> None:
+        params = SamplingParams(max_tokens=400, ignore_eos=True)
+        streams = [engine.stream(TEXTS[0], params, str(i)) for i in range(8)]
+        await asyncio.gather(*(anext(stream) for stream in streams))
+        await engine.score(TEXTS[0], TEXTS[1:])
+        await engine.embed_all(TEXTS)
+        with pytest.raises(InvalidRequest, match="duplicate_request_id"):
+            await engine.embed(TEXTS[0], request_id="7")
+        for stream in streams:
+            await stream.aclose()
+
+    with LLM(**OPTIONS) as llm:
+        asyncio.run(score_while_numbers_are_taken(AsyncLLM(llm.engine)))
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------
 
 

@@ -304,7 +304,13 @@ def test_yarn_states_the_context_it_reaches() -> None:
     ("name", "change", "code", "names"),
     [
         ("stablelm-2-1_6b", {"use_parallel_residual": True}, "unsupported_value", "use_parallel_residual"),
-        ("stablelm-2-1_6b", {"qk_layernorm": True}, "unsupported_value", "qk_layernorm"),
+        ("stablelm-2-1_6b", {"qk_layernorm": True}, "unsupported_value", "qk_layernorm = True, which"),
+        (
+            "stablelm-2-1_6b",  # as the one of 12B has it
+            {"qk_layernorm": True, "use_parallel_residual": True},
+            "unsupported_value",
+            "qk_layernorm = True and use_parallel_residual = True, which this build lacks",
+        ),
         ("stablelm-2-1_6b", {"partial_rotary_factor": 0.05}, "config_invalid", "partial_rotary_factor"),
         ("OLMoE-1B-7B", {"clip_qkv": 8.0}, "unsupported_value", "clip_qkv"),
         ("OLMoE-1B-7B", {"num_experts": 10_000}, "config_invalid", "more than 131072 experts in 16 layers"),

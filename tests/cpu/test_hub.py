@@ -11,12 +11,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
+from penstock import assemble
+from penstock.cli import terminal
 
 FILES = {
     "config.json": b"{}",
@@ -41,6 +45,8 @@ WANTED = set(FILES) - {
 }  # fmt: skip
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_good"
+
+TINY = Path(assemble.__file__).parent / "bundled"
 
 SCRIPT = """
 import json, sys
@@ -89,6 +95,7 @@ def handler(gets: list[str]) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = urlsplit(self.path).path.removeprefix("/api/models")
             _, owner, name, *rest = path.split("/")
+            files = content_of(name)
             allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             if name == "gated" and not allowed:
                 self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
@@ -96,16 +103,16 @@ def handler(gets: list[str]) -> type[BaseHTTPRequestHandler]:
                 self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
             elif name == "broken":
                 self.answer(500, b"{}")
-            elif name not in ("tiny", "private", "gated"):
+            elif name not in ("tiny", "private", "gated", "real", "sharded"):
                 self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-            elif rest[0] == "revision":
-                siblings = [{"rfilename": file} for file in FILES]
+            elif not rest or rest[0] == "revision":
+                siblings = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
                 self.answer(200, json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings}).encode())
             elif rest[0] == "tree":
-                tree = [{"type": "file", "path": f, "size": len(b), "oid": oid(b)} for f, b in FILES.items()]
+                tree = [{"type": "file", "path": f, "size": len(b), "oid": oid(b)} for f, b in files.items()]
                 self.answer(200, json.dumps(tree).encode())
             else:
-                content = FILES["/".join(rest[2:])]
+                content = files["/".join(rest[2:])]
                 if self.command == "GET":
                     gets.append("/".join(rest[2:]))
                 self.answer(200, content, {"ETag": f'"{oid(content)}"', "X-Repo-Commit": COMMIT})
@@ -120,6 +127,20 @@ def handler(gets: list[str]) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(body)
 
     return Handler
+
+
+@cache
+def content_of(name: str) -> dict[str, bytes]:
+    """The files of a repository: those above, or a real model, or one in two shards that differ in size."""
+    if name not in ("real", "sharded"):
+        return FILES
+    files = {path.name: path.read_bytes() for path in TINY.iterdir()} | {"fp16.safetensors": bytes(7)}
+    if name == "sharded":
+        weights, shards = files.pop("model.safetensors"), ["model-1.safetensors", "model-2.safetensors"]
+        files |= {shards[0]: weights[:-1000], shards[1]: bytes(1000)}
+        index = {"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+    return files
 
 
 def oid(content: bytes) -> str:
@@ -146,6 +167,43 @@ def test_what_a_model_needs_is_downloaded_once(hub: Hub) -> None:
     assert hub.find("org/tiny", HF_HUB_OFFLINE="1") == [sorted(WANTED)]
     assert hub.find("org/tiny", HF_ENDPOINT="http://127.0.0.1:9") == [sorted(WANTED)]  # nobody answers there
     assert len(hub.gets) == len(WANTED)
+
+
+def show(hub: Hub, *arguments: str, **environment: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "penstock.cli", "show", "--json", "--num-threads", "1", *arguments]
+    done = subprocess.run(command, env=hub.environment(environment), capture_output=True, text=True)
+    facts: dict[str, Any] = json.loads(done.stdout if done.returncode == 0 else done.stderr)
+    return facts
+
+
+def test_show_downloads_no_weights_until_they_are_there(hub: Hub) -> None:
+    facts, local = show(hub, "org/real"), show(hub, str(TINY))
+    assert hub.gets and not [file for file in hub.gets if file.endswith(".safetensors")]
+    size = (TINY / "model.safetensors").stat().st_size
+    assert facts["weights"] == {"files": 1, "bytes": size, "bytes_by_dtype": {}, "downloaded": False}
+    for same in ("architecture", "parameters", "context", "tokenizer", "chat_template"):
+        assert facts[same] == local[same]
+    assert facts["here"]["weight_bytes"] == local["here"]["weight_bytes"] and facts["here"]["fits"]
+    assert show(hub, "org/real", HF_HUB_OFFLINE="1")["error"]["code"] == "hub_unreachable"
+    hub.find("org/real")
+    before = len(hub.gets)
+    assert show(hub, "org/real", HF_HUB_OFFLINE="1")["weights"] == local["weights"]
+    assert len(hub.gets) == before and local["weights"]["downloaded"]
+
+
+def test_show_adds_up_the_files_of_the_index(hub: Hub) -> None:
+    command = [sys.executable, "-m", "penstock.cli", "show", "org/sharded"]
+    shown = subprocess.run(command, env=hub.environment({}), capture_output=True, text=True).stdout
+    size = terminal.size((TINY / "model.safetensors").stat().st_size)
+    assert f"weights       {size} in 2 files, not downloaded\n" in shown
+    assert not [file for file in hub.gets if file.endswith(".safetensors")]
+
+
+def test_show_refuses_as_a_download_does(hub: Hub) -> None:
+    names = ("org/gated", "org/broken")
+    for name, (_, code, text) in zip(names, hub.find(*names), strict=True):
+        error = show(hub, name)["error"]
+        assert error["code"] == code and error["what"] in text and error["fix"].lower() in text.lower()
 
 
 def test_what_cannot_be_had_is_said(hub: Hub) -> None:

@@ -355,15 +355,23 @@ def test_a_folder_recommends_sampling_params(model: str, tmp_path: Path) -> None
     def defaults(said: dict[str, Any], **options: Any) -> SamplingParams:
         (folder / "generation_config.json").write_text(json.dumps(said))
         with LLM(str(folder), max_model_len=32, **options) as llm:
-            params = llm.get_default_sampling_params()
+            params, online = llm.get_default_sampling_params(), AsyncLLM(llm.engine)
+            assert online.get_default_sampling_params() == params
+
+            async def stream() -> list[int]:
+                return [token async for delta in online.stream([5, 6]) for token in delta.token_ids]
+
             (unsaid,), (said_so,) = llm.generate([[5, 6]]), llm.generate([[5, 6]], params)
-            assert len(unsaid.outputs[0].token_ids) == len(said_so.outputs[0].token_ids) <= (params.max_tokens or 32)
+            lengths = {len(unsaid.outputs[0].token_ids), len(said_so.outputs[0].token_ids), len(asyncio.run(stream()))}
+            assert lengths == {params.max_tokens or 32}
             return params
 
     said = {"temperature": 0.0, "top_p": 0.5, "top_k": None, "max_new_tokens": 3, "num_beams": 4}
     assert defaults(said) == SamplingParams(temperature=0.0, top_p=0.5, max_tokens=3)
-    assert defaults(said, generation_config="vllm") == SamplingParams() == defaults({})
-    with pytest.raises(ModelFormatError, match=r"temperature = 'hot'.*generation_config=.vllm") as error:
+    for passed_over in ("none", "vllm"):
+        assert defaults(said, generation_config=passed_over) == SamplingParams() == defaults({})
+    assert defaults({"temperature": "hot"}, generation_config="none") == SamplingParams()
+    with pytest.raises(ModelFormatError, match=r"temperature = 'hot'.*generation_config = .none") as error:
         defaults({"temperature": "hot"})
     assert error.value.code == "generation_config_invalid"
     with pytest.raises(ConfigError, match="generation_config"):

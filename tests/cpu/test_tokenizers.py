@@ -7,7 +7,7 @@ import json
 import random
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from penstock.formats import read_ranks
 from penstock.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
 from sentencepiece_files import BITS, model, number, trained, tricky_text
 
+BYTES = [bytes([i]) for i in range(256)]
 FILES = {
     "llama2": "llama2",
     "llama3": "llama3",
@@ -96,7 +97,9 @@ def _library(path: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
-GRID = list(itertools.product(["bpe", "unigram"], *[[False, True]] * 3, ["identity", "nmt_nfkc"], [False, True]))
+GRID = list(
+    itertools.product(["bpe", "unigram", "char"], *[[False, True]] * 3, ["identity", "nmt_nfkc"], [False, True])
+)
 
 
 @pytest.mark.parametrize("kind", GRID, ids=lambda kind: "-".join(map(str, kind)))
@@ -168,6 +171,49 @@ def test_rank_files_encode_by_definition(
 
 
 _ranks = cache(read_ranks)
+
+
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?"
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def tekken(ranks: Iterable[bytes], *, special: object = None, reserved: int = 30, unused: int = 0) -> bytes:
+    vocab = [{"rank": i, "token_bytes": b64encode(token).decode(), "token_str": None} for i, token in enumerate(ranks)]
+    size = reserved + len(vocab) - unused
+    config = {"pattern": TEKKEN, "default_vocab_size": size, "default_num_special_tokens": reserved, "version": "v3"}
+    return json.dumps({"config": config, "vocab": vocab, "special_tokens": special}).encode()
+
+
+def test_a_tekken_file_encodes_by_definition(tmp_path: Path, test_data: Path, sample: str) -> None:
+    """No tekken.json can be had here: the ranks are those of Llama 4 in Mistral's form, of which the last 5,000 are
+    listed and not used."""
+    ranks = _ranks(test_data / "tokenizers" / "llama4" / "tokenizer.model")
+    (tmp_path / "tekken.json").write_bytes(tekken(ranks, unused=5_000))
+    used = {token: rank for token, rank in ranks.items() if rank < len(ranks) - 5_000}
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocabulary.size == len(used) + 30
+    for text in (sample[:6000], *BITS, "naïve 12345 it's\r\n\n  x", "<s>[INST]"):
+        ids = tokenizer.encode(text, parse_special=False)
+        assert ids == [1, *(30 + i for i in by_ranks(text, TEKKEN, used))], text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("[INST]x</s>", add_special_tokens=False)[::2] == [3, 2]
+    assert (tokenizer.vocabulary.bos_id, tokenizer.vocabulary.eos_ids) == (1, {2})
+    assert tokenizer.special_tokens["[TOOL_CONTENT]"] == 19 and tokenizer.special_tokens["<SPECIAL_29>"] == 29
+
+
+def test_special_tokens_of_a_tekken_file(tmp_path: Path) -> None:
+    listed = [{"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(["<unk>", "<s>", "[THINK]"])]
+    (tmp_path / "tekken.json").write_bytes(tekken(BYTES, special=listed, reserved=4))
+    tokenizer = load_tokenizer(tmp_path / "tekken.json")
+    assert tokenizer.special_tokens == {"<unk>": 0, "<s>": 1, "[THINK]": 2, "<SPECIAL_3>": 3}
+    assert tokenizer.encode("[THINK]!") == [1, 2, 4 + ord("!")] and tokenizer.vocabulary.eos_ids == frozenset()
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert load_tokenizer(tmp_path).encode("!") == [4 + ord("!")]
+    (tmp_path / "tokenizer.model.v7").write_bytes(model([("<unk>", 0.0, 2), ("x", 0.0, 1)]))
+    assert load_tokenizer(tmp_path).vocabulary.size == 260  # the newer of Mistral's two files is read
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -431,6 +477,21 @@ INVALID: dict[str, dict[str, str | bytes]] = {
     "words without an unknown one": {"vocab.txt": "a\nb\n"},
     "words that are not UTF-8": {"vocab.txt": b"[UNK]\n\xff\n"},
     "no words": {"vocab.txt": ""},
+    "a tekken without a config": {"tekken.json": '{"vocab": []}'},
+    "a tekken of all special tokens": {"tekken.json": tekken([])},
+    "a tekken with too few tokens": {"tekken.json": tekken(BYTES, unused=-1)},
+    "a tekken without all bytes": {"tekken.json": tekken(BYTES[:-1])},
+    "a tekken with a token twice": {"tekken.json": tekken([*BYTES, b"a"])},
+    "a tekken with two tokens of one id": {"tekken.json": tekken(BYTES, special=[{"rank": 1, "token_str": "a"}] * 2)},
+    "a tekken with a special token far away": {"tekken.json": tekken(BYTES, special=[{"rank": 30, "token_str": "x"}])},
+    "a tekken with a special token that has two ids": {
+        "tekken.json": tekken(BYTES, special=[{"rank": 1, "token_str": "x"}, {"rank": 2, "token_str": "x"}])
+    },
+    "a tekken with a special token that is a token": {
+        "tekken.json": tekken([*BYTES, b"ab"], special=[{"rank": 1, "token_str": "ab"}])
+    },
+    "a tekken whose token is no base64": {"tekken.json": tekken(BYTES).replace(b'"AA=="', b'"A?=="')},
+    "a tekken whose pattern is none": {"tekken.json": tekken(BYTES).replace(b'"[^', b'"[[^', 1)},
     "bytes that are not all there": {
         "tokenizer.model": model([("<unk>", 0.0, 2), ("<0x41>", 0.0, 6)], trainer=number(35, 1))
     },
@@ -481,6 +542,7 @@ def _healthy() -> list[dict[str, bytes]]:
         {"vocab.json": VOCAB.encode(), "merges.txt": MERGES.encode(), "config.json": b'{"model_type": "gpt2"}'},
         {"vocab.json": VOCAB.encode(), "merges.txt": b"", "tokenizer_config.json": added},
         {"vocab.txt": b"[UNK]\n[CLS]\n[SEP]\nthe\n##s\n", "tokenizer_config.json": b'{"do_lower_case": false}'},
+        {"tekken.json": tekken(BYTES, special=[{"rank": 1, "token_str": "<s>"}], reserved=2)},
     ]
 
 
@@ -509,7 +571,7 @@ def damage(folder: Path, seeds: range) -> tuple[int, int]:
 
 
 def test_random_damage_raises_nothing_else(tmp_path: Path) -> None:
-    refused, read = damage(tmp_path, range(35))  # times 9 kinds
+    refused, read = damage(tmp_path, range(35))  # times 10 kinds
     assert refused > 50 and read > 30
 
 

@@ -105,6 +105,7 @@ def test_seeds_belong_to_lines(stories: Path) -> None:
         (["--input", "{file}", "--output", "{file}"], 2, "invalid_parameter"),
         (["--input", "{file}", "--output", "{here}"], 1, "output_failed"),
         (["--input", "{file}", "{here}", "a prompt"], 2, "invalid_parameter"),
+        (["--input", "{file}", "a prompt"], 3, "model_not_found"),
         (["--output", "{here}/x", "a prompt"], 2, "missing_input"),
     ],
 )
@@ -114,6 +115,8 @@ def test_errors(tmp_path: Path, arguments: list[str], code: int, name: str) -> N
     done = penstock("run", *(part.format(here=tmp_path, file=file) for part in arguments))
     assert done.returncode == code and f"  code: {name}\n".encode() in done.stderr, done.stderr
     assert file.read_text() == "Once\n"
+    meant_as_one = "a prompt" in arguments and "--input" in arguments
+    assert (b"the prompts are in the file, and an argument is the MODEL" in done.stderr) == meant_as_one
 
 
 def test_a_full_disk(stories: Path) -> None:

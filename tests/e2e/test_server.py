@@ -89,6 +89,30 @@ def test_logprobs_of_completions(server: Server) -> None:
         assert len(top) == 3 and drawn == top[token] == max(top.values()) and drawn <= 0
 
 
+def test_best_of(server: Server) -> None:
+    """The samples are those of n = best_of; the ones that the model was surest of, token by token, are kept."""
+    prompts = [PROMPT, "The dog"]
+    ask = {"model": MODEL, "prompt": prompts, "max_tokens": 16, "temperature": 1.2, "seed": 5, "logprobs": 0}
+    every = server.client.completions.create(**ask, n=5)
+    best = server.client.completions.create(**ask, n=2, best_of=5, echo=False)
+    expected = []
+    for first in (0, 5):
+        means = {c.text: sum(c.logprobs.token_logprobs) / len(c.logprobs.tokens) for c in every.choices[first:][:5]}
+        expected += sorted(means, key=lambda text: -means[text])[:2]
+    assert [(c.index, c.text) for c in best.choices] == list(enumerate(expected))
+    assert best.usage == every.usage and {c.finish_reason for c in best.choices} <= {"length", "stop"}
+    assert all("".join(c.logprobs.tokens) == c.text for c in best.choices)
+    plain = server.client.completions.create(**{**ask, "logprobs": None}, n=1, best_of=5, echo=True)
+    assert [c.text for c in plain.choices] == [p + text for p, text in zip(prompts, expected[::2], strict=True)]
+    assert plain.choices[0].logprobs is None
+    same = server.client.completions.create(**ask, n=2, best_of=2)
+    assert [c.text for c in same.choices] == [every.choices[i].text for i in (0, 1, 5, 6)]
+    for wrong in ({"n": 3, "best_of": 2}, {"best_of": 2, "stream": True}, {"best_of": 128, "prompt": ["a"] * 5}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            server.client.completions.create(**{**ask, **wrong})
+        assert caught.value.param == "best_of"
+
+
 def test_stop_and_echo(server: Server) -> None:
     plain = server.client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=24, temperature=0, echo=True)
     assert plain.choices[0].text.startswith(PROMPT + ", there was")

@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from penstock.serving.limits import (
     MAX_PROMPTS,
 )
 from penstock.spec import EngineConfig
-from servers import MODEL, PROMPT, Server
+from penstock.text import ChatTemplate
+from servers import MODEL, PROMPT, TEMPLATE, Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
@@ -63,7 +65,7 @@ def post(server: Server, path: str, **fields: Any) -> httpx.Response:
         ("seed", 2**70), ("presence_penalty", 2.1), ("frequency_penalty", -3), ("repetition_penalty", 0),
         ("typical_p", 0), ("dry_multiplier", -1), ("dry_sequence_breakers", [1]), ("thinking_budget", -1),
         ("thinking_soft", 2), ("logits_rules", []), ("logprobs", -1), ("logprobs", 129),
-        ("stop", ""), ("stop", ["a"] * 65), ("stop", [1]), ("stop", "x" * 1025),
+        ("best_of", 0), ("best_of", 129), ("stop", ""), ("stop", ["a"] * 65), ("stop", [1]), ("stop", "x" * 1025),
         ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 1025), ("logit_bias", {"x": 1}),
         ("logit_bias", {"1": 101}), ("logit_bias", {str(i): 1 for i in range(1025)}), ("min_tokens", 3),
         ("priority", 10**9), ("stream", "yes"), ("stream_options", {"include_usage": True}), ("model", "m" * 513),
@@ -105,7 +107,7 @@ def test_required_fields_and_allowed_values_are_told(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        (COMPLETIONS, "suffix", "x"), (COMPLETIONS, "best_of", 3), (COMPLETIONS, "prompt_logprobs", 1),
+        (COMPLETIONS, "suffix", "x"), (COMPLETIONS, "prompt_logprobs", 1),
         (COMPLETIONS, "use_beam_search", True), (COMPLETIONS, "prompt_embeds", "x"),
         (CHAT, "tools", [{"type": "function"}]), (CHAT, "tool_choice", "required"), (CHAT, "chat_template", "{{ 1 }}"),
         (CHAT, "response_format", {"type": "structural_tag"}), (CHAT, "modalities", ["text", "audio"]),
@@ -383,3 +385,21 @@ def test_any_json_gets_an_answer_or_a_named_error(llm: AsyncLLM, path: str, fiel
     response = ask(llm, path, base | fields)
     if response.status_code != 200:
         error_of(response, 404 if response.json()["error"]["code"] == "model_not_found" else 400)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_what_a_request_leaves_open_is_as_the_model_recommends(llm: AsyncLLM, path: str) -> None:
+    """vLLM's rule; the fields of the request come first, and OpenAI's defaults last."""
+    engine = replace(llm.engine, chat=ChatTemplate(TEMPLATE), recommended={"temperature": 0.0, "max_tokens": 7})
+    asked = {"prompt": PROMPT} if path == COMPLETIONS else {"messages": [USER]}
+
+    def answer(llm: AsyncLLM, **fields: Any) -> tuple[Any, int]:
+        body = ask(llm, path, asked | fields).json()
+        (choice,) = body["choices"]
+        return choice.get("text") or choice["message"]["content"], body["usage"]["completion_tokens"]
+
+    recommended, plain = AsyncLLM(engine), AsyncLLM(replace(engine, recommended={}))
+    greedy = answer(plain, temperature=0, max_tokens=7)
+    assert greedy[1] == 7 and answer(recommended) == greedy == answer(recommended, temperature=None)
+    drawn = answer(plain, seed=1, max_tokens=9)
+    assert drawn[1] == 9 and answer(recommended, temperature=1, seed=1, max_tokens=9) == drawn != greedy

@@ -139,7 +139,7 @@ MODELS_TAIL = """
 | what | read |
 | --- | --- |
 | weights | safetensors, one file or shards; float32, bfloat16, float16; MXFP4 experts are decoded at load |
-| tokenizers | `tokenizer.json`, SentencePiece, tiktoken, `vocab.json` and `merges.txt`, `vocab.txt`, GGUF |
+| tokenizers | `tokenizer.json`, `tekken.json`, SentencePiece, tiktoken, `vocab.json`+`merges.txt`, `vocab.txt`, GGUF |
 | chat templates | `chat_template.jinja`, or in `tokenizer_config.json`; in a sandbox with a budget |
 | pooling | `modules.json` of sentence-transformers: mean, last token, first token, normalized or not |
 | not in this build | adapters (LoRA), other quantizations, weights in GGUF |
@@ -168,4 +168,6 @@ def traits(family: Any) -> str:
         "LayerNorm": family.norm == "layer",
         "text part only": family.text_config is not None,
     }
+    never = [f"`{key}`" for key, only in family.fixed.items() if not only]
+    marks[f"not with {' or '.join(never)}"] = bool(never)
     return ", ".join(mark for mark, has in marks.items() if has)

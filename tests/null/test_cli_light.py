@@ -69,7 +69,7 @@ def test_every_sampling_parameter_is_an_option_or_deliberately_none() -> None:
     text = " ".join(penstock("run", "--help").stdout.split())
     for name, (_, meaning) in SAMPLING.items():
         assert f"--{name.replace('_', '-')} " in text and meaning.split()[0] in text, name
-    assert "[default: 256]" in text
+    assert "[default: the model's, else 256]" in text and "[default: 1]" in text
 
 
 def test_usage_errors_are_json_under_json() -> None:

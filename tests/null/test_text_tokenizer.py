@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 import toytext
@@ -122,6 +122,20 @@ def test_bos_is_added_where_the_post_processor_adds_it() -> None:
     assert llama.encode("the", parse_special=False)[0] == 1
     assert llama.encode("the", add_special_tokens=False)[0] != 1
     assert toytext.byte_level().encode("") == []
+
+
+@pytest.mark.parametrize("vocabulary", [{"<s>": 0, "</s>": 1, "b": 2}, {"<s>": 0, "</s>": 1, "b": 2, "a": 3}])
+def test_what_surrounds_a_text_does_not_depend_on_its_letters(vocabulary: dict[str, int]) -> None:
+    """A vocabulary need not know any letter in particular."""
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.encode("b", parse_special=False) == [0, 2, 1] == tokenizer.encode("b")
+    assert tokenizer.encode("", parse_special=False) == [0, 1]
+    assert tokenizer.pair_frame() == ([0], [1, 1], [1])
 
 
 def test_marks_in_a_text_are_text() -> None:

@@ -64,13 +64,17 @@ class Line:
 def run_file(
     model: str | None,
     engine: Mapping[str, Any],
-    params: SamplingParams,
+    defaults: Mapping[str, Any],
+    asked: Mapping[str, Any],
     source: str,
     target: str | None,
     as_jsonl: bool,
     as_json: bool,
 ) -> None:
     """What ``penstock run --input`` does. Ends the process with the code of the first error, if a line had one.
+
+    Args:
+        defaults, asked: sampling parameters under and over those that the model recommends.
 
     Raises:
         NotFound, PenstockError: the input cannot be read, the output not be written, or the engine not be built.
@@ -84,6 +88,7 @@ def run_file(
         built = build_engine(engine_config(model, engine))
         tally = lines.Tally(time.perf_counter() - started)
         try:
+            params = SamplingParams(**{**defaults, **built.recommended, **asked})
             runner = Runner(Requests(built, lambda: 0), params, as_jsonl=as_jsonl, seed=built.config.seed)
             shown = target is not None or not is_terminal(sys.stdout)
             with lines.progress(file, shown=shown) as advance:

@@ -21,16 +21,19 @@ from penstock.cli.conversation import Conversation
 from penstock.cli.exits import emit, exit_code, explain
 from penstock.cli.options import MODEL_HELP, engine_options, sampling_options
 from penstock.cli.terminal import TextOutput, is_terminal, note, peak_memory, size
+from penstock.spec import SamplingParams
 
 if TYPE_CHECKING:
     from penstock.llm import LLM
 
+DEFAULTS = {"max_tokens": 1024}
+"""Where neither the command line nor the model says anything."""
 ROOM = 4
 """An answer is left at least one part in so many of the context, or max_tokens where that is less."""
 
 
 @engine_options
-@sampling_options(*NOT_SET, max_tokens=1024)
+@sampling_options(*NOT_SET, **DEFAULTS)
 def chat(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)
@@ -48,7 +51,7 @@ def chat(
     from penstock.cli.prompt import inputs
     from penstock.llm import LLM
 
-    cli_sampling.params(sampling)  # refused before the model is loaded
+    cli_sampling.asked(sampling)  # refused before the model is loaded
     started = time.perf_counter()
     with LLM(model, **engine) as llm:
         _refuse_without_template(llm)
@@ -84,7 +87,7 @@ class Session:
     """A conversation, the model that answers, and what its answers have cost.
 
     Attributes:
-        sampling: what ``/set`` changes.
+        sampling: what was given or ``/set``, by the names of ``cli.options.SAMPLING``.
         failed: the last error of a turn.
     """
 
@@ -98,7 +101,7 @@ class Session:
     def ask(self, text: str) -> None:
         """Says something and prints the answer."""
         self.conversation.say("user", text)
-        params = cli_sampling.params(self.sampling)
+        params = self.params
         longest = self._context
         room = min(longest // ROOM, params.max_tokens or longest)
         ids, dropped = self.conversation.fit(self._encode, longest - room)
@@ -118,6 +121,12 @@ class Session:
         self.conversation.say("assistant", answer.text)
         self.answers.append(answer)
         emit(json.dumps({"role": "assistant", "content": answer.text} | answer.report()) if self.as_json else "")
+
+    @property
+    def params(self) -> SamplingParams:
+        """Of the next answer. Raises as ``cli.sampling.asked``."""
+        asked = cli_sampling.asked(self.sampling)
+        return SamplingParams(**{**DEFAULTS, **self.llm.engine.recommended, **asked})
 
     @property
     def _context(self) -> int:

@@ -83,7 +83,7 @@ def _set(session: Session, text: str) -> None:
         changed.pop(name, None)
     else:
         changed[name] = _parsed(name, value.strip())
-    sampling.params(changed)
+    sampling.asked(changed)
     session.sampling = changed
 
 
@@ -101,7 +101,7 @@ def _parsed(name: str, value: str) -> Any:
 
 
 def _params(session: Session, _: str) -> None:
-    made = sampling.params(session.sampling)
+    made = session.params
     for name, (_kind, meaning) in SAMPLING.items():
         if name not in NOT_SET:
             note(f"{name:22} {session.sampling.get(name, getattr(made, name, None))!s:10} {meaning}")

@@ -55,10 +55,8 @@ def embed(
     """Print the vector of TEXT, or of each line of a file. A single argument is the text."""
     params = PoolingParams(dimensions=dimensions, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens)
     if input is not None:
-        if text is not None:
-            why = "with --input, the file has the texts"
-            raise InvalidRequest("invalid_parameter", "TEXT and --input cannot both be given", why=why)
-        _embed_file(model, engine, params, input, output, lines.is_jsonl(input, input_format), as_json)
+        with lines.instead_of("text", text):
+            _embed_file(model, engine, params, input, output, lines.is_jsonl(input, input_format), as_json)
         return
     if text is None:
         model, text = None, model

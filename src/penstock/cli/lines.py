@@ -42,6 +42,25 @@ PROMPTS = {"prompt", "messages", "prompt_token_ids"}
 """Keys of a JSON line, of which it has one."""
 
 
+@contextmanager
+def instead_of(kind: str, text: str | None) -> Iterator[None]:
+    """Around what --input does. Beside it a single argument is the MODEL, also if it was meant as a text.
+
+    Raises:
+        InvalidRequest: (invalid_parameter) there is a text as well.
+        NotFound: (model_not_found) with a hint, where nothing else is known of it.
+    """
+    why = f"with --input, the {kind}s are in the file, and an argument is the MODEL"
+    if text is not None:
+        raise InvalidRequest("invalid_parameter", f"{kind.upper()} and --input cannot both be given", why=why)
+    try:
+        yield
+    except NotFound as error:
+        if error.code != "model_not_found" or error.why:
+            raise
+        raise NotFound(error.code, error.what, why=why, fix=error.fix) from None
+
+
 def is_jsonl(path: str, given: str | None) -> bool:
     """Whether lines are JSON: as was said, else by the ending of the name."""
     return path.endswith(".jsonl") if given is None else given == "jsonl"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from penstock.spec import EngineConfig, SamplingParams
+from penstock.spec.generation import RECOMMENDED
 
 MODEL_HELP = "model folder or hub id; the bundled model if left out"
 _POSITIONAL = {"model"}
@@ -40,11 +41,11 @@ def engine_options(command: Command) -> Command:
 def sampling_options(*left_out: str, **defaults: Any) -> Callable[[Command], Command]:
     """Replaces the parameter ``sampling`` of a command by one option for each row of SAMPLING.
 
-    The command receives ``sampling`` as a dict of what was given, ready for ``cli.sampling.params``.
+    The command receives ``sampling`` as a dict of what was given, ready for ``cli.sampling.asked``.
 
     Args:
         left_out: rows that mean nothing to this command.
-        defaults: of this command, where they are not those of SamplingParams.
+        defaults: of this command, where they are not those of SamplingParams; told, and left to it to be used.
     """
     own = {field.name: field.default for field in dataclasses.fields(SamplingParams)} | defaults
 
@@ -57,9 +58,10 @@ def sampling_options(*left_out: str, **defaults: Any) -> Callable[[Command], Com
             if kind is bool:
                 options.append(_option(name, bool, False, help_text, False, flag))
             else:  # a value that is left out is not passed on: a default is told, not set
-                told = f"  [default: {default}]" if isinstance(default, int | float) else ""
+                first = "the model's, else " if name in RECOMMENDED.values() else ""
+                told = f"  [default: {first}{default}]" if isinstance(default, int | float) else ""
                 options.append(_option(name, kind | None, None, help_text + told, False))
-        return _expanded(command, "sampling", options, lambda given: defaults | _given(given))
+        return _expanded(command, "sampling", options, _given)
 
     return expand
 

@@ -16,14 +16,17 @@ from penstock.cli.answer import Answer
 from penstock.cli.batch import run_file
 from penstock.cli.complete import complete_model
 from penstock.cli.exits import emit
-from penstock.cli.lines import is_jsonl
+from penstock.cli.lines import instead_of, is_jsonl
 from penstock.cli.options import MODEL_HELP, engine_options, sampling_options
 from penstock.cli.terminal import TextOutput
 from penstock.spec import SamplingParams
 
+DEFAULTS = {"max_tokens": 256}
+"""Where neither the command line nor the model says anything."""
+
 
 @engine_options
-@sampling_options(max_tokens=256)
+@sampling_options(**DEFAULTS)
 def run(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)
@@ -49,10 +52,10 @@ def run(
 
     With --input, each line is a prompt and gets a line of JSON, in order; the totals go to stderr.
     """
-    params = cli_sampling.params(sampling)
+    asked = cli_sampling.asked(sampling)
     if input is not None:
-        _refuse_prompt(prompt)
-        run_file(model, engine, params, input, output, is_jsonl(input, input_format), as_json)
+        with instead_of("prompt", prompt):
+            run_file(model, engine, DEFAULTS, asked, input, output, is_jsonl(input, input_format), as_json)
         return
     if output is not None or input_format is not None:
         raise InvalidRequest(
@@ -61,14 +64,15 @@ def run(
     if prompt is None:
         model, prompt = None, model
         _refuse_model_alone(prompt)
-    _complete(model, engine, params, _prompt_text(prompt), as_json)
+    _complete(model, engine, asked, _prompt_text(prompt), as_json)
 
 
-def _complete(model: str | None, engine: dict[str, Any], params: SamplingParams, text: str, as_json: bool) -> None:
+def _complete(model: str | None, engine: dict[str, Any], asked: dict[str, Any], text: str, as_json: bool) -> None:
     from penstock.llm import LLM
 
     started = time.perf_counter()
     with LLM(model, **engine) as llm:
+        params = SamplingParams(**{**DEFAULTS, **llm.engine.recommended, **asked})
         prompt = llm.get_tokenizer().encode(text)
         load_s = time.perf_counter() - started
         answer = Answer(len(prompt), params.n)
@@ -89,13 +93,6 @@ def _complete(model: str | None, engine: dict[str, Any], params: SamplingParams,
         emit("")
     if streamed:
         emit("")
-
-
-def _refuse_prompt(prompt: str | None) -> None:
-    if prompt is not None:
-        raise InvalidRequest(
-            "invalid_parameter", "PROMPT and --input cannot both be given", why="with --input, the file has the prompts"
-        )
 
 
 def _refuse_model_alone(prompt: str | None) -> None:

@@ -1,4 +1,4 @@
-"""SamplingParams from what was given on the command line."""
+"""Sampling parameters from what was given on the command line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ FORMS = {"json_schema": "json", "regex": "regex", "choice": "choice", "grammar":
 """Options that say what form a text must have, and the field of StructuredOutputs that each one is."""
 
 
-def params(given: Mapping[str, Any]) -> SamplingParams:
-    """From values by the names of ``cli.options.SAMPLING``.
+def asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names of SamplingParams what was given by those of ``cli.options.SAMPLING``, checked.
+
+    What was not given is left open for the model to recommend, and then for the command.
 
     Raises:
         NotFound, InvalidRequest: (input_unreadable) a schema or grammar file; what SamplingParams and
@@ -29,7 +31,8 @@ def params(given: Mapping[str, Any]) -> SamplingParams:
         form["grammar"] = _text_of(form["grammar"])
     if form:
         values["structured_outputs"] = StructuredOutputs(**form)
-    return SamplingParams(**values)
+    SamplingParams(**{"max_tokens": None} | values)
+    return values
 
 
 def _text_of(path: str) -> str:

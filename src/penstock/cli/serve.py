@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from penstock.cli.complete import complete_model
 from penstock.cli.options import MODEL_HELP, engine_options
 from penstock.spec import EngineConfig
+
+if TYPE_CHECKING:
+    from penstock.assemble import Assembled
 
 
 @engine_options
@@ -45,12 +48,19 @@ def serve(
                 )
             if public:
                 print("Anyone who can reach this address can use it: this server asks for no key.")
-            print(f"Try it:\n  {example(url, assembled.name)}", flush=True)
+            print(f"Try it:\n  {example(url, assembled)}", flush=True)
 
         server.serve(llm, bound, announce)
 
 
-def example(url: str, name: str) -> str:
-    """A line to paste into a shell."""
-    body = json.dumps({"model": name, "prompt": "Once upon a time", "max_tokens": 48, "temperature": 0.7, "seed": 2})
-    return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+def example(url: str, engine: Assembled) -> str:
+    """A line to paste into a shell, of what this model can do."""
+    body: dict[str, Any]
+    if engine.generates:
+        path, body = "completions", {"prompt": "Once upon a time", "max_tokens": 48, "temperature": 0.7, "seed": 2}
+    elif engine.pooling.classifier:
+        path, body = "score", {"text_1": "Who has the key?", "text_2": ["Nobody had the key.", "The robin sang."]}
+    else:
+        path, body = "embeddings", {"input": "The garden was locked."}
+    data = shlex.quote(json.dumps({"model": engine.name} | body))
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {data}"

@@ -46,21 +46,44 @@ def show(
     engine: dict[str, Any],
 ) -> None:
     """Show what MODEL is, and which context and how many requests fit here."""
-    from penstock.assemble import find_model
-
     config = EngineConfig(model=model, **engine)
-    folder = find_model(model)
-    facts = describe(folder)
+    folder, absent = outline(model)
+    facts = describe(folder, absent)
     if as_json:
-        emit(json.dumps(facts | {"here": fit(folder, config)}))
+        emit(json.dumps(facts | {"here": fit(folder, config, absent)}))
         return
     _print(facts)
     emit("")
-    _print_fit(fit(folder, config))  # torch is loaded only here
+    _print_fit(fit(folder, config, absent))  # torch is loaded only here
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def outline(model: str | None) -> tuple[Path, dict[str, int]]:
+    """As ``find_model``, but weights are not downloaded.
+
+    Returns:
+        The folder; and where weight files are absent, the bytes of each one, those that are there included.
+    """
+    from penstock.assemble import locate
+    from penstock.formats import weight_files
+
+    place = locate(model)
+    if isinstance(place, Path):
+        return place, {}
+    from penstock.hub import fetch, file_sizes
+
+    folder = fetch(place, weights=False)
+    names = weight_files(folder)
+    if all((folder / name).exists() for name in names):
+        return folder, {}
+    sizes = file_sizes(place)
+    return folder, {name: sizes[name] for name in names if name in sizes}
+
+
+def describe(folder: Path, absent: Mapping[str, int]) -> dict[str, Any]:
     """What the files of a model folder say. Reads headers only, and needs no torch.
+
+    Args:
+        absent: bytes of the weight files, if they are still on the hub.
 
     Raises:
         NotFound, ModelFormatError: the folder is not a model, is damaged, or is of a kind this build does not run.
@@ -69,7 +92,8 @@ def describe(folder: Path) -> dict[str, Any]:
     from penstock.text import load_chat_template, load_tokenizer
 
     spec = read_any_spec(folder)
-    checkpoint, pooling = open_checkpoint(folder), read_pooling(folder, spec)
+    stored = _on_the_hub(absent) if absent else weights(open_checkpoint(folder))
+    pooling = read_pooling(folder, spec)
     tokenizer = load_tokenizer(folder, spec.vocab_size)
     vocabulary = tokenizer.vocabulary
     return {
@@ -77,7 +101,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "family": spec.family,
         "architecture": architecture(spec),
         "parameters": _parameters(spec),
-        "weights": weights(checkpoint),
+        "weights": stored,
         "context": pooling.max_length or spec.max_positions if isinstance(spec, EncoderSpec) else spec.max_positions,
         "kv_bytes_per_token": 0 if isinstance(spec, EncoderSpec) else kv_bytes_per_token(spec, spec.dtype),
         "tokenizer": {
@@ -116,11 +140,20 @@ def weights(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the weight files hold: bytes by dtype, as safetensors names them."""
     count = tensor_count(checkpoint)
     by_dtype = {dtype: numbers * DTYPE_BITS[dtype] // 8 for dtype, numbers in sorted(count.items())}
-    return {"files": len(checkpoint.files), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
+    here = {"files": len(checkpoint.files), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
+    return here | {"downloaded": True}
 
 
-def fit(folder: Path, config: EngineConfig) -> dict[str, Any]:
+def _on_the_hub(sizes: Mapping[str, int]) -> dict[str, Any]:
+    """As ``weights``, of files whose headers cannot be read yet."""
+    return {"files": len(sizes), "bytes": sum(sizes.values()), "bytes_by_dtype": {}, "downloaded": False}
+
+
+def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[str, Any]:
     """What an engine would make of this machine now. Loads torch, but no weights.
+
+    Args:
+        absent: as for ``describe``.
 
     Raises:
         ModelFormatError: the weight files are not those of config.json.
@@ -142,7 +175,8 @@ def fit(folder: Path, config: EngineConfig) -> dict[str, Any]:
         needed = encoder_weight_bytes(spec, dtype)
     else:
         needed = weight_bytes(spec, dtype)
-        open_tensors(open_checkpoint(folder), spec, Placement(getattr(torch, dtype), device))
+        if not absent:
+            open_tensors(open_checkpoint(folder), spec, Placement(getattr(torch, dtype), device))
     free = free_memory(device)
     facts: dict[str, Any] = {
         "device": config.device,
@@ -191,8 +225,9 @@ def _print(facts: Mapping[str, Any]) -> None:
             for window, layers in numbers.get("windows", {}).items()
         ),
         "parameters": human(total) + (f", of which a token uses {human(active)}" if active != total else ""),
-        "weights": f"{size(stored['bytes'])} in {stored['files']} file{'s' * (stored['files'] > 1)}: "
-        + ", ".join(f"{dtype} {size(count)}" for dtype, count in stored["bytes_by_dtype"].items()),
+        "weights": f"{size(stored['bytes'])} in {stored['files']} file{'s' * (stored['files'] > 1)}"
+        + ("" if stored["downloaded"] else ", not downloaded")
+        + "".join(f"; {dtype} {size(count)}" for dtype, count in stored["bytes_by_dtype"].items()),
         "context": f"{facts['context']} tokens",
         "KV": f"{size(facts['kv_bytes_per_token'])} per token" if facts["kv_bytes_per_token"] else "none: an encoder",
         "tokenizer": f"{tokenizer['vocabulary']} tokens, {tokenizer['special_tokens']} of them special;"

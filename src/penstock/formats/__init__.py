@@ -5,7 +5,7 @@ from penstock.formats.digest import file_digest
 from penstock.formats.files import read_bytes
 from penstock.formats.gguf import GGUFFile
 from penstock.formats.jsonfile import parse_json_object, read_json_object
-from penstock.formats.safetensors import Checkpoint, SafetensorsFile, TensorEntry, open_checkpoint
+from penstock.formats.safetensors import Checkpoint, SafetensorsFile, TensorEntry, open_checkpoint, weight_files
 from penstock.formats.sentencepiece import (
     Algorithm,
     Piece,
@@ -16,6 +16,7 @@ from penstock.formats.sentencepiece import (
     parse_sentencepiece,
     read_sentencepiece,
 )
+from penstock.formats.tekken import Tekken, parse_tekken, read_tekken
 from penstock.formats.tiktoken import parse_ranks, read_ranks
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PieceKind",
     "SafetensorsFile",
     "SentencePieceModel",
+    "Tekken",
     "TensorEntry",
     "check_pieces",
     "file_digest",
@@ -35,8 +37,11 @@ __all__ = [
     "parse_json_object",
     "parse_ranks",
     "parse_sentencepiece",
+    "parse_tekken",
     "read_bytes",
     "read_json_object",
     "read_ranks",
     "read_sentencepiece",
+    "read_tekken",
+    "weight_files",
 ]

@@ -156,7 +156,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return _open_shards(folder)
 
 
-def _open_shards(folder: Path) -> Checkpoint:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that ``open_checkpoint`` reads or, in a folder without weights, would read.
+
+    Raises:
+        ModelFormatError: (weights_header), (json_invalid) the index is damaged.
+    """
+    if (folder / SINGLE_FILE).exists() or not (folder / INDEX_FILE).exists():
+        return [SINGLE_FILE]
+    return sorted(set(_weight_map(folder).values()))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> shard, as the index has it."""
     weight_map = read_json_object(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _bad_header(folder / INDEX_FILE, "it has no weight_map of tensor names to files")
@@ -164,6 +176,11 @@ def _open_shards(folder: Path) -> Checkpoint:
         # A shard outside the folder could be any file the user can read.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
             raise _bad_header(folder / INDEX_FILE, f"tensor {name!r} is said to be in {shard!r}")
+    return weight_map
+
+
+def _open_shards(folder: Path) -> Checkpoint:
+    weight_map = _weight_map(folder)
     files = {shard: SafetensorsFile(folder / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:

@@ -7,6 +7,7 @@ order of merges. How text is split before it is encoded is not in the file.
 from __future__ import annotations
 
 from binascii import a2b_base64
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from penstock.base import ModelFormatError
@@ -37,17 +38,26 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 def parse_ranks(data: bytes) -> dict[bytes, int]:
     """Raises: ValueError: it is no such file."""
-    ranks: dict[bytes, int] = {}
+    return checked_ranks(_lines(data))
+
+
+def _lines(data: bytes) -> Iterator[tuple[bytes, int]]:
     for number, line in enumerate(data.splitlines(), 1):
         try:
             encoded, rank = line.split()
-            token, expected = a2b_base64(encoded, strict_mode=True), int(rank)
+            yield a2b_base64(encoded, strict_mode=True), int(rank)
         except ValueError as error:
             raise ValueError(f"line {number} is no token and rank: {error}") from None
+
+
+def checked_ranks(tokens: Iterable[tuple[bytes, int]]) -> dict[bytes, int]:
+    """Raises: ValueError: they are not the tokens of a byte-level vocabulary with their ranks, in order."""
+    ranks: dict[bytes, int] = {}
+    for number, (token, rank) in enumerate(tokens, 1):
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
-            raise ValueError(f"line {number} has a token of {len(token)} bytes; 1 to {MAX_TOKEN_BYTES} are possible")
-        if ranks.setdefault(token, expected) != expected or expected != len(ranks) - 1:
-            raise ValueError(f"line {number} has the rank {expected}: the tokens are not numbered one by one")
+            raise ValueError(f"token {number} has {len(token)} bytes; 1 to {MAX_TOKEN_BYTES} are possible")
+        if ranks.setdefault(token, rank) != rank or rank != len(ranks) - 1:
+            raise ValueError(f"token {number} has the rank {rank}: the tokens are not numbered one by one")
         if len(ranks) > MAX_RANKS:
             raise ValueError(f"it has more than {MAX_RANKS} tokens")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:

@@ -45,6 +45,8 @@ def _as_written(name: str, value: Any) -> Any:
     """What a script passes as an object and the command line as text: torch dtypes, bytes as a number."""
     if name == "dtype":
         return _DTYPES.get(str(value), str(value))
+    if name == "generation_config":
+        return "auto" if value is None else value
     return str(value) if name == "kv_memory" and type(value) is int else value
 
 
@@ -63,7 +65,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "enable_chunked_prefill": (None, True),
     "enable_expert_parallel": (False,),
     "enable_lora": (None, False),
-    "generation_config": (None, "auto", "vllm"),
     "kv_cache_dtype": ("auto",),
     "load_format": ("auto", "safetensors"),
     "max_logprobs": (),

@@ -105,7 +105,7 @@ class Vectors:
         )
 
     def pairs(
-        self, first: str | Sequence[str], second: str | Sequence[str], params: PoolingParams | None
+        self, first: str | Sequence[str], second: str | Sequence[str], params: PoolingParams | None, priority: int = 0
     ) -> list[PairJob]:
         """Requests for the scores of pairs: one with one, one with each of many, or many with as many.
 
@@ -124,8 +124,8 @@ class Vectors:
                 fix="give one first text, or as many as second ones",
             )
         if self.pooling.classifier:
-            return [PairJob((self._cross(a, b, params),)) for a, b in zip(firsts, seconds, strict=True)]
-        single = {text: self.embedding(text, params) for text in dict.fromkeys(chain(firsts, seconds))}
+            return [PairJob((self._cross(a, b, params, priority),)) for a, b in zip(firsts, seconds, strict=True)]
+        single = {text: self.embedding(text, params, None, priority) for text in dict.fromkeys(chain(firsts, seconds))}
         return [PairJob((single[a], single[b])) for a, b in zip(firsts, seconds, strict=True)]
 
     def scored(self, pair: PairJob) -> ScoringRequestOutput:
@@ -189,7 +189,7 @@ class Vectors:
         closing = [] if _has_ids(prompt) else self.requests.engine.tokenizer.pair_frame()[2]
         return ids[: longest - len(closing)] + closing[-longest:]
 
-    def _cross(self, first: str, second: str, params: PoolingParams) -> VectorJob:
+    def _cross(self, first: str, second: str, params: PoolingParams, priority: int) -> VectorJob:
         """A pair as the cross-encoder reads it. Special tokens written in the texts are ordinary text."""
         spec = self.requests.engine.spec
         if isinstance(spec, EncoderSpec) and spec.labels != 1:
@@ -211,7 +211,7 @@ class Vectors:
                 why = f"the tokens around a pair are {frame}"
                 raise InvalidRequest("invalid_parameter", f"truncate_prompt_tokens = {longest} cannot be used", why=why)
             a, b = _shorten(a, b, longest - frame)
-        return self._job([*before, *a, *between, *b, *after], params)
+        return self._job([*before, *a, *between, *b, *after], params, priority=priority)
 
     def _longest(self, params: PoolingParams) -> int | None:
         """Tokens that a prompt is cut to."""

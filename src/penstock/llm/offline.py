@@ -34,7 +34,6 @@ from penstock.llm.requests import (
 from penstock.llm.searches import beams_of, run_searches, samples_of
 from penstock.search import BeamSearchParams, Extract, Majority, Scorer, SearchOutput, mean_logprob
 from penstock.spec import EmbeddingRequestOutput, PoolingParams, RequestOutput, SamplingParams, ScoringRequestOutput
-from penstock.spec.generation import recommended_params
 from penstock.text import ChatTemplate, Delta, Tokenizer
 
 T = TypeVar("T")
@@ -58,7 +57,6 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         config = engine_config(model, options)
         self._requests = Requests(build_engine(config), _seeds(config.seed))
-        self._recommended = {} if options.get("generation_config") == "vllm" else self._requests.engine.recommended
 
     @property
     def engine(self) -> Assembled:
@@ -153,7 +151,7 @@ class LLM:
             PenstockError: the request was refused or failed.
         """
         tokenized = self._requests.tokenize(prompt, parse_special=parse_special)
-        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        params = self._requests.default_params() if sampling_params is None else sampling_params
         refuse_prompt_logprobs(params)
         job = self._requests.job(tokenized, params, priority=priority)
         for _, delta in self._follow([job]):
@@ -265,12 +263,9 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What ``generate``, ``chat`` and ``stream`` use when they are given none: what the model's
-        generation_config.json recommends, or with ``LLM(generation_config="vllm")`` the defaults of SamplingParams.
-
-        Raises:
-            ModelFormatError: (generation_config_invalid).
+        generation_config.json recommends, or with ``LLM(generation_config="none")`` the defaults of SamplingParams.
         """
-        return recommended_params(self._recommended)
+        return self._requests.default_params()
 
     def get_tokenizer(self) -> Tokenizer:
         return self._requests.engine.tokenizer
@@ -294,7 +289,7 @@ class LLM:
         priority: int | Sequence[int] | None,
         show_progress: bool,
     ) -> list[RequestOutput]:
-        params = self.get_default_sampling_params() if params is None else params
+        params = self._requests.default_params() if params is None else params
         every_params = _one_each("sampling_params", params, SamplingParams, len(prompts))
         priorities = _one_each("priority", 0 if priority is None else priority, int, len(prompts))
         jobs = [

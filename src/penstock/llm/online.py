@@ -48,7 +48,8 @@ class AsyncLLM:
 
     def __init__(self, engine: EngineConfig | Assembled | None = None) -> None:
         built = build_engine(engine or EngineConfig()) if engine is None or isinstance(engine, EngineConfig) else engine
-        self._requests = Requests(built, lambda: secrets.randbits(64))
+        # Ids of 128 random bits: numbers could be ids that callers have chosen for requests of their own.
+        self._requests = Requests(built, lambda: secrets.randbits(64), lambda: secrets.token_hex(16))
         self._mailbox: _Mailbox | None = None
 
     @property
@@ -121,9 +122,8 @@ class AsyncLLM:
         self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None, priority: int = 0
     ) -> SearchOutput:
         """As ``LLM.beam_search``. Cancelling the task ends it."""
-        name = request_id or secrets.token_hex(8)
         tokenized = await self.tokenize(prompt)
-        return await self._search(beams_of(self._requests, tokenized, params, name, priority))
+        return await self._search(beams_of(self._requests, tokenized, params, request_id, priority))
 
     async def best_of(
         self,
@@ -135,11 +135,10 @@ class AsyncLLM:
         by: Scorer = mean_logprob,
     ) -> SearchOutput:
         """As ``LLM.best_of``. ``by`` is called in the event loop."""
-        name = request_id or secrets.token_hex(8)
         tokenized = await self.tokenize(prompt)
         search = await _beside_the_loop(
             tokenized,
-            lambda: samples_of(self._requests, tokenized, sampling_params, by, name, priority),
+            lambda: samples_of(self._requests, tokenized, sampling_params, by, request_id, priority),
             sampling_params,
         )
         return await self._search(search)
@@ -167,16 +166,32 @@ class AsyncLLM:
         Raises:
             PenstockError: the request was refused or failed.
         """
-        vectors, name = Vectors(self._requests), request_id or secrets.token_hex(8)
-        job = await _beside_the_loop(prompt, lambda: vectors.embedding(prompt, pooling_params, name, priority))
+        vectors = Vectors(self._requests)
+        job = await _beside_the_loop(prompt, lambda: vectors.embedding(prompt, pooling_params, request_id, priority))
         await self._collect([job])
         return vectors.embedded(job)
+
+    async def embed_all(
+        self, prompts: Sequence[Prompt], pooling_params: PoolingParams | None = None, priority: int = 0
+    ) -> list[EmbeddingRequestOutput]:
+        """As ``embed``, for several prompts. All are checked before the first is started.
+
+        Raises:
+            PenstockError: a request was refused, or the first that failed.
+        """
+        vectors = Vectors(self._requests)
+        jobs = await asyncio.to_thread(
+            lambda: [vectors.embedding(prompt, pooling_params, priority=priority) for prompt in prompts]
+        )
+        await self._collect(jobs)
+        return [vectors.embedded(job) for job in jobs]
 
     async def score(
         self,
         text_1: str | Sequence[str],
         text_2: str | Sequence[str],
         pooling_params: PoolingParams | None = None,
+        priority: int = 0,
     ) -> list[ScoringRequestOutput]:
         """As ``LLM.score``. Cancelling the task aborts the requests.
 
@@ -184,13 +199,17 @@ class AsyncLLM:
             PenstockError: a request was refused, or the first that failed.
         """
         vectors = Vectors(self._requests)
-        pairs = await asyncio.to_thread(vectors.pairs, text_1, text_2, pooling_params)
+        pairs = await asyncio.to_thread(vectors.pairs, text_1, text_2, pooling_params, priority)
         await self._collect([job for pair in pairs for job in pair.jobs])
         return [vectors.scored(pair) for pair in pairs]
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; whoever iterates over it gets its last piece, with finish_reason "abort"."""
         self.engine.service.abort(request_id)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As ``LLM.get_default_sampling_params``: what ``stream`` and ``generate`` use when they are given none."""
+        return self._requests.default_params()
 
     def close(self) -> None:
         """Ends what is running and frees the model."""
@@ -199,15 +218,14 @@ class AsyncLLM:
     async def _follow(
         self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, priority: int
     ) -> AsyncGenerator[tuple[Job, Delta], None]:
-        name = request_id or secrets.token_hex(8)
         if isinstance(params, SamplingParams):
             await self.compile(params)
         job = await _beside_the_loop(
             prompt,
             lambda: self._requests.job(
                 self._requests.tokenize(prompt),
-                SamplingParams() if params is None else params,
-                request_id=name,
+                self._requests.default_params() if params is None else params,
+                request_id=request_id,
                 priority=priority,
             ),
             params,

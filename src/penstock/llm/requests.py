@@ -116,14 +116,24 @@ class Job:
 
 
 class Requests:
-    """Checks, tokenizes and numbers the requests of one engine."""
+    """Checks, tokenizes and names the requests of one engine.
 
-    def __init__(self, engine: Assembled, next_seed: Callable[[], int]) -> None:
+    Args:
+        next_seed, next_id: for requests that bring none of their own. Where callers may bring ids, a new one must be
+            such that no caller has chosen it; by default they are numbers.
+    """
+
+    def __init__(
+        self, engine: Assembled, next_seed: Callable[[], int], next_id: Callable[[], str] | None = None
+    ) -> None:
         self.engine = engine
-        self._next_seed = next_seed
-        self._numbers = count()
+        self._next_seed, self._next_id = next_seed, next_id or map(str, count()).__next__
         self._longest = cast(int, engine.config.max_model_len)  # filled in by assemble.resolve
         self._max_chars = max(1 << 20, 64 * self._longest)
+
+    def default_params(self) -> SamplingParams:
+        """Those of a request that brings none."""
+        return SamplingParams(**self.engine.recommended)
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = True) -> TokensPrompt:
         """Raises InvalidRequest: invalid_prompt, and what ``Tokenizer.encode`` raises."""
@@ -213,7 +223,7 @@ class Requests:
         tokens = tuple(ids)
         check_prompt(tokens, self.engine.setup.limits, self.engine.vocabulary, task)
         return Submission(
-            id=request_id or f"{next(self._numbers)}",
+            id=request_id or self._next_id(),
             tokens=tokens,
             params=params,
             seed=(self._next_seed() if params.seed is None else params.seed) % 2**64,

@@ -37,12 +37,15 @@ from penstock.serving.schemas import (
     GenerationRequest,
     Model,
     ModelList,
+    ModelRequest,
     refuse_unsupported,
     unknown_fields,
 )
 from penstock.serving.sse import EventStream, unless_disconnected
+from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
 
-R = TypeVar("R", bound=GenerationRequest)
+G = TypeVar("G", bound=GenerationRequest)
+R = TypeVar("R", bound=ModelRequest)
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +67,9 @@ def build_app(llm: AsyncLLM, *, hosts: frozenset[str] | None = None) -> tuple[AS
     routes = [
         Route("/v1/completions", _completions, methods=["POST"]),
         Route("/v1/chat/completions", _chat, methods=["POST"]),
+        Route("/v1/embeddings", _embeddings, methods=["POST"]),
+        Route("/v1/score", _score, methods=["POST"]),
+        Route("/v1/rerank", _rerank, methods=["POST"]),
         Route("/v1/models", _models),
         Route("/v1/models/{model:path}", _model),
         Route("/live", _live),
@@ -99,13 +105,22 @@ async def _chat(request: Request) -> Response | EventStream:
     return await _generate(request, ChatRequest, ChatTask.prepare)
 
 
+async def _embeddings(request: Request) -> Response:
+    return await _vectors(request, EmbeddingRequest, embeddings)
+
+
+async def _score(request: Request) -> Response:
+    return await _vectors(request, ScoreRequest, scores)
+
+
+async def _rerank(request: Request) -> Response:
+    return await _vectors(request, RerankRequest, ranking)
+
+
 async def _generate(
-    request: Request, shape: type[R], prepare: Callable[[R, Context], Awaitable[Task]]
+    request: Request, shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]]
 ) -> Response | EventStream:
-    context = _context(request)
-    body = await read_body(request)
-    asked = await off_loop(len(body), functools.partial(_decode, body, shape))
-    context.admit(asked.model)
+    context, asked = await _admitted(request, shape)
     task = await prepare(asked, context)
     if not asked.stream:
         return _json(await unless_disconnected(request.receive, task.whole()))
@@ -113,11 +128,24 @@ async def _generate(
     return EventStream(await unless_disconnected(request.receive, anext(chunks)), chunks)
 
 
+async def _vectors(request: Request, shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Response:
+    context, asked = await _admitted(request, shape)
+    return _json(await unless_disconnected(request.receive, context.until_aborted(answer(asked, context))))
+
+
+async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
+    context = _context(request)
+    body = await read_body(request)
+    asked = await off_loop(len(body), functools.partial(_decode, body, shape))
+    context.admit(asked.model)
+    return context, asked
+
+
 def _decode(body: bytes, shape: type[R]) -> R:
     asked = parse(body, shape)
     asked.check()
     fields = parse(body, dict[str, msgspec.Raw])
-    refuse_unsupported(fields, chat=shape is ChatRequest)
+    refuse_unsupported(fields, shape)
     if unknown := unknown_fields(fields, shape):
         _log.warning("a request carries unknown fields, which are ignored: %.300r", unknown)
     return asked

@@ -32,7 +32,7 @@ class ChatTask:
     @classmethod
     async def prepare(cls, request: ChatRequest, context: Context) -> ChatTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
-        params = request.sampling_params()
+        params = request.sampling_params(context.llm.engine.recommended)
         await context.llm.compile(params)
         prompt = await context.llm.tokenize_chat(messages_of(request))
         identifier = f"chatcmpl-{uuid.uuid4().hex}"

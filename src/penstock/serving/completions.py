@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from penstock.llm import TokensPrompt
 from penstock.serving.context import Context, Generation
@@ -26,19 +27,20 @@ class CompletionTask:
     @classmethod
     async def prepare(cls, request: CompletionRequest, context: Context) -> CompletionTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
-        params = request.sampling_params()
+        params = request.sampling_params(context.llm.engine.recommended)
         await context.llm.compile(params)
         if request.echo and request.logprobs is not None:
             raise unsupported("echo", what="echo together with logprobs is not supported by this server")
-        if request.best_of is not None and request.best_of != params.n:
-            raise unsupported("best_of", what="best_of other than n is not supported by this server")
+        kept = 0
+        if request.best_of is not None and request.best_of > params.n:
+            kept, params = params.n, replace(params, n=request.best_of)
         special = request.add_special_tokens is not False
         prompts = []
         for prompt in request.prompts():
             prompts.append(await context.llm.tokenize(prompt, add_special_tokens=special))
             await asyncio.sleep(0)  # a short prompt is tokenized here and now: let others have a turn
         identifier = f"cmpl-{uuid.uuid4().hex}"
-        return cls(request, Generation(context, identifier, prompts, params, request.priority or 0))
+        return cls(request, Generation(context, identifier, prompts, params, request.priority or 0, kept))
 
     async def whole(self) -> Completion:
         choices: dict[int, CompletionChoice] = {}
@@ -68,7 +70,7 @@ class CompletionTask:
                 if index not in offsets:
                     offsets[index] = 0
                     if self._echoed:
-                        text = self._echoed[index // self.generation.params.n] + text
+                        text = self._echoed[index // self.generation.choices] + text
                 logprobs = None
                 if delta.logprobs is not None:
                     logprobs = completion_logprobs(delta, tokenizer, offsets[index])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from penstock.base import PenstockError, Unavailable
 from penstock.llm import AsyncLLM, TokensPrompt
@@ -17,6 +18,8 @@ from penstock.serving.schemas import PromptTokensDetails, Usage
 from penstock.spec import SamplingParams
 from penstock.text import Delta
 
+T = TypeVar("T")
+
 
 @dataclass(slots=True, kw_only=True)
 class Context:
@@ -24,7 +27,8 @@ class Context:
 
     Attributes:
         name: what clients call it.
-        live: engine ids of the requests under way.
+        live: engine ids of the requests under way that generate.
+        tasks: those that make vectors, or choose among samples.
         draining: no new requests; the process is about to end.
     """
 
@@ -33,6 +37,7 @@ class Context:
     name: str
     created: int
     live: set[str] = field(default_factory=set)
+    tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     draining: bool = False
 
     def admit(self, model: str | None) -> None:
@@ -49,7 +54,22 @@ class Context:
                 status=404,
             )
 
+    async def until_aborted(self, work: Awaitable[T]) -> T:
+        """Awaits work that ``abort_all`` cancels. Raises Unavailable: (shutting_down) it did."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        try:
+            await asyncio.wait({task})
+            if task.cancelled():
+                raise shutting_down()
+            return task.result()
+        finally:
+            task.cancel()
+            self.tasks.discard(task)
+
     async def abort_all(self) -> None:
+        for task in tuple(self.tasks):
+            task.cancel()
         for engine_id in tuple(self.live):
             await self.llm.abort(engine_id)
 
@@ -70,6 +90,7 @@ class Generation:
 
     Attributes:
         id: the id of the response; the engine's ids are made from it.
+        kept: of a prompt's ``params.n`` samples only so many are answered with, the best; 0 for all, as they come.
     """
 
     context: Context
@@ -77,6 +98,7 @@ class Generation:
     prompts: Sequence[TokensPrompt]
     params: SamplingParams
     priority: int = 0
+    kept: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -86,10 +108,15 @@ class Generation:
             raise HTTPError(
                 "too_many_choices",
                 "The request asks for too many completions",
-                why=f"{len(self.prompts)} prompts times n = {self.params.n}; at most {MAX_CHOICES}",
+                why=f"{len(self.prompts)} prompts times {self.params.n}; at most {MAX_CHOICES}",
                 fix="split it into several requests",
-                param="n",
+                param="best_of" if self.kept else "n",
             )
+
+    @property
+    def choices(self) -> int:
+        """For each prompt."""
+        return self.kept or self.params.n
 
     def usage(self) -> Usage:
         prompt = sum(len(prompt["prompt_token_ids"]) for prompt in self.prompts)
@@ -100,12 +127,26 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """(choice, what is new of it), as it comes. Closing it aborts what is still running.
 
-        Choice ``i * n + j`` is sample j of prompt i.
+        Choice ``i * choices + j`` is sample j of prompt i, or the one that came out as number j.
         """
-        async with aclosing(merged([self._one(i) for i in range(len(self.prompts))])) as news:
+        one = self._best if self.kept else self._one
+        async with aclosing(merged([one(i) for i in range(len(self.prompts))])) as news:
             async for prompt, delta in news:
                 self.completion_tokens += len(delta.token_ids)
-                yield prompt * self.params.n + delta.index, delta
+                yield prompt * self.choices + delta.index, delta
+
+    async def _best(self, prompt: int) -> AsyncGenerator[Delta, None]:
+        """Samples as a whole, those of the highest mean log-probability first."""
+        search = self.context.llm.best_of(self.prompts[prompt], self.params, f"{self.id}-{prompt}", self.priority)
+        outcome = await self.context.until_aborted(search)
+        ranked = sorted(range(self.params.n), key=lambda i: -outcome.scores[i])
+        for place, sample in enumerate([outcome.candidates[i] for i in ranked]):
+            self.context.metrics.finished.labels(sample.finish_reason).inc()
+            if place >= self.kept:
+                self.completion_tokens += len(sample.token_ids)  # drawn all the same
+                continue
+            logprobs = None if self.params.logprobs is None else sample.logprobs
+            yield Delta(place, sample.text, sample.token_ids, logprobs, sample.finish_reason, sample.stop_reason)
 
     async def _one(self, prompt: int) -> AsyncGenerator[Delta, None]:
         metrics, engine_id = self.context.metrics, f"{self.id}-{prompt}"

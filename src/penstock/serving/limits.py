@@ -19,6 +19,9 @@ INLINE_BYTES = 32 << 10
 MAX_PROMPTS = 256
 """Prompts in one request."""
 
+MAX_TEXTS = 2048
+"""Texts to embed or to score in one request, as OpenAI's API allows."""
+
 MAX_CHOICES = 512
 """Prompts times n in one request."""
 

@@ -6,7 +6,7 @@ Types are declared here; ranges of sampling parameters are SamplingParams' own. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import msgspec
 from msgspec import Meta
@@ -16,21 +16,66 @@ from penstock.serving.errors import HTTPError, unsupported
 from penstock.serving.limits import MAX_MESSAGES, MAX_MODEL_NAME, MAX_PROMPTS
 from penstock.serving.structured import wanted_form
 from penstock.spec import FinishReason, SamplingParams
-from penstock.spec.sampling import MAX_STOP_IDS, MAX_STOP_LENGTH
+from penstock.spec.sampling import MAX_N, MAX_STOP_IDS, MAX_STOP_LENGTH
 
 Name = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
 Stop = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]
 Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+
+Harmless = dict[str, tuple[object, ...]]
+"""Fields that are known and cannot be honoured yet, and the values that ask for nothing. Null always does."""
+
+_HARMLESS: Harmless = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "prompt_logprobs": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+
+_CHAT_HARMLESS = _HARMLESS | {
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "store": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
-    """What completions and chat have in common."""
+class ModelRequest(msgspec.Struct, kw_only=True):
+    """What all requests to a model have in common."""
+
+    HARMLESS: ClassVar[Harmless] = {}
 
     model: Name | None = None
+    priority: Priority | None = None
+
+    def check(self) -> None:
+        """What types cannot say. Raises HTTPError(invalid_parameter)."""
+
+
+class GenerationRequest(ModelRequest, kw_only=True):
+    """What completions and chat have in common."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -68,11 +113,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    priority: Priority | None = None
     add_special_tokens: bool | None = None
 
     def check(self) -> None:
-        """What types cannot say. Raises HTTPError(invalid_parameter)."""
         if self.stream_options is not None and not self.stream:
             raise _contradiction("stream_options", "stream")
 
@@ -83,33 +126,49 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 class CompletionRequest(GenerationRequest, kw_only=True):
     """POST /v1/completions"""
 
-    prompt: str | list[str | int | list[int]]
+    HARMLESS: ClassVar[Harmless] = _HARMLESS | {"prompt_embeds": (), "suffix": ("",)}
+
+    prompt: Texts
     logprobs: int | None = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
 
     def check(self) -> None:
         GenerationRequest.check(self)
-        if isinstance(self.prompt, list):
-            kinds = {type(part) for part in self.prompt}
-            if len(kinds) != 1 or (kinds != {int} and len(self.prompt) > MAX_PROMPTS):
-                raise HTTPError(
-                    "invalid_parameter",
-                    "prompt cannot be used",
-                    why=f"it must be a text, token ids, or 1 to {MAX_PROMPTS} of either kind",
-                    param="prompt",
-                )
+        self.prompts()
+        n = 1 if self.n is None else self.n
+        why = ""
+        if self.best_of is not None and self.best_of < n:
+            why = f"it must be at least n = {n}"
+        elif self.best_of is not None and self.best_of > n and self.stream:
+            why = "which are the best is known only at the end, so they cannot be streamed"
+        if why:
+            raise HTTPError("invalid_parameter", f"best_of = {self.best_of} cannot be used", why=why, param="best_of")
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The four forms OpenAI allows: a text, several texts, token ids, several lists of token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [cast("list[int]", self.prompt)]
-        return cast("list[str] | list[list[int]]", self.prompt)
+        return each_of("prompt", self.prompt, MAX_PROMPTS)
 
-    def sampling_params(self) -> SamplingParams:
-        return _params(self, max_tokens=16 if self.max_tokens is None else self.max_tokens, logprobs=self.logprobs)
+    def sampling_params(self, recommended: Mapping[str, Any]) -> SamplingParams:
+        """``recommended``: by the model, for what the request leaves open; where it says nothing, 16 tokens."""
+        return _params(self, {"max_tokens": 16, **recommended}, max_tokens=self.max_tokens, logprobs=self.logprobs)
+
+
+Texts = str | list[str | int | list[int]]
+
+
+def each_of(name: str, value: Texts, most: int) -> list[str] | list[list[int]]:
+    """The four forms OpenAI allows: a text, several texts, token ids, several lists of token ids.
+
+    Raises:
+        HTTPError: (invalid_parameter) it is of no form, or there are more than ``most``.
+    """
+    if isinstance(value, str):
+        return [value]
+    kinds = {type(part) for part in value}
+    if len(kinds) != 1 or (kinds != {int} and len(value) > most):
+        why = f"it must be a text, token ids, or 1 to {most} of either kind"
+        raise HTTPError("invalid_parameter", f"{name} cannot be used", why=why, param=name)
+    return [cast("list[int]", value)] if kinds == {int} else cast("list[str] | list[list[int]]", value)
 
 
 class ContentPart(msgspec.Struct):
@@ -130,6 +189,8 @@ class ChatMessage(msgspec.Struct, kw_only=True):
 class ChatRequest(GenerationRequest, kw_only=True):
     """POST /v1/chat/completions"""
 
+    HARMLESS: ClassVar[Harmless] = _CHAT_HARMLESS
+
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
@@ -148,10 +209,11 @@ class ChatRequest(GenerationRequest, kw_only=True):
         if self.top_logprobs and not self.logprobs:
             raise _contradiction("top_logprobs", "logprobs")
 
-    def sampling_params(self) -> SamplingParams:
-        """As many tokens as the context holds, unless the request says less."""
+    def sampling_params(self, recommended: Mapping[str, Any]) -> SamplingParams:
+        """As for completions; as many tokens as the context holds, unless the request or the model says less."""
         return _params(
             self,
+            {"max_tokens": None, **recommended},
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
@@ -171,58 +233,25 @@ _SHARED = (
 _FORMS = "response_format structured_outputs guided_json guided_regex guided_choice guided_grammar".split()
 
 
-def _params(request: GenerationRequest, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-    given = {name: value for name in _SHARED if (value := getattr(request, name)) is not None}
-    form = wanted_form({name: getattr(request, name) for name in _FORMS})
-    return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=form)
+def _params(request: GenerationRequest, defaults: dict[str, Any], **own: int | None) -> SamplingParams:
+    """Of what the two kinds of requests share, and what each has of its ``own``; None leaves a field open."""
+    asked = {name: getattr(request, name) for name in _SHARED} | own
+    asked["structured_outputs"] = wanted_form({name: getattr(request, name) for name in _FORMS})
+    return SamplingParams(**defaults | {name: value for name, value in asked.items() if value is not None})
 
-
-_HARMLESS: dict[str, tuple[object, ...]] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "length_penalty": (1.0,),
-    "logits_processors": ([],),
-    "prompt_logprobs": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
-"""Fields this server knows but cannot honour yet, and the values that ask for nothing. Null always asks for nothing."""
-
-_COMPLETION_HARMLESS = _HARMLESS | {"prompt_embeds": (), "suffix": ("",)}
-_CHAT_HARMLESS = _HARMLESS | {
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "store": (False,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
 
 _LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "service_tier", "user"}
 """Fields that could not change the text."""
 
 
-def unknown_fields(fields: Iterable[str], shape: type[GenerationRequest]) -> list[str]:
+def unknown_fields(fields: Iterable[str], shape: type[ModelRequest]) -> list[str]:
     """Those this server has never heard of, and ignores."""
-    known = _CHAT_HARMLESS if issubclass(shape, ChatRequest) else _COMPLETION_HARMLESS
-    return sorted(set(fields) - set(shape.__struct_fields__) - set(known) - _LABELS)
+    return sorted(set(fields) - set(shape.__struct_fields__) - set(shape.HARMLESS) - _LABELS)
 
 
-def refuse_unsupported(fields: Mapping[str, msgspec.Raw], *, chat: bool) -> None:
+def refuse_unsupported(fields: Mapping[str, msgspec.Raw], shape: type[ModelRequest]) -> None:
     """Raises HTTPError(unsupported_parameter) rather than answering as if the field had not been sent."""
-    for name, harmless in (_CHAT_HARMLESS if chat else _COMPLETION_HARMLESS).items():
+    for name, harmless in shape.HARMLESS.items():
         value = msgspec.json.decode(fields[name]) if name in fields else None
         if value is not None and value not in harmless:
             raise unsupported(name)

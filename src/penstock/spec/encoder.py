@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from penstock.base import ModelFormatError
 from penstock.formats import read_json_object
-from penstock.spec.fields import Fields, bad_config
+from penstock.spec.fields import Fields, bad_config, unsupported
 from penstock.spec.hf import model_spec, read_model_spec
 from penstock.spec.model import DTYPE_BYTES, Activation, Dtype, ModelSpec
 from penstock.spec.tensors import Shape
@@ -187,16 +187,16 @@ def _refuse(config: Mapping[str, Any]) -> None:
             fix="use a checkpoint converted without auto_map",
         )
     if config.get("quantization_config") is not None:
-        raise _unsupported("quantization", "quantized weights", "use the unquantized checkpoint")
+        raise unsupported("quantization", "quantized weights", "use the unquantized checkpoint")
     if (kind := config.get("position_embedding_type", "absolute")) not in ("absolute", None):
-        raise _unsupported("positions", f"position embeddings of the type {kind!r}", "only absolute ones are here")
+        raise unsupported("positions", f"position embeddings of the type {kind!r}", "only absolute ones are here")
     if config.get("is_decoder") or config.get("add_cross_attention"):
-        raise _unsupported("attention", "a BERT that decodes", "choose one that only encodes")
+        raise unsupported("attention", "a BERT that decodes", "choose one that only encodes")
     activation = config.get("hidden_act") or "gelu"
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise _unsupported("activation", f"the activation {activation!r}", f"implemented are {', '.join(ACTIVATIONS)}")
+        raise unsupported("activation", f"the activation {activation!r}", f"implemented are {', '.join(ACTIVATIONS)}")
     if (dtype := _dtype_name(config)) not in DTYPES:
-        raise _unsupported("dtype", f"weights stored as {dtype!r}", f"implemented are {', '.join(DTYPES)}")
+        raise unsupported("dtype", f"weights stored as {dtype!r}", f"implemented are {', '.join(DTYPES)}")
 
 
 def _dtype_name(config: Mapping[str, Any]) -> str:
@@ -210,7 +210,3 @@ def _labels(fields: Fields) -> int:
     if not isinstance(names, Mapping) or not names:
         raise bad_config("id2label", names, "it must name at least one label")
     return len(names)
-
-
-def _unsupported(kind: str, what: str, fix: str) -> ModelFormatError:
-    return ModelFormatError(f"unsupported_{kind}", f"The model uses {what}, which this build lacks", fix=fix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,23 @@ RECOMMENDED = {name: name for name in ("temperature", "top_p", "top_k", "min_p",
 
 
 def read_recommended(folder: Path) -> dict[str, Any]:
-    """What a folder recommends, by the names of SamplingParams and not yet checked; empty if it does not say.
+    """What a folder recommends, by the names of SamplingParams; empty if it does not say.
+
+    Every face puts it over its own defaults and under what a request says.
 
     Raises:
-        ModelFormatError: json_invalid.
+        ModelFormatError: json_invalid; (generation_config_invalid) it recommends what cannot be used.
     """
     path = folder / "generation_config.json"
     said = read_json_object(path) if path.exists() else {}
-    return {name: said[key] for key, name in RECOMMENDED.items() if said.get(key) is not None}
-
-
-def recommended_params(recommended: Mapping[str, Any]) -> SamplingParams:
-    """SamplingParams with what a folder recommends in place of their defaults.
-
-    Raises:
-        ModelFormatError: (generation_config_invalid) one of them cannot be used.
-    """
+    recommended = {name: said[key] for key, name in RECOMMENDED.items() if said.get(key) is not None}
     try:
-        return SamplingParams(**recommended)
+        SamplingParams(**recommended)
     except InvalidRequest as error:
         raise ModelFormatError(
             "generation_config_invalid",
             f"generation_config.json recommends what cannot be: {error.what}",
             why=error.why,
-            fix='correct the file, or pass it over with generation_config="vllm"',
+            fix='correct the file, or pass it over with generation_config = "none"',
         ) from None
+    return recommended

@@ -57,9 +57,10 @@ def model_spec(config: Mapping[str, Any], also: Collection[str] = ()) -> ModelSp
     family = _family(config, also)
     fields = Fields(dict(family.defaults) | _text_config(config, family))
     packed = _packed(fields, family)
-    for key, only in family.fixed.items():
-        if (value := fields.get(key, only)) != only:
-            raise unsupported("value", f"{key} = {str(value)[:80]!r}", f"only {key} = {only!r} is implemented")
+    if others := {key: only for key, only in family.fixed.items() if fields.get(key, only) != only}:
+        said = " and ".join(f"{key} = {repr(fields.get(key))[:80]}" for key in others)
+        fix = f"only {' and '.join(f'{key} = {only!r}' for key, only in others.items())} is implemented"
+        raise unsupported("value", said, fix)
     heads = fields.integer("num_attention_heads", 1, 1 << 14)
     hidden = fields.integer("hidden_size", 1, 1 << 20)
     head_dim = _head_dim(fields, hidden, heads)

@@ -10,14 +10,14 @@ import tokenizers
 from tokenizers import Tokenizer as Backend
 
 from penstock.base import ModelFormatError
-from penstock.formats import GGUFFile, looks_like_sentencepiece, read_ranks, read_sentencepiece
+from penstock.formats import GGUFFile, looks_like_sentencepiece, read_ranks, read_sentencepiece, read_tekken
 from penstock.text.added import Added, Converted, optional_json, read_added, surround
-from penstock.text.convert_bpe import merges_backend, ranks_backend
+from penstock.text.convert_bpe import merges_backend, ranks_backend, tekken_backend
 from penstock.text.convert_gguf import gguf_converted
 from penstock.text.convert_spm import sentencepiece_backend
 from penstock.text.convert_wordpiece import wordpiece_folder
 
-_FILES = ("tokenizer.model", "tiktoken.model", "*.tiktoken", "tokenizer.model.v*", "*.model.v*")
+_FILES = ("tekken.json", "tokenizer.model", "tiktoken.model", "*.tiktoken", "tokenizer.model.v*", "*.model.v*")
 """Files that are a tokenizer by themselves, the likeliest first."""
 
 
@@ -36,7 +36,7 @@ def convert_folder(folder: Path, config: Mapping[str, Any]) -> Converted:
 
 
 def convert_file(path: Path) -> Converted:
-    """The tokenizer of one file by itself: a GGUF file, a SentencePiece model, or tiktoken ranks.
+    """The tokenizer of one file by itself: a GGUF file, a SentencePiece model, tiktoken ranks, or a tekken.json.
 
     Raises:
         ModelFormatError: as ``convert_folder``.
@@ -79,7 +79,8 @@ def _source(folder: Path, config: Mapping[str, Any]) -> tuple[Path, Callable[[Ad
     raise ModelFormatError(
         "file_missing",
         f"There is no tokenizer in {folder}",
-        why="it has no tokenizer.json, tokenizer.model, *.tiktoken, vocab.json with merges.txt, vocab.txt or *.gguf",
+        why="it has no tokenizer.json, tekken.json, tokenizer.model, *.tiktoken, vocab.json with merges.txt, vocab.txt "
+        "or *.gguf",
         fix="check that the model folder was downloaded completely",
     )
 
@@ -91,6 +92,8 @@ def _from_file(path: Path, config: Mapping[str, Any], added: Added) -> Converted
     except OSError:
         start = b""  # the reader says what is wrong
     add_bos = config.get("add_bos_token")
+    if path.suffix == ".json":
+        return tekken_backend(read_tekken(path), add_bos=add_bos if isinstance(add_bos, bool) else None)
     if start == b"GGUF" or path.suffix == ".gguf":  # a damaged one is not to be taken for another kind
         return gguf_converted(GGUFFile(path).metadata)
     if not looks_like_sentencepiece(start):

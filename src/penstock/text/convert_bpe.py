@@ -1,7 +1,8 @@
-"""Byte-level BPE from files that are not tokenizer.json: tiktoken ranks, and GPT-2's vocab.json with merges.txt.
+"""Byte-level BPE from files that are not tokenizer.json: tiktoken ranks, Mistral's tekken.json, and GPT-2's vocab.json
+with merges.txt.
 
-Neither says how a text is split before merging, so that is known here by family: Radford et al. 2019 (GPT-2), and the
-patterns that each model published with its tokenizer.
+The first and the last do not say how a text is split before merging, so that is known here by family: Radford et al.
+2019 (GPT-2), and the patterns that each model published with its tokenizer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from penstock.base import ModelFormatError
-from penstock.formats import read_bytes, read_json_object
+from penstock.formats import Tekken, read_bytes, read_json_object
 from penstock.text.added import (
     MAX_TOKENS,
     Added,
@@ -70,9 +71,10 @@ COMPOSED = frozenset({"qwen2"})
 def byte_level_backend(
     vocabulary: Mapping[str, int],
     merges: Sequence[tuple[str, str]],
-    split: str,
+    split: Sequence[str],
     added: Added,
     *,
+    composed: bool = False,
     whole_words: bool = False,
     add_prefix_space: bool = False,
 ) -> Backend:
@@ -81,16 +83,17 @@ def byte_level_backend(
     Args:
         vocabulary: tokens in GPT-2's alphabet of 256 printable characters -> id.
         merges: in the order of their rank.
-        split: a key of SPLITS.
+        split: patterns as in SPLITS.
+        composed: a text is brought into NFC first.
         whole_words: a word that is a token becomes it whatever the merges say, as in tiktoken.
 
     Raises:
         ValueError: vocabulary, merges and added tokens do not fit together. The Rust side raises other exceptions.
     """
     backend = Backend(models.BPE(vocab=with_added(vocabulary, added), merges=merges, ignore_merges=whole_words))
-    if split in COMPOSED:
+    if composed:
         backend.normalizer = normalizers.NFC()
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[split]]
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if add_prefix_space:  # before the text is cut, as GPT-2 does
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
@@ -178,12 +181,32 @@ def ranks_backend(ranks: Mapping[bytes, int], added: Added, *, add_bos: bool | N
         )
     added = added or {len(ranks) + i: special(text) for i, text in enumerate(family.special_tokens)}
     vocabulary = {_as_text(token): rank for token, rank in ranks.items()}
-    backend = byte_level_backend(vocabulary, merges_of(vocabulary), family.split, added, whole_words=True)
+    backend = byte_level_backend(
+        vocabulary,
+        merges_of(vocabulary),
+        SPLITS[family.split],
+        added,
+        composed=family.split in COMPOSED,
+        whole_words=True,
+    )
     bos = backend.token_to_id(family.bos) if family.bos else None
     if add_bos is not False:
         surround(backend, bos, None)
     eos = (backend.token_to_id(text) for text in family.eos)
     return Converted(backend=backend, bos_id=bos, eos_ids=tuple(i for i in eos if i is not None))
+
+
+def tekken_backend(tekken: Tekken, *, add_bos: bool | None = None) -> Converted:
+    """The tokenizer of a tekken.json; ``add_bos`` as for ``ranks_backend``."""
+    vocabulary = {_as_text(token): rank for token, rank in tekken.ranks.items()}
+    merges, first = merges_of(vocabulary), len(tekken.special)
+    vocabulary = {text: first + rank for text, rank in vocabulary.items()}
+    added = {i: special(text) for i, text in enumerate(tekken.special)}
+    backend = byte_level_backend(vocabulary, merges, [tekken.pattern], added, whole_words=True)
+    bos, eos = (backend.token_to_id(text) if text in tekken.special else None for text in ("<s>", "</s>"))
+    if add_bos is not False:
+        surround(backend, bos, None)
+    return Converted(backend=backend, bos_id=bos, eos_ids=() if eos is None else (eos,))
 
 
 def merges_of(ranks: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -247,8 +270,9 @@ def merges_backend(folder: Path, config: Mapping[str, Any], model_type: object, 
     backend = byte_level_backend(
         vocabulary,
         read_merges(folder / "merges.txt"),
-        split,
+        SPLITS[split],
         added,
+        composed=split in COMPOSED,
         add_prefix_space=split == "gpt2" and config.get("add_prefix_space") is True,
     )
     bos, eos = (backend.token_to_id(roles.get(role, "<|endoftext|>")) for role in ("bos_token", "eos_token"))

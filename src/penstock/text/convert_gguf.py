@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from penstock.base import ModelFormatError
 from penstock.formats import Algorithm, Piece, PieceKind, SentencePieceModel, check_pieces
 from penstock.text.added import MAX_TOKENS, Converted, special, surround
-from penstock.text.convert_bpe import byte_level_backend, parse_merges
+from penstock.text.convert_bpe import COMPOSED, SPLITS, byte_level_backend, parse_merges
 from penstock.text.convert_spm import BLANK, sentencepiece_backend
 from penstock.text.convert_wordpiece import wordpiece_backend
 
@@ -108,7 +108,10 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[Piece]) -> Backend:
             added[i] = special(piece.text, piece.kind is not PieceKind.USER_DEFINED)
     split = SPLIT_OF[name] or name
     vocabulary = {piece.text: i for i, piece in enumerate(pieces)}
-    return byte_level_backend(vocabulary, parse_merges(merges), split, added, whole_words=name in _LIKE_LLAMA3)
+    whole, composed = name in _LIKE_LLAMA3, split in COMPOSED
+    return byte_level_backend(
+        vocabulary, parse_merges(merges), SPLITS[split], added, composed=composed, whole_words=whole
+    )
 
 
 def _wordpiece_text(text: str) -> str:

@@ -1,7 +1,8 @@
 """SentencePiece models as ``tokenizers`` objects, with the ids that the sentencepiece library gives.
 
 Kudo & Richardson 2018. A text is normalized, a blank becomes U+2581, user-defined pieces are cut out, and what is
-between them is encoded: by merging neighbours whose piece has the highest score (BPE), or by the best path (Unigram).
+between them is encoded: by merging neighbours whose piece has the highest score (BPE), by the best path (Unigram), or
+character by character (CHAR), which is BPE without merges.
 Text between two special tokens is encoded as a text of its own.
 """
 
@@ -21,6 +22,7 @@ from penstock.text.convert_bpe import halves
 BLANK = "▁"
 _PADDING = "<|penstock_unused_{}|>"
 _ALL = 1 << 16
+_IN_TEXTS = {PieceKind.NORMAL, PieceKind.USER_DEFINED}
 
 
 def sentencepiece_backend(model: SentencePieceModel, added: Added) -> Backend:
@@ -48,9 +50,8 @@ def sentencepiece_backend(model: SentencePieceModel, added: Added) -> Backend:
     own = {token.content for token in added.values()}
     user = [p.text for p in model.pieces if p.kind is PieceKind.USER_DEFINED and p.text not in own]
     vocabulary = with_added({piece.text: i for i, piece in enumerate(model.pieces)}, added)
-    backend = Backend(
-        _bpe(model, vocabulary, bool(user)) if model.algorithm is Algorithm.BPE else _unigram(model, vocabulary)
-    )
+    unigram = model.algorithm is Algorithm.UNIGRAM
+    backend = Backend(_unigram(model, vocabulary) if unigram else _bpe(model, vocabulary, bool(user)))
     backend.normalizer = _normalizer(model)
     if cuts := _cuts(model, user):
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts])
@@ -60,8 +61,8 @@ def sentencepiece_backend(model: SentencePieceModel, added: Added) -> Backend:
 
 
 def _unsupported(model: SentencePieceModel) -> str:
-    if model.algorithm not in (Algorithm.BPE, Algorithm.UNIGRAM):
-        return f"it is of type {model.algorithm.name}; BPE and UNIGRAM are converted"
+    if model.algorithm is Algorithm.WORD:
+        return "it is of type WORD; BPE, UNIGRAM and CHAR are converted"
     if model.whitespace_is_suffix or not model.escape_whitespaces:
         return "it does not mark a blank by U+2581 before a word"
     if model.unk_id < 0:
@@ -84,10 +85,11 @@ def _cuts(model: SentencePieceModel, user: Sequence[str]) -> list[str]:
     two cuts. So these are cut in two.
     """
     cuts = ["|".join(map(re.escape, sorted(user, key=len, reverse=True)))] if user else []
-    whole = model.algorithm is Algorithm.BPE
+    whole = model.algorithm is not Algorithm.UNIGRAM
+    found = {PieceKind.USER_DEFINED} if model.algorithm is Algorithm.CHAR else _IN_TEXTS
     rests: dict[str, list[str]] = {}
     for piece in model.pieces if user or not whole else ():
-        if piece.kind not in (PieceKind.NORMAL, PieceKind.USER_DEFINED) and len(piece.text) > 1:
+        if piece.kind not in found and len(piece.text) > 1:
             rests.setdefault(re.escape(piece.text[0]), []).append(re.escape(piece.text[1:]))
     start, end = (r"\A", r"\z") if whole else ("", "")
     return [*cuts, *(f"(?<={start}{first})(?=(?:{'|'.join(rest)}){end})" for first, rest in rests.items())]
@@ -96,7 +98,7 @@ def _cuts(model: SentencePieceModel, user: Sequence[str]) -> list[str]:
 def _bpe(model: SentencePieceModel, vocabulary: dict[str, int], has_user_pieces: bool) -> models.BPE:
     return models.BPE(
         vocab=vocabulary,
-        merges=merges_by_score(model.pieces),
+        merges=merges_by_score(model.pieces) if model.algorithm is Algorithm.BPE else [],
         unk_token=model.pieces[model.unk_id].text,
         fuse_unk=True,
         byte_fallback=model.byte_fallback,
@@ -120,8 +122,7 @@ def _unigram(model: SentencePieceModel, vocabulary: dict[str, int]) -> models.Un
     """Pieces that are never found in a text get a score that does not change the one of unknown characters."""
     normal = [piece.score for piece in model.pieces if piece.kind is PieceKind.NORMAL]
     lowest = min(normal, default=0.0)
-    found = (PieceKind.NORMAL, PieceKind.USER_DEFINED)
-    scored = [(piece.text, piece.score if piece.kind in found else lowest) for piece in model.pieces]
+    scored = [(piece.text, piece.score if piece.kind in _IN_TEXTS else lowest) for piece in model.pieces]
     texts = {i: text for text, i in vocabulary.items()}
     scored += [(texts.get(i, _PADDING.format(i)), lowest) for i in range(len(scored), max(texts) + 1)]
     return models.Unigram(scored, unk_id=model.unk_id, byte_fallback=model.byte_fallback)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 from penstock.base import InvalidRequest
@@ -88,6 +88,7 @@ class Tokenizer:
         size = max(backend.get_vocab().values(), default=-1) + 1 if vocab_size is None else vocab_size
         self.vocabulary = Vocabulary(size=size, eos_ids=frozenset(i for i in eos_ids if 0 <= i < size), bos_id=bos_id)
         self._bytes = TokenBytes(backend)
+        self._affixes = _framed(backend, texts=1)
         self._may_exceed = max(added, default=0) >= size or backend.get_vocab_size() > size
         self._added = any_of(self.added_tokens)
         self._ordinary_added = any_of(self.added_tokens.keys() - self.special_tokens.keys())
@@ -129,7 +130,7 @@ class Tokenizer:
         else:
             ids = self._encode_marked(text, self._added if parse_special else self._ordinary_added, barrier)
             if add_special_tokens:
-                before, after = self._affixes()
+                before, after = self._affixes
                 ids = [*before, *ids, *after]
         if self._may_exceed and ids and max(ids) >= self.vocabulary.size:
             raise InvalidRequest(
@@ -158,9 +159,8 @@ class Tokenizer:
 
     def pair_frame(self) -> tuple[list[int], list[int], list[int]]:
         """The ids that the post-processor puts before, between and after the two texts of a pair."""
-        before, after = self._affixes()
-        frame: list[int] = self._backend.encode("", "", add_special_tokens=True).ids
-        return before, frame[len(before) : len(frame) - len(after)], after
+        before, between, after = _framed(self._backend, texts=2)
+        return before, between, after
 
     def _encode_marked(self, text: str, recognised: re.Pattern[str], barrier: str | None) -> list[int]:
         """Added tokens are recognised here and marked; the backend knows them only in their marked form."""
@@ -175,14 +175,23 @@ class Tokenizer:
                 self._literal[mark] = _LiteralBackend(self._backend, mark)
         return self._literal[mark].encode(text, self._bytes.special)
 
-    def _affixes(self) -> tuple[list[int], list[int]]:
-        """The ids the post-processor puts before and after a text."""
-        bare = self._backend.encode("a", add_special_tokens=False).ids
-        whole = self._backend.encode("a", add_special_tokens=True).ids
-        for start in range(len(whole) - len(bare) + 1):
-            if whole[start : start + len(bare)] == bare:
-                return whole[:start], whole[start + len(bare) :]
-        return [], []
+
+def _framed(backend: Backend, texts: int) -> list[list[int]]:
+    """The ids that the post-processor puts before, between and after one text or two.
+
+    They are seen around texts of a single token that no vocabulary has, so that nothing depends on what it can encode.
+    """
+    token, word = 2**32 - 1, "x"
+    probe = Backend(models.WordLevel({word: token}, unk_token=word))
+    if backend.post_processor is not None:
+        probe.post_processor = backend.post_processor
+    parts: list[list[int]] = [[]]
+    for i in probe.encode(word, word if texts == 2 else None).ids:
+        if i == token:
+            parts.append([])
+        else:
+            parts[-1].append(i)
+    return parts
 
 
 class _LiteralBackend:
@@ -237,14 +246,14 @@ def _backend_errors(text: str) -> Iterator[None]:
 def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model folder, or of a file by itself.
 
-    The best file of a folder is read: tokenizer.json, tokenizer.model (SentencePiece or tiktoken ranks), *.tiktoken,
-    vocab.json with merges.txt, vocab.txt, or a GGUF file. tokenizer_config.json, special_tokens_map.json and
-    added_tokens.json, where they exist, say which tokens are special and which are put around a text; what
+    The best file of a folder is read: tokenizer.json, tekken.json, tokenizer.model (SentencePiece or tiktoken ranks),
+    *.tiktoken, vocab.json with merges.txt, vocab.txt, or a GGUF file. tokenizer_config.json, special_tokens_map.json
+    and added_tokens.json, where they exist, say which tokens are special and which are put around a text; what
     tokenizer.json says of that stands, and as in transformers ``add_bos_token`` does not change it. The ids that begin
     and end a text are also looked for in generation_config.json and config.json.
 
     Args:
-        path: a folder; or a GGUF file, a SentencePiece model or a file of tiktoken ranks.
+        path: a folder; or a GGUF file, a SentencePiece model, a file of tiktoken ranks or a tekken.json.
         vocab_size: number of logits of the model; by default as many as the tokenizer has ids.
 
     Raises:
