@@ -13,7 +13,7 @@
 namespace penstock::PENSTOCK_ISA {
 
 constexpr int BLOCK = 32;  // rows and outputs computed together
-constexpr int64_t DEEPEST = 512;  // inputs of one piece: BLOCK rows of it stay in the first-level cache
+constexpr int64_t DEEPEST = 256;  // inputs of one piece: BLOCK rows of it stay in the first-level cache
 constexpr int64_t ROWS_BYTES = 1 << 19;  // of x that stay in the second-level cache while weights stream past
 
 // BLOCK rows of x: number k of a row stands at first + row * stride + k * step, 32 neighbours side by side.

@@ -17,6 +17,8 @@ from penstock.spec.structured import MAX_CHOICES, MAX_GRAMMAR_CHARS, MAX_SCHEMA_
         ({"regex": "a", "choice": ["a"]}, "invalid_parameter"),
         ({"json_object": False}, "invalid_parameter"),
         ({"json_object": 3}, "invalid_parameter"),
+        ({"regex": False}, "invalid_parameter"),
+        ({"json": False, "regex": "a"}, "invalid_parameter"),
         ({"regex": ""}, "invalid_parameter"),
         ({"regex": 7}, "invalid_parameter"),
         ({"regex": "\ud800"}, "invalid_parameter"),
@@ -54,6 +56,11 @@ def test_a_schema_with_a_cycle_is_refused() -> None:
 
 def test_brackets_in_strings_are_not_depth() -> None:
     assert StructuredOutputs(json={"const": '[{"\\' * 500}).kind == "json"
+
+
+def test_a_boolean_is_a_schema() -> None:
+    assert StructuredOutputs(json=False).json == "false" and StructuredOutputs.of({"json": True}).json == "true"
+    assert StructuredOutputs(json_object=False, json=True).kind == "json"
 
 
 def test_values_are_plain_and_equal_after_a_round_trip() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -14,9 +15,19 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from penstock.base import InvalidRequest
-from penstock.grammar.grammar import BYTES, Grammar
+from penstock.grammar.grammar import BYTES, STEPS, Grammar
 from penstock.grammar.matcher import Matcher
-from penstock.grammar.schema import hints, patterns, property_names, readings
+from penstock.grammar.patterns import is_cut
+from penstock.grammar.references import depth, infinite_part
+from penstock.grammar.schema import (
+    hints,
+    is_old_dialect,
+    patterns,
+    property_counts,
+    property_names,
+    readings,
+    references,
+)
 from penstock.grammar.tokens import TokenTable
 from penstock.grammar.validation import InstanceCheck
 from penstock.spec import StructuredOutputs
@@ -26,6 +37,19 @@ CACHED = 64
 
 MAX_PATTERNS = 40
 """Patterns of a schema for which a match is looked for."""
+
+MAX_GBNF = 100_000
+"""Characters of a grammar in GBNF, whose reading takes some 8 us each."""
+
+MAX_PROPERTY_PAIRS = 4_000_000
+"""Sum of the squares of the objects' properties: one of 2000, or a hundred of 200. About 3 s."""
+
+MAX_DEPTH = 1_000
+"""Levels of a schema or grammar, references followed. The grammar engine goes down them on the stack: near 3000 the
+process would end."""
+
+_OVER_LIMIT = re.compile(r"limits\.|fuel|max is \d|too (?:many|large|big)|limit (?:of|exceeded)")
+"""How the grammar engine speaks of its limits."""
 
 
 class Grammars:
@@ -46,7 +70,8 @@ class Grammars:
         """The grammar of a request. It is not compiled again as long as somebody holds it.
 
         Raises:
-            InvalidRequest: unsupported_schema, invalid_regex, invalid_grammar; the message says where and why.
+            InvalidRequest: unsupported_schema, invalid_regex, invalid_grammar, grammar_too_large, infinite_schema,
+                no_end_token; the message says where and why.
         """
         with self._lock:
             if (known := self._known.get(wanted)) is not None:
@@ -70,6 +95,13 @@ class Grammars:
 
 
 def _compile(wanted: StructuredOutputs, table: TokenTable) -> Grammar:
+    if not table.end_ids:
+        raise InvalidRequest(
+            "no_end_token",
+            "This model cannot write structured outputs",
+            why="it has no end token, so that it could not say that a text is complete",
+            fix="name its eos_token_id in generation_config.json",
+        )
     match wanted.kind:
         case "json":
             return _from_schema(json.loads(str(wanted.json)), table, compact=wanted.disable_any_whitespace)
@@ -79,50 +111,108 @@ def _compile(wanted: StructuredOutputs, table: TokenTable) -> Grammar:
     try:
         return Grammar(source, table)
     except ValueError as error:
-        raise InvalidRequest(code, f"The {what} cannot be compiled", why=_brief(error)) from None
+        raise _refusal(code, f"The {what} cannot be compiled", error) from None
 
 
 def _source(wanted: StructuredOutputs) -> tuple[str, str, str]:
     if wanted.regex is not None:
         regex = wanted.regex.removeprefix("^")
-        if regex.endswith("$") and not regex.endswith("\\$"):
+        if regex.endswith("$") and not is_cut(regex[:-1]):
             regex = regex[:-1]
+        if is_cut(regex):
+            why = "it ends in a backslash that escapes nothing"
+            raise InvalidRequest("invalid_regex", "The regular expression cannot be compiled", why=why)
         return LLMatcher.grammar_from_regex(regex), "invalid_regex", "regular expression"
-    if wanted.choice is not None:
-        options = " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choice)
-        return LLMatcher.grammar_from_lark(f"start: {options}"), "invalid_grammar", "choice"
+    if wanted.choice is not None:  # one expression: as alternatives of a grammar they would be searched one by one
+        options = "|".join(_literal(text) for text in wanted.choice)
+        return LLMatcher.grammar_from_regex(options), "invalid_grammar", "choice"
     assert wanted.grammar is not None
     text = wanted.grammar
     if "::=" in text:
+        if len(text) > MAX_GBNF:
+            raise _too_large("The GBNF grammar", f"it has {len(text)} characters, at most {MAX_GBNF} are allowed")
         try:
             text = gbnf_to_lark(text)
         except Exception as error:
             why = _brief(error)
             raise InvalidRequest("invalid_grammar", "The GBNF grammar cannot be read", why=why) from None
+    _vet_grammar(text)
     return LLMatcher.grammar_from_lark(text), "invalid_grammar", "grammar"
 
 
+def _vet_grammar(text: str) -> None:
+    """Refuses a grammar in Lark that may be too deep, by itself or in a schema that it holds."""
+    if (levels := sum(map(text.count, ":([{"))) > MAX_DEPTH:
+        why = f"with its rules followed it may be {levels:,} levels deep, at most {MAX_DEPTH:,} are allowed"
+        raise _too_large("The grammar", why)
+    for inner in re.finditer(r"%json\s*", text):
+        try:
+            _vet(json.JSONDecoder().raw_decode(text, inner.end())[0])
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest("invalid_grammar", "What follows %json is not JSON", why=_brief(error)) from None
+
+
+def _literal(text: str) -> str:
+    """The regular expression of a string."""
+    return "".join(char if char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)
+
+
 def _from_schema(schema: Any, table: TokenTable, *, compact: bool) -> Grammar:
-    errors: list[str] = []
+    _vet(schema)
+    errors: list[ValueError] = []
     names = property_names(schema)
     values = (*_pattern_words(schema), *hints(schema))
+    check = None
     for source, exact in readings(schema, compact=compact):
         try:
-            check = None if exact else InstanceCheck(schema)
+            check = None if exact else check or InstanceCheck(schema)
             grammar = Grammar(source, table, check, is_json=True, hints=values, names=names)
         except ValueError as error:
-            errors.append(_brief(error))
+            errors.append(error)
             continue
         if exact or grammar.closing is not None:
             return grammar
-        errors.append(f"no instance of it was found ({errors[0]})")
+        errors.append(ValueError(f"no instance of it was found ({_brief(errors[0])})"))
         break
-    raise InvalidRequest(
+    raise _refusal(
         "unsupported_schema",
         "This JSON schema cannot be compiled",
-        why=errors[-1],
+        errors[-1],
         fix="simplify the named part, or check that any JSON can satisfy it",
     )
+
+
+def _vet(schema: Any) -> None:
+    """Refuses what would cost too much, could never end, or would be misread."""
+    if (pairs := sum(size * size for size in property_counts(schema))) > MAX_PROPERTY_PAIRS:
+        why = f"its cost grows with the square of an object's properties: {pairs:,}, at most {MAX_PROPERTY_PAIRS:,}"
+        raise _too_large("The JSON schema", why)
+    if (levels := depth(schema, references(schema))) > MAX_DEPTH:
+        why = f"with its references followed it may be {levels:,} levels deep, at most {MAX_DEPTH:,} are allowed"
+        raise _too_large("The JSON schema", why)
+    for pattern in patterns(schema):
+        if is_cut(pattern):
+            why = f"the pattern {reprlib.repr(pattern)} ends in a backslash that escapes nothing"
+            raise InvalidRequest("unsupported_schema", "This JSON schema cannot be compiled", why=why)
+    if (part := infinite_part(schema, bare_refs=is_old_dialect(schema))) is not None:
+        raise InvalidRequest(
+            "infinite_schema",
+            "No finite JSON satisfies this schema",
+            why=f"what {reprlib.repr(part)} refers to requires itself again",
+            fix="make it optional somewhere, or allow null",
+        )
+
+
+def _refusal(code: str, what: str, error: ValueError, *, fix: str = "") -> InvalidRequest:
+    why = _brief(error)
+    if _OVER_LIMIT.search(why):
+        return _too_large(what.removesuffix(" cannot be compiled"), why)
+    return InvalidRequest(code, what, why=why, fix=fix)
+
+
+def _too_large(what: str, why: str) -> InvalidRequest:
+    fix = "make it shorter, with fewer alternatives and lower counts of repetition"
+    return InvalidRequest("grammar_too_large", f"{what} costs too much", why=why, fix=fix)
 
 
 def _pattern_words(schema: Any) -> Iterator[bytes]:
@@ -130,7 +220,7 @@ def _pattern_words(schema: Any) -> Iterator[bytes]:
     for pattern in patterns(schema)[:MAX_PATTERNS]:
         anchored = {"type": "string", "pattern": f"^(?:{pattern})$"}
         try:
-            word = Grammar(next(readings(anchored, compact=True)).grammar, BYTES, is_json=True).closing
+            word = Grammar(next(readings(anchored, compact=True)).grammar, BYTES, is_json=True, steps=STEPS).closing
         except ValueError:
             continue
         if word is not None:

@@ -26,6 +26,8 @@ Lexer = tuple[bool, bool]
 
 MAX_COMPLETION = 4096
 """Bytes of the longest completion that is looked for."""
+BYTES_A_STEP = 64
+"""Forced bytes that cost as much as a step."""
 MAX_STEPS = 1500
 """Steps of matchers that one search may take: some 20 ms."""
 WIDTH, BRANCHES = 6, 24
@@ -51,10 +53,11 @@ class _State:
 
 
 @dataclass(slots=True)
-class _Meter:
-    """Steps that a search may still take."""
+class Meter:
+    """Steps that a search may still take, and what the grammar engine said when a way went over its limits."""
 
     left: int
+    error: str = ""
 
 
 def bits(matcher: LLMatcher) -> int:
@@ -65,6 +68,8 @@ def bits(matcher: LLMatcher) -> int:
 def scan(lexer: Lexer, text: bytes) -> Lexer:
     """Follows JSON strings."""
     inside, escaped = lexer
+    if not escaped and 0x5C not in text:
+        return inside ^ (text.count(0x22) % 2 == 1), False
     for byte in text:
         if escaped:
             escaped = False
@@ -76,23 +81,29 @@ def scan(lexer: Lexer, text: bytes) -> Lexer:
 
 
 def completions(
-    matcher: LLMatcher, lexer: Lexer, *, is_json: bool, steps: int, hints: Sequence[bytes] = ()
+    matcher: LLMatcher, lexer: Lexer, meter: Meter, *, is_json: bool, hints: Sequence[bytes] = ()
 ) -> Iterator[bytes]:
     """Completions of the state, the likeliest to be short first, for those who must find one with another property.
 
     The matcher is left as it was.
 
     Args:
-        steps: how many to spend; when the likely ones have been tried, on ways at random, the same ones each time.
+        meter: what to spend; when the likely ones have been tried, on ways at random, the same ones each time.
         hints: JSON values that a valid text may hold, the likelier ones first, to be tried on those ways.
     """
-    found, meter = set[bytes](), _Meter(steps)
+    found = set[bytes]()
+    if len(matcher.compute_ff_bytes()) > MAX_COMPLETION:
+        return
+    if matcher.is_error():
+        meter.error = matcher.get_error()
+        return
     openings = _openings(matcher, lexer, is_json)
     for turn in count():
         # The best way; then, in turn, ways with hints and other first bytes; then hints alone, for as long as it takes.
         opening = b"" if turn == 0 or turn % 2 else next(openings, b"")
         wander = _Wander(Random(turn), hints) if turn > 0 and not opening else None
         opened = matcher.deep_copy()
+        meter.left -= 1
         if opened.consume_tokens(list(opening)):
             rest = _dive(_State(opened, opening, scan(lexer, opening)), is_json, meter, wander)
             if rest is None and turn == BROAD_TURN:
@@ -126,7 +137,7 @@ class _Wander(NamedTuple):
         return bytes([next((byte for byte in ranked if self.random.random() < 0.5), ranked[0])])
 
 
-def _dive(state: _State, is_json: bool, meter: _Meter, wander: _Wander | None = None) -> bytes | None:
+def _dive(state: _State, is_json: bool, meter: Meter, wander: _Wander | None = None) -> bytes | None:
     """Always the best byte, or one at random; goes back over none."""
     used: dict[int, int] = {}
     same = 0
@@ -141,18 +152,23 @@ def _dive(state: _State, is_json: bool, meter: _Meter, wander: _Wander | None = 
             ranked = _ranked(choice, state.before, state.lexer, is_json, used)
             same = same + 1 if choice == state.before else 0
             if not ranked or same > GIVE_UP:
+                meter.error = meter.error or state.matcher.get_error()
                 return None
             step = bytes([ranked[0]]) if wander is None else wander.step(state, ranked)
             state.before = choice
             used[ranked[0]] = used.get(ranked[0], 0) + 1
         state.text += step
+        meter.left -= len(step) // BYTES_A_STEP
+        if len(state.text) > MAX_COMPLETION:
+            return None
         state.lexer = scan(state.lexer, step)
-        if len(state.text) > MAX_COMPLETION or not state.matcher.consume_tokens(list(step)):
+        if not state.matcher.consume_tokens(list(step)):
+            meter.error = meter.error or state.matcher.get_error()
             return None
     return None
 
 
-def _broad(start: _State, is_json: bool, meter: _Meter) -> bytes | None:
+def _broad(start: _State, is_json: bool, meter: Meter) -> bytes | None:
     """Layer by layer, the best few states of each, all with different choices before them."""
     layer = [start]
     while layer and meter.left > 0:
@@ -166,7 +182,7 @@ def _broad(start: _State, is_json: bool, meter: _Meter) -> bytes | None:
             for step in [forced] if forced else [bytes([byte]) for byte in ranked[:BRANCHES]]:
                 child = state.matcher.deep_copy()
                 meter.left -= 1
-                if len(state.text) < MAX_COMPLETION and child.consume_tokens(list(step)):
+                if len(state.text) + len(step) <= MAX_COMPLETION and child.consume_tokens(list(step)):
                     new = _State(child, state.text + step, scan(state.lexer, step), choice)
                     following.setdefault((bits(child), new.lexer), new)
         layer = list(islice(following.values(), WIDTH))

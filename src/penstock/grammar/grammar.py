@@ -8,7 +8,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from penstock.grammar.completion import Lexer, completions
+from penstock.grammar.completion import Lexer, Meter, completions
 from penstock.grammar.instances import written
 from penstock.grammar.tokens import LIMITS, TokenTable
 from penstock.grammar.validation import InstanceCheck
@@ -33,6 +33,7 @@ class Grammar:
     Args:
         hints: JSON values that a valid completion may hold.
         names: those of properties, in the order of the schema.
+        steps: what the search for ``closing`` may cost.
 
     Raises:
         ValueError: it cannot be compiled within LIMITS, or nothing satisfies it.
@@ -47,6 +48,7 @@ class Grammar:
         is_json: bool = False,
         hints: Sequence[bytes] = (),
         names: Sequence[str] = (),
+        steps: int = STEPS_FIRST,
     ) -> None:
         self.table, self.check, self.is_json, self._hints, self._names = table, check, is_json, hints, names
         self.tokens = LLMatcher(table.backend, source, log_level=0, limits=LIMITS)
@@ -58,12 +60,21 @@ class Grammar:
         self.bytes = None if over_bytes.is_error() else over_bytes
         self.closing = None
         if self.bytes is not None:
-            self.closing = self.completion(self.bytes, b"", (False, False), STEPS_FIRST)
+            meter = Meter(steps)
+            self.closing = self._search(self.bytes, b"", (False, False), meter)
+            if self.closing is None:
+                forced = self.bytes.deep_copy()
+                forced.consume_tokens(list(forced.compute_ff_bytes()))
+                if error := meter.error or forced.get_error():
+                    raise ValueError(error)
 
-    def completion(self, matcher: LLMatcher, text: bytes, lexer: Lexer, steps: int = STEPS) -> bytes | None:
+    def completion(self, matcher: LLMatcher, text: bytes, lexer: Lexer) -> bytes | None:
         """A completion of ``text``, at whose end the byte matcher stands."""
+        return self._search(matcher, text, lexer, Meter(STEPS))
+
+    def _search(self, matcher: LLMatcher, text: bytes, lexer: Lexer, meter: Meter) -> bytes | None:
         found: list[bytes] = []
-        for rest in completions(matcher, lexer, is_json=self.is_json, steps=steps, hints=self._hints):
+        for rest in completions(matcher, lexer, meter, is_json=self.is_json, hints=self._hints):
             if self.check is None or self.check.accepts(text + rest):
                 found.append(rest)
                 if len(rest) <= SHORT or len(found) == ENOUGH:

@@ -31,6 +31,11 @@ def lookaheads(pattern: str) -> Lookaheads:
     return found
 
 
+def is_cut(pattern: str) -> bool:
+    """Whether a pattern ends in a backslash that escapes nothing, which the grammar engine would overlook."""
+    return (len(pattern) - len(pattern.rstrip("\\"))) % 2 == 1
+
+
 def _closing(pattern: str, start: int) -> int | None:
     """Index of the bracket that closes the group at ``start``."""
     depth, in_class, at = 0, False, start

@@ -66,7 +66,7 @@ def readings(schema: Schema, *, compact: bool) -> Iterator[Reading]:
     """Grammars of a schema, the most exact first; take the first one that compiles."""
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    plain = rewrite(schema, _Same(old_refs=_old_dialect(schema)).rewrite)
+    plain = rewrite(schema, _Same(old_refs=is_old_dialect(schema)).rewrite)
     yield Reading(_grammar(plain, compact, wider=False), exact=True)
     for wider in (_uncounted, _wider_patterns, _without_overlaps, _bare_refs):
         plain = rewrite(plain, wider)
@@ -101,9 +101,19 @@ def patterns(schema: Schema) -> list[str]:
     return list(dict.fromkeys([*single, *(name for part in parts for name in _names(part, "patternProperties"))]))
 
 
+def references(schema: Schema) -> set[str]:
+    """All targets of ``$ref``."""
+    return {part["$ref"] for part in _parts(schema) if isinstance(part.get("$ref"), str)}
+
+
 def property_names(schema: Schema) -> list[str]:
     """All names of properties, in the order of the schema."""
     return list(dict.fromkeys(name for part in _parts(schema) for name in _names(part, "properties")))
+
+
+def property_counts(schema: Schema) -> list[int]:
+    """How many properties each object of a schema lists."""
+    return [len(list(_names(part, "properties"))) for part in _parts(schema)]
 
 
 def _parts(schema: Schema) -> list[dict[str, Any]]:
@@ -215,7 +225,7 @@ def _bare_refs(schema: dict[str, Any], root: bool) -> dict[str, Any]:
     return {name: value for name, value in schema.items() if name in ("$ref", "$id", "id", "$defs", "definitions")}
 
 
-def _old_dialect(schema: Schema) -> bool:
+def is_old_dialect(schema: Schema) -> bool:
     """Draft 7 or earlier, where nothing beside a ``$ref`` counts."""
     dialect = schema.get("$schema") if isinstance(schema, Mapping) else None
     return isinstance(dialect, str) and bool(re.search(r"draft-0[3-7]", dialect))

@@ -17,11 +17,16 @@ LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000,  # building the lexer: about 20 ms
     step_lexer_fuel=200_000,  # a step: about 15 ms
     step_max_items=50_000,
+    max_items_in_row=20_000,  # an object with 5000 properties
     max_lexer_states=50_000,  # 1 to 2 kB each
     max_grammar_size=200_000,
     verbose_errors=False,
 )
 """What one grammar may take of time and memory; all else is an error of that grammar."""
+
+
+MAX_FORCED = 512
+"""Bytes of a text that must come which llguidance is told the tokens of at once. It asks anew with each token."""
 
 
 class TokenTable:
@@ -89,4 +94,4 @@ class _Wrapped:
         ]
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._split(text)
+        return self._split(text[:MAX_FORCED])

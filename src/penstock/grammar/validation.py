@@ -26,6 +26,9 @@ from penstock.grammar.tokens import LIMITS, TokenTable
 MAX_STEPS = 50_000
 """Keywords that one validation may look at: about a tenth of a second."""
 
+MAX_MIXED = 64
+"""Entries of a list of names that may be something else."""
+
 Keyword = Callable[..., Iterator[ValidationError] | None]
 
 
@@ -47,7 +50,7 @@ class InstanceCheck:
     def __init__(self, schema: Any) -> None:
         dialect = validator_for(schema, default=Draft202012Validator)
         try:
-            dialect.check_schema(schema)
+            dialect.check_schema(rewrite(schema, _sortable))
         except (SchemaError, RecursionError) as error:
             raise ValueError(str(getattr(error, "message", error))[:200]) from None
         self._steps = 0
@@ -74,6 +77,17 @@ class InstanceCheck:
             return rule(*arguments)
 
         return step
+
+
+def _sortable(schema: dict[str, Any], root: bool) -> dict[str, Any]:
+    """For metaschemas that want entries to differ, which the library finds out in quadratic time if it cannot sort."""
+    if isinstance(values := schema.get("enum"), list):
+        schema["enum"] = [json.dumps(value, sort_keys=True) for value in values]
+    named = [schema[name] for name in ("dependencies", "dependentRequired") if isinstance(schema.get(name), Mapping)]
+    for names in (schema.get("required"), schema.get("type"), *(names for each in named for names in each.values())):
+        if isinstance(names, list) and len(names) > MAX_MIXED and not all(isinstance(name, str) for name in names):
+            raise ValueError(f"a list of {len(names)} names or types has entries that are not strings")
+    return schema
 
 
 def _prepared(schema: dict[str, Any], root: bool) -> dict[str, Any]:

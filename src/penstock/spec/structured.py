@@ -25,7 +25,7 @@ class StructuredOutputs:
     Values are small, immutable and hashable once made: equal ones ask for the same grammar.
 
     Attributes:
-        json: a JSON schema, given as JSON text or as a mapping; kept as JSON text.
+        json: a JSON schema, given as JSON text, a mapping or a boolean; kept as JSON text.
         regex: a regular expression that the whole completion matches.
         choice: the strings it may be.
         grammar: an EBNF grammar, either in llguidance's dialect of Lark (``start: ...``) or in GBNF (``root ::= ...``).
@@ -39,7 +39,7 @@ class StructuredOutputs:
             honour.
     """
 
-    json: str | Mapping[str, Any] | None = None
+    json: str | Mapping[str, Any] | bool | None = None
     regex: str | None = None
     choice: Iterable[str] | None = None
     grammar: str | None = None
@@ -52,7 +52,9 @@ class StructuredOutputs:
     structural_tag: InitVar[str | None] = None
 
     def __post_init__(self, disable_fallback: bool, *not_yet: object) -> None:
-        given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
+        given = [name for name in _KINDS if getattr(self, name) is not None]
+        if self.json_object is False:  # of json, false is a schema, though nothing satisfies it
+            given.remove("json_object")
         if len(given) != 1:
             raise InvalidRequest(
                 "invalid_parameter",
