@@ -195,7 +195,7 @@ private:
             for (int64_t i = from; i < to; i += 4) {
                 keys_at(i, 4);
                 scores_4x4(q, k, a_.width, out);
-                put(first, 4, i, 4, to, out);
+                put<4, 4>(first, i, to, out);
             }
         }
         if (first < count_) {
@@ -203,14 +203,20 @@ private:
             for (int64_t i = from; i < to; i += 8) {
                 keys_at(i, 8);
                 scores_2x8(q, k, a_.width, out);
-                put(first, 2, i, 8, to, out);
+                put<2, 8>(first, i, to, out);
             }
         }
     }
 
-    void put(int first, int rows, int64_t key, int64_t wide, int64_t to, const float* out) {
-        for (int j = 0; j < rows && first + j < count_; j++) {
-            for (int64_t i = 0; i < wide && key + i < to; i++) scores_[first + j][key + i] = out[j * wide + i];
+    template <int Q, int K>
+    INLINE void put(int first, int64_t key, int64_t to, const float* out) {
+        for (int j = 0; j < Q && first + j < count_; j++) {
+            float* at = scores_[first + j] + key;
+            if (key + K <= to) {
+                std::memcpy(at, out + j * K, K * sizeof(float));
+            } else {
+                std::memcpy(at, out + j * K, (size_t)(to - key) * sizeof(float));
+            }
         }
     }
 
