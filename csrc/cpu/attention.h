@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "functions.h"
 #include "kernels.h"
@@ -340,13 +339,13 @@ private:
     Keys<T> keys_;
     int64_t begin_[QUERIES], end_[QUERIES];
     alignas(64) float scores_[QUERIES][SEGMENT];
-    static thread_local std::vector<Partial> stack_;
-    static thread_local std::vector<std::vector<float>> memory_;
+    static thread_local Vector<Partial> stack_;
+    static thread_local Vector<Vector<float>> memory_;
 };
 template <class T>
-thread_local std::vector<Partial> Walk<T>::stack_;
+thread_local Vector<Partial> Walk<T>::stack_;
 template <class T>
-thread_local std::vector<std::vector<float>> Walk<T>::memory_;
+thread_local Vector<Vector<float>> Walk<T>::memory_;
 
 template <class T>
 void attention_of(const Attention& a) {
@@ -356,7 +355,7 @@ void attention_of(const Attention& a) {
     struct Item {
         int64_t request, row, rows;
     };
-    std::vector<Item> items;
+    Vector<Item> items;
     for (int64_t r = 0; r < a.requests; r++) {
         for (int64_t row = a.starts[r]; row < a.starts[r + 1]; row += tall) {
             items.push_back({r, row, std::min(tall, a.starts[r + 1] - row)});
@@ -365,7 +364,7 @@ void attention_of(const Attention& a) {
     parallel((int64_t)items.size() * a.kv_heads, [&](int64_t number, int) {
         const Item& item = items[(size_t)(number / a.kv_heads)];
         int64_t kv_head = number % a.kv_heads;
-        static thread_local std::vector<float> q;
+        static thread_local Vector<float> q;
         q.resize((size_t)(QUERIES * padded));
         Query queries[QUERIES];
         Walk<T> walk(a, item.request, kv_head, padded);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "functions.h"
 #include "kernels.h"
@@ -187,6 +186,7 @@ INLINE void configure(int upper, int lower) {
     config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)upper;
     config.rows[2] = config.rows[3] = config.rows[5] = (uint8_t)(lower ? lower : 1);
     config.rows[6] = config.rows[7] = 16;
+    asm volatile("" ::: "memory");  // compilers do not know that the instruction reads all of it
     _tile_loadconfig(&config);
 }
 
@@ -247,6 +247,7 @@ void part_by_tiles(
         std::memset(some_x, 0, sizeof some_x);
         for (int row = 0; row < rows; row++) std::memcpy(some_x[row], x.at(row, k), (size_t)depth * 2);
         for (int i = 0; i < (second ? 2 : 1); i++) copy_panel(p[i], inputs, k, depth, some_weights[i]);
+        asm volatile("" ::: "memory");
         _tile_loadd(4, some_x[0], 64);
         _tile_loadd(6, some_weights[0], 64);
         if constexpr (second) _tile_loadd(7, some_weights[1], 64);
@@ -289,7 +290,9 @@ constexpr int SIZE = BLOCK * BLOCK;  // of the sums of one pair
 template <class T>
 void whole(Rows<T> x, int rows, const Linear& a, const Pair<T>* pairs, int count, int64_t deep, float* sums) {
     int64_t segment = a.inputs / a.segments;
-    bool tiles = a.segments == 1 || segment % 2 == 0;  // pairs of inputs do not cross segments
+    // Pairs of inputs cross neither segments nor pieces: where segments would cut them, a segment is one piece.
+    bool tiles = a.segments == 1 || segment % 2 == 0;
+    if (!tiles) deep = segment;
     for (int s = 0; s < a.segments; s++) {
         for (int64_t k = 0; k < segment; k += deep) {
             int64_t k0 = s * segment + k, k1 = s * segment + std::min(k + deep, segment);
@@ -377,7 +380,7 @@ void some_outputs(const Linear& a, Rows<T> x, int64_t row, int rows, int64_t fir
 #if defined(__AMX_BF16__)
 // x as [T / BLOCK][K / DEEP][BLOCK][DEEP].
 template <class T>
-void lay(const Linear& a, std::vector<T>& out) {
+void lay(const Linear& a, Vector<T>& out) {
     int64_t blocks = (a.rows + BLOCK - 1) / BLOCK;
     if ((int64_t)out.size() < blocks * BLOCK * a.inputs) out.resize((size_t)(blocks * BLOCK * a.inputs));
     T* to = out.data();
@@ -400,7 +403,7 @@ void linear_of(const Linear& a) {
     auto rows_at = [&](int64_t row) { return Rows<T>{(const T*)a.x + row * a.inputs, a.inputs, 1}; };
 #if defined(__AMX_BF16__)
     // Rows a power of two apart fall into few sets of the first-level cache: many rows are laid side by side first.
-    static thread_local std::vector<T> tiles;
+    static thread_local Vector<T> tiles;
     bool laid = std::is_same_v<T, bf16> && a.rows > BLOCK && a.inputs / a.segments % DEEP == 0;
     if (laid) lay(a, tiles);
     const T* laid_x = tiles.data();
@@ -416,7 +419,7 @@ void linear_of(const Linear& a) {
     // Few rows leave the weights to be read from memory, and long runs of it are read fastest.
     int64_t deep = a.rows > BLOCK ? DEEPEST : a.inputs;
     parallel(stacks * lots, [&](int64_t item, int) {
-        static thread_local std::vector<float> memory;
+        static thread_local Vector<float> memory;
         memory.resize((size_t)(2 * TOGETHER * a.segments * SIZE));
         int64_t first_row = item / lots * tall, last_row = std::min(first_row + tall, a.rows);
         int64_t first = item % lots * at_once, last = std::min(first + at_once, groups);
@@ -450,7 +453,7 @@ void pack_of(T* weight, int64_t outputs, int64_t inputs) {
     parallel(panels, [&](int64_t index, int) {
         T* panel = weight + index * PANEL * inputs;
         int width = (int)std::min<int64_t>(PANEL, outputs - index * PANEL);
-        std::vector<T> rows(panel, panel + width * inputs);
+        Vector<T> rows(panel, panel + width * inputs);
         for (int lane = 0; lane < width; lane++) {
             for (int64_t k = 0; k < inputs; k++) {
                 panel[packed_at(lane, k, width, inputs, pairs)] = rows[(size_t)(lane * inputs + k)];

@@ -1,11 +1,12 @@
 #include "pool.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
-#include <memory>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -52,9 +53,13 @@ using Work = std::function<void(int64_t, int)>;
 
 class Team {
 public:
-    explicit Team(int count) : owner_(getpid()) {
+    explicit Team(int count) : wanted_(count) {
         for (int thread = 1; thread < count; thread++) {
-            members_.emplace_back([this, thread] { serve(thread); });
+            try {
+                members_.emplace_back([this, thread] { serve(thread); });
+            } catch (const std::system_error&) {  // the system has no more: fewer do the same work
+                break;
+            }
         }
     }
 
@@ -68,18 +73,16 @@ public:
         for (auto& member : members_) member.join();
     }
 
-    int size() const { return (int)members_.size() + 1; }
-
-    // A forked child has this object and none of its threads.
-    bool orphaned() const { return owner_ != getpid(); }
+    int wanted() const { return wanted_; }
 
     void run(int64_t items, const Work& work) {
         work_ = &work;
         items_ = items;
         next_.store(0, std::memory_order_relaxed);
+        failure_ = nullptr;
         if (members_.empty() || items < 2) {
             take_items(0);
-            return;
+            return give_up_if_failed();
         }
         gate_.fetch_or(OPEN, std::memory_order_release);
         {
@@ -91,9 +94,14 @@ public:
         // Who has not come by now is not waited for: its processor may be somebody else's.
         gate_.fetch_and(~OPEN, std::memory_order_relaxed);
         while (gate_.load(std::memory_order_acquire)) pause_briefly();
+        give_up_if_failed();
     }
 
 private:
+    void give_up_if_failed() {
+        if (failure_) std::rethrow_exception(failure_);
+    }
+
     static constexpr uint32_t OPEN = 1u << 31;
 
     bool enter() {
@@ -124,10 +132,16 @@ private:
 
     void take_items(int thread) {
         NoDenormals guard;
-        for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(item, thread);
+        try {
+            for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(item, thread);
+        } catch (...) {  // no memory; the caller is told when all are out
+            next_.store(items_, std::memory_order_relaxed);
+            std::lock_guard lock(sleep_);
+            failure_ = std::current_exception();
+        }
     }
 
-    pid_t owner_;
+    int wanted_;
     std::vector<std::thread> members_;
     const Work* work_ = nullptr;
     int64_t items_ = 0;
@@ -138,11 +152,18 @@ private:
     std::mutex sleep_;
     std::condition_variable wake_;
     bool ended_ = false;
+    std::exception_ptr failure_;
 };
 
-std::mutex turn;
+std::mutex* turn = new std::mutex;  // like the team never destroyed: the interpreter outlives static objects
 std::atomic<int> wanted{1};
-Team* team = nullptr;  // never destroyed at exit: the interpreter may be gone by then
+Team* team = nullptr;
+
+// A forked child has the team without its threads, and perhaps a turn that a thread of the parent had taken.
+void start_anew() {
+    turn = new std::mutex;
+    team = nullptr;
+}
 
 }  // namespace
 
@@ -150,13 +171,15 @@ void set_threads(int count) { wanted = count < 1 ? 1 : count; }
 int threads() { return wanted; }
 
 void parallel(int64_t items, const Work& work) {
-    std::lock_guard lock(turn);
-    if (team && team->orphaned()) team = nullptr;  // leaked: its end would wait for threads that do not exist
-    if (team && team->size() != wanted) {
+    static const int registered = pthread_atfork(nullptr, nullptr, start_anew);
+    (void)registered;
+    std::lock_guard lock(*turn);
+    int count = wanted;
+    if (team && team->wanted() != count) {
         delete team;
         team = nullptr;
     }
-    if (!team) team = new Team(wanted);
+    if (!team) team = new Team(count);
     team->run(items, work);
 }
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "kernels.h"
 #include "pool.h"
@@ -51,7 +50,7 @@ template <class Work>
 void each_row(int64_t rows, int64_t width, const Work& work) {
     int64_t at_once = std::max<int64_t>(1, std::min(SMALL / std::max<int64_t>(1, width), (rows + 7) / 8));
     parallel((rows + at_once - 1) / at_once, [&](int64_t item, int) {
-        static thread_local std::vector<float> scratch;
+        static thread_local Vector<float> scratch;
         scratch.resize((size_t)width);
         for (int64_t row = item * at_once; row < std::min(rows, (item + 1) * at_once); row++) work(row, scratch.data());
     });

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -29,6 +31,21 @@ struct fp16 {
 namespace penstock::PENSTOCK_ISA {
 
 constexpr int LANES = 16;
+
+// Of this instruction set alone: the linker keeps one copy of std::vector<float>, and it may be one that the processor
+// does not have.
+template <class T>
+struct Allocator : std::allocator<T> {
+    template <class U>
+    struct rebind {
+        using other = Allocator<U>;
+    };
+    Allocator() = default;
+    template <class U>
+    Allocator(const Allocator<U>&) {}
+};
+template <class T>
+using Vector = std::vector<T, Allocator<T>>;
 
 #if defined(__AVX512F__)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_row_op(name: str, dtype: torch.dtype, ops: Ops) -> None:
 
 @pytest.mark.parametrize("name", ["linear", "linear in segments", "logits", "gate_up silu", "norm"])
 def test_row_bits(name: str, ops: Ops) -> None:
-    """At more rows than one block, and more than one stack of blocks: a row's bytes are those it has alone."""
+    """Among more rows than one block, a row's bytes are those it has alone."""
     rng = random.Random(name)
     for shape, rows in (("odd", 70), ("stories260k", 300)):
         for dtype in DTYPES:
@@ -59,6 +61,47 @@ def test_row_bits(name: str, ops: Ops) -> None:
             for row in rng.sample(range(rows), 3):
                 alone = run(ROW_OPS[name], ops, x_TX[row : row + 1].clone(), weights)
                 assert torch.equal(alone[0], whole[row]), (shape, dtype, row)
+
+
+@pytest.mark.parametrize("rows", [33, 70])
+@pytest.mark.parametrize(
+    ("inputs", "segments"), [(514, 2), (2728, 8), (640, 2), (1032, 4), (1536, 8), (777, 1), (8192, 1)]
+)
+def test_row_bits_of_deep_sums(inputs: int, segments: int, rows: int, ops: Ops) -> None:
+    """Sums over several pieces, segments of odd length, and more than one stack of rows. One addend of 2^30 in front
+    of a pair of inputs makes another order of its two products another number."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x_TK, w_NK = torch.randn(rows, inputs).to(dtype), torch.randn(40, inputs).to(dtype)
+        x_TK[:, :: inputs // 7], w_NK[:, :: inputs // 7] = 2.0**15, 2.0**15
+        x_TK[:, 1 :: inputs // 7], w_NK[:, 1 :: inputs // 7] = 2.0**15, -(2.0**15)
+        (weight_NK,) = packed(ops, w_NK)
+        assert weight_NK is not None
+        whole = ops.linear(x_TK, weight_NK, None, segments)
+        for row in (0, 31, 32, rows - 1):
+            assert torch.equal(ops.linear(x_TK[row : row + 1], weight_NK, None, segments)[0], whole[row]), (dtype, row)
+
+
+def test_what_would_be_read_as_it_lies_is_refused() -> None:
+    ops, x_TK = make_ops("cpu"), torch.randn(3, 32)
+    (weight_NK,) = packed(ops, torch.randn(8, 32))
+    assert weight_NK is not None
+    for bad in (x_TK.bfloat16(), x_TK[:, :16]):
+        with pytest.raises((TypeError, ValueError)):
+            ops.linear(bad, weight_NK, None)
+    with pytest.raises(TypeError):
+        ops.linear(x_TK, weight_NK, torch.zeros(8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError):
+        ops.linear(x_TK, weight_NK, None, 3)
+    with pytest.raises(TypeError):
+        ops.add_norm(x_TK, x_TK.bfloat16(), torch.ones(32).bfloat16(), 1e-5)
+    with pytest.raises(TypeError):
+        ops.norm(x_TK, torch.ones(32).bfloat16(), 1e-5)
+
+
+def test_a_query_that_is_not_contiguous(ops: Ops) -> None:
+    sequences = mixed(SHAPES["wide heads"], torch.float32)
+    strided = [replace(s, q_TNd=s.q_TNd.transpose(0, 1).contiguous().transpose(0, 1)) for s in sequences[:1]]
+    assert torch.equal(run_attention(ops, strided, 16, None)[0], run_attention(ops, sequences[:1], 16, None)[0])
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -120,13 +163,28 @@ def test_threads_of_two_callers(shape: Shape) -> None:
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
-    ops, x_TK, w_NK = make_ops("cpu"), torch.randn(4, 256), torch.randn(512, 256)
+    """Also where another thread of the parent is inside a kernel at that moment."""
+    ops, x_TK, w_NK = make_ops("cpu"), torch.randn(64, 256), torch.randn(512, 256)
     torch.set_num_threads(2)
     (weight_NK,) = packed(ops, w_NK)
     assert weight_NK is not None
     expected: Tensor = ops.linear(x_TK, weight_NK, None)
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if ops.linear(x_TK, weight_NK, None).equal(expected) else 1)
-    torch.set_num_threads(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            ops.linear(x_TK, weight_NK, None)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(10):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)
+                os._exit(0 if ops.linear(x_TK, weight_NK, None).equal(expected) else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        done.set()
+        worker.join()
+        torch.set_num_threads(1)

@@ -3,6 +3,7 @@ fixed segments, and rows never see each other. The bits are those of an instruct
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from penstock.kernels.ops import Activation
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks
 from penstock.kernels.types import Batch, KVLayer
 
-VERSION = 1
+VERSION = 2
 """Raised by every change of this backend's bits."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -26,7 +27,8 @@ class CpuOps:
     one_answer = True
 
     def __init__(self) -> None:
-        self.numerics = f"cpu/{VERSION} {_native.chosen()} torch/{torch.__version__}"  # torch sorts and adds experts
+        machine, capability = platform.machine(), torch.backends.cpu.get_cpu_capability()  # torch weighs the experts
+        self.numerics = f"cpu/{VERSION} {_native.chosen()} {machine} torch/{torch.__version__} {capability}"
 
     def pack(self, weight: Tensor) -> Tensor:
         """In place: panels of 16 outputs, inputs in pairs (``csrc/cpu/kernels.h``)."""
@@ -83,11 +85,14 @@ class CpuOps:
         qkv_TC = qkv_TC.contiguous()
         q_TNd = qkv_TC.new_empty(len(qkv_TC), heads, head_dim)
         q_weight, k_weight = norms or (None, None)
+        wide = q_weight is not None and q_weight.dtype == torch.float32
+        _same(qkv_TC, torch.float32 if wide else qkv_TC.dtype, q_weight, k_weight)
+        _same(qkv_TC, qkv_TC.dtype, kv.k_PBHd, kv.v_PBHd)
         _native.heads(
             qkv_TC.data_ptr(),
             _address(q_weight),
             _address(k_weight),
-            q_weight is not None and q_weight.dtype == torch.float32,
+            wide,
             q_weight is not None and len(q_weight) != head_dim,
             _address(rope_Pd),
             0 if rope_Pd is None else rope_Pd.shape[1] // 2,
@@ -193,11 +198,22 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _same(x: Tensor, dtype: torch.dtype, *others: Tensor | None) -> None:
+    """The native side sees addresses alone: another dtype, device or a gap between rows would be read as it lies."""
+    for other in others:
+        if other is not None and (other.dtype != dtype or other.is_cuda or not other.is_contiguous()):
+            raise TypeError(f"{dtype} on a CPU beside {other.dtype} on {other.device}, strides {other.stride()}")
+    if x.is_cuda:
+        raise TypeError(f"native kernels cannot reach {x.device}")
+
+
 def _norm(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, *, centred: bool
 ) -> Tensor:
     _share_threads()
     x_TD, (rows, width) = x_TD.contiguous(), x_TD.shape
+    _same(x_TD, x_TD.dtype, residual_TD)
+    _same(x_TD, torch.float32 if weight_D.dtype == torch.float32 else x_TD.dtype, weight_D, bias_D)
     out_TD = torch.empty_like(x_TD)
     _native.norm(
         x_TD.data_ptr(),
@@ -228,8 +244,9 @@ def _linear(
     _share_threads()
     x_TK = x_TK.contiguous()
     outputs, inputs = weight_NK.shape
-    if weight_NK.dtype != x_TK.dtype or x_TK.shape[1] != inputs:  # the native side could not tell
-        raise TypeError(f"{x_TK.dtype} {list(x_TK.shape)} times {weight_NK.dtype} {list(weight_NK.shape)}")
+    _same(x_TK, x_TK.dtype, weight_NK, bias_N)
+    if x_TK.shape[1] != inputs or inputs % segments:
+        raise ValueError(f"{list(x_TK.shape)} times {list(weight_NK.shape)} in {segments} segments")
     dtype = torch.float32 if wide else x_TK.dtype
     out_TN = torch.empty(len(x_TK), outputs // 2 if gated else outputs, dtype=dtype)
     _native.linear(
@@ -264,10 +281,12 @@ def _attention(
 ) -> Tensor:
     """``spans``: where each request's rows start, and how many positions it has."""
     _share_threads()
-    (rows, heads, head_dim), (starts_R1, contexts_R) = q_TNd.shape, spans
+    q_TNd, (rows, heads, head_dim), (starts_R1, contexts_R) = q_TNd.contiguous(), q_TNd.shape, spans
+    _same(q_TNd, q_TNd.dtype, kv.k_PBHd, kv.v_PBHd)
+    _same(q_TNd, torch.int32, tables_RM)
     out_TC = q_TNd.new_empty(rows, heads * head_dim)
     _native.attention(
-        q_TNd.contiguous().data_ptr(),
+        q_TNd.data_ptr(),
         kv.k_PBHd.data_ptr(),
         kv.v_PBHd.data_ptr(),
         out_TC.data_ptr(),
