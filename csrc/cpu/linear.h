@@ -317,7 +317,7 @@ INLINE F biased(const float* sums, const T* bias, int64_t n) {
     return bias ? load(sums) + load_upto(bias, n) : load(sums);
 }
 
-// Where a group of outputs is in memory: row ``row + r`` of it at out + r * stride.
+// Rounds, unless the output is wide.
 template <class T>
 INLINE void put(const Linear& a, int64_t at, F y, int64_t count) {
     a.wide ? store_upto((float*)a.out + at, y, count) : store_upto((T*)a.out + at, y, count);
