@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from penstock.base import ConfigError, Registry
 from penstock.kernels.ops import MAX_SEGMENTS, SEGMENT, Activation, Ops, sum_segments
-from penstock.kernels.types import Batch, GroupBatch, KVLayer
+from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer
 
 __all__ = [
     "MAX_SEGMENTS",
@@ -15,6 +15,7 @@ __all__ = [
     "Activation",
     "Batch",
     "GroupBatch",
+    "GroupedWeight",
     "KVLayer",
     "Ops",
     "backends",

@@ -24,6 +24,30 @@ class KVLayer:
 
 
 @dataclass(slots=True)
+class GroupedWeight:
+    """A matrix [..., N, K] of small integers; each ``group`` neighbouring inputs of an output share a scale:
+    w = scale * code with 8 bits, w = scale * (code - zero / 16) with 4.
+
+    Attributes:
+        codes_NK: int8 in [-127, 127]; with zeros uint8 below 16.
+        scales_NG: float16 [..., N, K / group].
+        zeros_NG: uint8 sixteenths of a step, for 4 bits only.
+    """
+
+    codes_NK: Tensor
+    scales_NG: Tensor
+    zeros_NG: Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.zeros_NG is None else 4
+
+    @property
+    def group(self) -> int:
+        return self.codes_NK.shape[-1] // self.scales_NG.shape[-1]
+
+
+@dataclass(slots=True)
 class GroupBatch:
     """Where one KV group's rows live.
 

@@ -18,20 +18,20 @@ from penstock.train.recipe import Recipe, load_recipe
 from penstock.train.tokenizer import load_tokenizer
 
 
-def build_trainer(recipe: Recipe, work: Path) -> Trainer:
+def build_trainer(recipe: Recipe, work: Path, device: str = "cpu") -> Trainer:
     """Build a trainer on the ids files of a prepared work folder."""
     train = recipe.train
     streams = tuple(read_ids(work / f"{name}.ids") for name, _ in recipe.data.sources)
     data = Chunks(streams, tuple(repeat for _, repeat in recipe.data.sources), train.chunk, train.seed)
     chat = Chunks((read_ids(work / CHAT_FILE),), (1,), train.chunk, train.seed) if recipe.chat else None
-    return Trainer(recipe, data, chat=chat)
+    return Trainer(recipe, data, chat=chat, device=torch.device(device))
 
 
 def run_command(args: argparse.Namespace) -> None:
     """Train, or go on from the last checkpoint of the run folder."""
     recipe, folder = load_recipe(args.recipe), args.run or args.work
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(recipe, args.work)
+    trainer = build_trainer(recipe, args.work, args.device)
     checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.exists():
         trainer.resume(checkpoint)
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("--run", type=Path, help="folder of this run (default: the work folder)")
     two.add_argument("--steps", type=int, help="total steps; without it control.txt says the end")
     two.add_argument("--compile", action="store_true", help="fuse with TorchInductor (needs g++)")
+    two.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     three = sub.add_parser("export", help="write the model folder from the last checkpoint")
     three.add_argument("--run", type=Path)
     three.add_argument("--out", type=Path, required=True)

@@ -44,7 +44,7 @@ def score_ids(model: Llama, ids: Sequence[int], window: int, stride: int, batch:
     Every target is scored exactly once: the first window scores all of its targets, each later
     one only those that the window before did not reach (so with >= window - stride of context).
     """
-    data_S = torch.tensor(ids, dtype=torch.long)
+    data_S = torch.tensor(ids, dtype=torch.long, device=model.device)
     count = len(ids) - 1
     starts = window_starts(count, window, stride)
     nats, at = 0.0, 0

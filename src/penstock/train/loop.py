@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from penstock.train.data import Chunks, Ids, split_rows
 from penstock.train.evaluate import score_ids
-from penstock.train.model import Llama
+from penstock.train.model import Llama, fast_dtype
 from penstock.train.optim import AdamW, Muon
 from penstock.train.recipe import Recipe
 
@@ -102,6 +102,7 @@ class Trainer:
     """Model, optimisers, data and position of one run.
 
     Args:
+        dtype: of the forward and backward passes; by default what the device is fast at.
         chat: the chat stream, if the recipe has a chat stage.
 
     Raises:
@@ -109,14 +110,21 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, data: Chunks, dtype: torch.dtype = torch.bfloat16, chat: Chunks | None = None
+        self,
+        recipe: Recipe,
+        data: Chunks,
+        dtype: torch.dtype | None = None,
+        chat: Chunks | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if recipe.chat is not None and chat is None:
             raise ValueError("the recipe has a chat stage, but there is no chat stream")
         self.recipe, self.cfg = recipe, recipe.train
         self.data, self.chat, self.position = data, chat, Position()
-        self.model = Llama(recipe.model, dtype)
-        self.model.init_weights(recipe.train.seed)
+        device = device or torch.device("cpu")
+        self.model = Llama(recipe.model, dtype or fast_dtype(device))
+        self.model.init_weights(recipe.train.seed)  # drawn on the CPU: the same on every device
+        self.model.to(device)
         params = dict(self.model.named_parameters())
         inner = {k: p for k, p in params.items() if p.ndim == 2 and "embed" not in k}
         self.muon = Muon(inner.values(), self.cfg.muon_momentum, self.cfg.muon_weight_decay)
@@ -151,7 +159,8 @@ class Trainer:
         cfg, at = self.cfg, self.position
         length = cfg.row_length(at.progress)
         x_BT, y_BT = split_rows(self._next_chunks(), length)
-        loss = self.model.loss(torch.from_numpy(x_BT), torch.from_numpy(y_BT))
+        device = self.model.device
+        loss = self.model.loss(torch.from_numpy(x_BT).to(device), torch.from_numpy(y_BT).to(device))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip)
         scale = cfg.lr_scale(at.step, at.progress)

@@ -212,6 +212,10 @@ class Llama(nn.Module):
         bias = causal_bias(cfg.max_position_embeddings)
         self.register_buffer("bias_TT", bias, persistent=False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
     def init_weights(self, seed: int) -> None:
         """Normal(0, 0.02) everywhere, layer outputs scaled by 1/sqrt(2 * layers) (GPT-2)."""
         gen = torch.Generator().manual_seed(seed)
@@ -271,7 +275,7 @@ class _HeadLoss(torch.autograd.Function):
         weight_VD = table_VD.to(h_ND.dtype)
         grad_h_ND = torch.empty_like(h_ND)
         grad_table_VD = torch.zeros_like(table_VD)
-        total = torch.zeros(())
+        total = torch.zeros((), device=h_ND.device)
         for at in range(0, rows, step):
             h_CD, target_C1 = h_ND[at : at + step], targets_N[at : at + step, None]
             prob_CV = torch.softmax((h_CD @ weight_VD.T).float(), dim=-1)
@@ -294,6 +298,13 @@ def save_hf_weights(model: Llama, path: Path) -> None:
     """Write the weights as bfloat16 safetensors under the Hugging Face names."""
     state = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
     save_file(state, path, metadata={"format": "pt"})
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it fast; a CPU without such instructions takes a hundred times as long."""
+    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
 
 
 def load_hf(folder: Path, compute_dtype: torch.dtype = torch.float32) -> Llama:

@@ -13,13 +13,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from penstock.train.model import fast_dtype
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(grad_GRS: Tensor, steps: int = 5) -> Tensor:
     """Return matrices near the orthogonal factors of the given ones (singular values ~ 1)."""
     a, b, c = _COEFFICIENTS
-    x_GRS = grad_GRS.to(torch.bfloat16)
+    x_GRS = grad_GRS.to(fast_dtype(grad_GRS.device))
     tall = x_GRS.shape[-2] > x_GRS.shape[-1]
     if tall:
         x_GRS = x_GRS.mT.contiguous()
