@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "quantized.h"
 #include "rows.h"
 
 namespace penstock::PENSTOCK_ISA {
@@ -30,8 +31,15 @@ void unpack_rows(
         unpack_rows_of((const T*)weight, ids, (T*)out, rows, outputs, inputs);
     });
 }
+void pack_grouped(const Grouped& a, uint8_t* out) { pack_groups_of(a, out); }
+void unpack_grouped_rows(const Grouped& a, const int64_t* ids, void* out, int64_t rows, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) { unpack_group_rows_of(a, ids, (decltype(t)*)out, rows); });
+}
 void linear(const Linear& a, Dtype dtype) {
-    by_dtype(dtype, [&](auto t) { linear_of<decltype(t)>(a); });
+    by_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        a.format.bits ? grouped_linear_of<T>(a) : linear_of<T>(a);
+    });
 }
 void norm(const Norm& a, Dtype dtype) {
     by_dtype(dtype, [&](auto t) { norm_of<decltype(t)>(a); });
@@ -48,6 +56,6 @@ void attention(const Attention& a, Dtype dtype) {
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)
 extern const Table table;
-const Table table{NAME(PENSTOCK_ISA), pack, unpack_rows, linear, norm, heads, attention};
+const Table table{NAME(PENSTOCK_ISA), pack, unpack_rows, pack_grouped, unpack_grouped_rows, linear, norm, heads, attention};
 
 }  // namespace penstock::PENSTOCK_ISA

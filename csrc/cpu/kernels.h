@@ -14,6 +14,25 @@ enum class Activation { none, silu, gelu, gelu_tanh, swiglu_clamped };
 // [16]. A panel takes the same memory as its rows did.
 constexpr int PANEL = 16;
 
+// How the numbers of a packed weight are written: each for itself, in its own dtype, or as small integers that share a
+// scale, ``group`` inputs of an output at a time (ops.py, "Grouped weights"). Panels of the latter hold, group by group:
+// codes, 16 fp16 scales, and with 4 bits 16 zeros in sixteenths of a step. Codes stand in quads of inputs, [group / 4][16][4]
+// int8; with 4 bits two quads share their bytes, the first in the low halves. The last panel is filled up to 16 outputs.
+struct Format {
+    int bits = 0, group = 0;  // 0 bits: plain
+    int64_t group_bytes() const { return PANEL * (bits == 8 ? group + 2 : group / 2 + 3); }
+    int64_t panel_bytes(int64_t inputs) const { return inputs / group * group_bytes(); }
+};
+
+// A matrix [N, K] of small integers before it is packed.
+struct Grouped {
+    const void* codes;     // [N, K], int8; uint8 below 16 with 4 bits
+    const uint16_t* scales;  // [N, K / group], fp16
+    const uint8_t* zeros;    // the same, with 4 bits
+    int64_t outputs, inputs;
+    Format format;
+};
+
 struct Linear {
     const void* x;       // [T, K]
     const void* weight;  // [N, K], packed
@@ -24,6 +43,7 @@ struct Linear {
     Activation activation;
     bool gated;  // the first half of the outputs are gates of the second
     bool wide;   // out is fp32
+    Format format;
 };
 
 struct Norm {
@@ -68,6 +88,8 @@ struct Table {
     const char* name;
     void (*pack)(void* weight, int64_t outputs, int64_t inputs, Dtype);  // in place
     void (*unpack_rows)(const void* weight, const int64_t* ids, void* out, int64_t rows, int64_t outputs, int64_t inputs, Dtype);
+    void (*pack_grouped)(const Grouped&, uint8_t* out);
+    void (*unpack_grouped_rows)(const Grouped&, const int64_t* ids, void* out, int64_t rows, Dtype);  // codes: packed
     void (*linear)(const Linear&, Dtype);
     void (*norm)(const Norm&, Dtype);
     void (*heads)(const Heads&, Dtype);

@@ -26,16 +26,14 @@ struct Rows {
 // One panel and how many outputs it has; none has no weights.
 template <class T>
 struct PanelOf {
-    const T* weight;
-    int width;
+    const T* weight = nullptr;
+    int width = 0;
+    static INLINE PanelOf of(const Linear& a, int64_t index) {
+        int64_t first = index * PANEL;
+        if (first >= a.outputs) return {};
+        return {(const T*)a.weight + first * a.inputs, (int)std::min<int64_t>(PANEL, a.outputs - first)};
+    }
 };
-
-template <class T>
-INLINE PanelOf<T> panel_of(const void* weight, int64_t index, int64_t outputs, int64_t inputs) {
-    int64_t first = index * PANEL;
-    if (first >= outputs) return {nullptr, 0};
-    return {(const T*)weight + first * inputs, (int)std::min<int64_t>(PANEL, outputs - first)};
-}
 
 // The weights of input k in a panel: k's own for fp32.
 INLINE F column(PanelOf<float> p, int64_t k, int64_t) { return load_upto(p.weight + k * p.width, p.width); }
@@ -261,20 +259,21 @@ void part_by_tiles(
 }
 #endif
 
-// Two panels whose outputs are computed together.
-template <class T>
+// Two panels whose outputs are computed together. A kind of panel says what its rows of x are.
+template <class Panel>
 struct Pair {
-    PanelOf<T> panels[2];
+    Panel panels[2];
 };
 
 // Adds inputs [k0, k1) to the sums of up to BLOCK rows and two panels, fp32 [rows][BLOCK]; fresh sums are zero.
 template <class T>
-INLINE void part(Rows<T> x, int rows, int64_t inputs, const Pair<T>& p, int64_t k0, int64_t k1, bool fresh, bool, float* out) {
+INLINE void part(
+    Rows<T> x, int rows, int64_t inputs, const Pair<PanelOf<T>>& p, int64_t k0, int64_t k1, bool fresh, bool, float* out) {
     part_by_rows(x.first, rows, inputs, p.panels, k0, k1, fresh, out);
 }
 #if defined(__AMX_BF16__)
 INLINE void part(
-    Rows<bf16> x, int rows, int64_t inputs, const Pair<bf16>& p, int64_t k0, int64_t k1, bool fresh, bool tiles, float* out) {
+    Rows<bf16> x, int rows, int64_t inputs, const Pair<PanelOf<bf16>>& p, int64_t k0, int64_t k1, bool fresh, bool tiles, float* out) {
     if (!tiles) return part_by_rows(x.first, rows, inputs, p.panels, k0, k1, fresh, out);
     bool lower = rows > 16, second = p.panels[1].width != 0;
     auto compute = lower ? (second ? part_by_tiles<true, true> : part_by_tiles<true, false>)
@@ -287,8 +286,8 @@ constexpr int SIZE = BLOCK * BLOCK;  // of the sums of one pair
 
 // All of K for some pairs: sums [count][segments][BLOCK][BLOCK], of which the first segment's are the result. Inputs are
 // taken in pieces of ``deep``, so that a piece of x is in the first-level cache for all pairs.
-template <class T>
-void whole(Rows<T> x, int rows, const Linear& a, const Pair<T>* pairs, int count, int64_t deep, float* sums) {
+template <class X, class Panel>
+void whole(X x, int rows, const Linear& a, const Pair<Panel>* pairs, int count, int64_t deep, float* sums) {
     int64_t segment = a.inputs / a.segments;
     // Pairs of inputs cross neither segments nor pieces: where segments would cut them, a segment is one piece.
     bool tiles = a.segments == 1 || segment % 2 == 0;
@@ -358,16 +357,16 @@ void gated_outputs(const Linear& a, int64_t row, int rows, int64_t group, int64_
 constexpr int TOGETHER = 4;  // groups of outputs that are summed before any is stored
 
 // Outputs of groups first .. first + count - 1 and up to BLOCK rows.
-template <class T>
-void some_outputs(const Linear& a, Rows<T> x, int64_t row, int rows, int64_t first, int count, int64_t deep, float* sums) {
+template <class T, class Panel, class X>
+void some_outputs(const Linear& a, X x, int64_t row, int rows, int64_t first, int count, int64_t deep, float* sums) {
     int64_t half = a.outputs / 2, shift = a.gated ? half % PANEL : 0;
     int each = shift ? 2 : 1, total = 0;
-    Pair<T> pairs[2 * TOGETHER];
-    auto panel = [&](int64_t index) { return panel_of<T>(a.weight, index, a.outputs, a.inputs); };
+    Pair<Panel> pairs[2 * TOGETHER];
+    auto panel = [&](int64_t index) { return Panel::of(a, index); };
     for (int64_t group = first; group < first + count; group++) {
         int64_t up = half / PANEL + group;
-        pairs[total++] = a.gated ? Pair<T>{panel(group), panel(up)} : Pair<T>{panel(2 * group), panel(2 * group + 1)};
-        if (shift) pairs[total++] = {panel(up + 1), {nullptr, 0}};
+        pairs[total++] = a.gated ? Pair<Panel>{panel(group), panel(up)} : Pair<Panel>{panel(2 * group), panel(2 * group + 1)};
+        if (shift) pairs[total++] = {panel(up + 1), {}};
     }
     if (shift && !pairs[total - 1].panels[0].width) total--;  // the last outputs end in the panel before
     whole(x, rows, a, pairs, total, deep, sums);
@@ -394,25 +393,14 @@ void lay(const Linear& a, Vector<T>& out) {
 }
 #endif
 
-template <class T>
-void linear_of(const Linear& a) {
+// All outputs, shared out among the threads. ``rows_at(row)`` are the rows of x from ``row`` on, ``row_bytes`` one of them.
+template <class T, class Panel, class RowsAt>
+void all_outputs(const Linear& a, int64_t row_bytes, const RowsAt& rows_at) {
+    constexpr bool tiled = std::is_same_v<Panel, PanelOf<bf16>>;
     int64_t group_size = a.gated ? PANEL : 2 * PANEL, outputs = a.gated ? a.outputs / 2 : a.outputs;
     int64_t groups = (outputs + group_size - 1) / group_size;
-    int64_t tall = std::max<int64_t>(BLOCK, ROWS_BYTES / (a.inputs * (int64_t)sizeof(T)) / BLOCK * BLOCK);
+    int64_t tall = std::max<int64_t>(BLOCK, ROWS_BYTES / row_bytes / BLOCK * BLOCK);
     int64_t stacks = (a.rows + tall - 1) / tall;
-    auto rows_at = [&](int64_t row) { return Rows<T>{(const T*)a.x + row * a.inputs, a.inputs, 1}; };
-#if defined(__AMX_BF16__)
-    // Rows a power of two apart fall into few sets of the first-level cache: many rows are laid side by side first.
-    static thread_local Vector<T> tiles;
-    bool laid = std::is_same_v<T, bf16> && a.rows > BLOCK && a.inputs / a.segments % DEEP == 0;
-    if (laid) lay(a, tiles);
-    const T* laid_x = tiles.data();
-    auto laid_or_not = [&](int64_t row) {
-        return laid ? Rows<T>{laid_x + row * a.inputs, DEEP, BLOCK} : rows_at(row);
-    };
-#else
-    auto laid_or_not = rows_at;
-#endif
     // Enough items to share them out evenly, and few enough not to count.
     int64_t at_once = std::max<int64_t>(1, groups * stacks / (threads() * 16));
     int64_t lots = (groups + at_once - 1) / at_once;
@@ -425,20 +413,36 @@ void linear_of(const Linear& a) {
         int64_t first = item % lots * at_once, last = std::min(first + at_once, groups);
         for (int64_t row = first_row; row < last_row; row += BLOCK) {
             int rows = (int)std::min<int64_t>(BLOCK, last_row - row);
+            (void)tiled;
 #if defined(__AMX_BF16__)
-            if (std::is_same_v<T, bf16> && (row == first_row || rows < BLOCK)) {
-                configure(std::min(rows, 16), rows - std::min(rows, 16));
-            }
+            if (tiled && (row == first_row || rows < BLOCK)) configure(std::min(rows, 16), rows - std::min(rows, 16));
 #endif
             for (int64_t group = first; group < last; group += TOGETHER) {
                 int count = (int)std::min<int64_t>(TOGETHER, last - group);
-                some_outputs<T>(a, laid_or_not(row), row, rows, group, count, deep, memory.data());
+                some_outputs<T, Panel>(a, rows_at(row), row, rows, group, count, deep, memory.data());
             }
         }
 #if defined(__AMX_BF16__)
-        if (std::is_same_v<T, bf16>) _tile_release();
+        if (tiled) _tile_release();
 #endif
     });
+}
+
+template <class T>
+void linear_of(const Linear& a) {
+    int64_t row_bytes = a.inputs * (int64_t)sizeof(T);
+    auto as_it_is = [&](int64_t row) { return Rows<T>{(const T*)a.x + row * a.inputs, a.inputs, 1}; };
+#if defined(__AMX_BF16__)
+    // Rows a power of two apart fall into few sets of the first-level cache: many rows are laid side by side first.
+    if (std::is_same_v<T, bf16> && a.rows > BLOCK && a.inputs / a.segments % DEEP == 0) {
+        static thread_local Vector<T> tiles;
+        lay(a, tiles);
+        const T* laid = tiles.data();
+        return all_outputs<T, PanelOf<T>>(
+            a, row_bytes, [&](int64_t row) { return Rows<T>{laid + row * a.inputs, DEEP, BLOCK}; });
+    }
+#endif
+    all_outputs<T, PanelOf<T>>(a, row_bytes, as_it_is);
 }
 
 inline int64_t packed_at(int64_t lane, int64_t k, int width, int64_t inputs, bool pairs) {

@@ -107,9 +107,20 @@ NB_MODULE(_native, m) {
     m.def("embed", [](Address table, Address ids, Address out, int64_t rows, int64_t outputs, int64_t inputs, int dtype) {
         kernels().unpack_rows(at(table), at<int64_t>(ids), at(out), rows, outputs, inputs, (Dtype)dtype);
     }, Free());
+    m.def("panel_bytes", [](int64_t inputs, int bits, int group) { return Format{bits, group}.panel_bytes(inputs); });
+    m.def("pack_grouped", [](Address codes, Address scales, Address zeros, Address out, int64_t outputs, int64_t inputs, int bits,
+                             int group) {
+        kernels().pack_grouped({at(codes), at<uint16_t>(scales), at<uint8_t>(zeros), outputs, inputs, {bits, group}}, at<uint8_t>(out));
+    }, Free());
+    m.def("embed_grouped", [](Address table, Address ids, Address out, int64_t rows, int64_t outputs, int64_t inputs, int bits,
+                              int group, int dtype) {
+        kernels().unpack_grouped_rows({at(table), nullptr, nullptr, outputs, inputs, {bits, group}}, at<int64_t>(ids), at(out), rows,
+                                      (Dtype)dtype);
+    }, Free());
     m.def("linear", [](Address x, Address weight, Address bias, Address out, int64_t rows, int64_t outputs, int64_t inputs,
-                       int segments, int activation, bool gated, bool wide, int dtype) {
-        kernels().linear({at(x), at(weight), at(bias), at(out), rows, outputs, inputs, segments, (Activation)activation, gated, wide},
+                       int segments, int activation, bool gated, bool wide, int bits, int group, int dtype) {
+        kernels().linear({at(x), at(weight), at(bias), at(out), rows, outputs, inputs, segments, (Activation)activation, gated, wide,
+                          {bits, group}},
                          (Dtype)dtype);
     }, Free());
     m.def("norm", [](Address x, Address residual, Address weight, Address bias, bool wide_weight, bool centred, Address out,

@@ -165,15 +165,15 @@ def load_executor(
         keep_freed_memory()
     device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
     placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
-    check_weights(checkpoint, stored, device)
+    check_weights(checkpoint, stored, device, config.quant)
     if isinstance(checkpoint, EncoderSpec):
         return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
     config = fit_context(config, checkpoint, stored, device)
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
-    decoder = load_decoder(folder, spec, ops, placement)
+    decoder = load_decoder(folder, spec, ops, placement, config.quant)
     pools = plan_pools(spec, config, stored, device)
-    setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement), vocabulary)
+    setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement, config.quant), vocabulary)
     runner = Runner(
         decoder,
         ops,
@@ -353,9 +353,10 @@ def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: tor
     if config.max_model_len is not None:
         return config
     length = spec.max_positions
+    weights = weight_bytes(spec, dtype, config.quant)
     while length > MIN_CONTEXT:
         try:
-            plan_pools(spec, replace(config, max_model_len=length), dtype, device, reserved=weight_bytes(spec, dtype))
+            plan_pools(spec, replace(config, max_model_len=length), dtype, device, reserved=weights)
             break
         except ConfigError as error:
             if error.code != "kv_memory_too_small":

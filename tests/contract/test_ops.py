@@ -14,7 +14,8 @@ from torch import Tensor
 
 from opsuite import BACKENDS, DTYPES, EPS, EXACT, SHAPES, Place, Shape, agree, packed
 from penstock.base import ConfigError
-from penstock.kernels import Ops, backends, make_ops, sum_segments
+from penstock.base.segments import sum_segments
+from penstock.kernels import Ops, backends, make_ops
 
 Widths = list[tuple[int, ...]]
 
@@ -231,7 +232,7 @@ def test_embed(place: Place) -> None:
     for dtype in DTYPES:
         table_VD = torch.randn(21, 7, device=device).to(dtype)
         ids_T = torch.tensor([3, 20, 3], device=device)
-        assert torch.equal(ops.embed(ids_T, *packed(ops, table_VD)), table_VD[ids_T])
+        assert torch.equal(ops.embed(ids_T, *packed(ops, table_VD), table_VD.dtype), table_VD[ids_T])
 
 
 @pytest.mark.parametrize(("units", "segments"), [(1, 1), (14, 2), (8, 8), (12, 4), (96, 8), (7, 1), (40, 8)])

@@ -174,7 +174,7 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
     if isinstance(spec, EncoderSpec):
         needed = encoder_weight_bytes(spec, dtype)
     else:
-        needed = weight_bytes(spec, dtype)
+        needed = weight_bytes(spec, dtype, config.quant)
         if not absent:
             open_tensors(open_checkpoint(folder), spec, Placement(getattr(torch, dtype), device))
     free = free_memory(device)
@@ -188,7 +188,7 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
         "fits": None,
     }
     try:
-        check_weights(spec, dtype, device)
+        check_weights(spec, dtype, device, config.quant)
         if isinstance(spec, EncoderSpec):
             return facts | {"fits": True, "context": config.max_model_len or spec.max_positions}
         config = fit_context(config, spec, dtype, device)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from penstock.base import ConfigError, Registry
-from penstock.kernels.ops import MAX_SEGMENTS, SEGMENT, Activation, Ops, sum_segments
-from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer
+from penstock.kernels.ops import SEGMENT, Activation, Ops
+from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer, PackedWeight, Weight
 
 __all__ = [
-    "MAX_SEGMENTS",
     "SEGMENT",
     "Activation",
     "Batch",
@@ -18,10 +17,11 @@ __all__ = [
     "GroupedWeight",
     "KVLayer",
     "Ops",
+    "PackedWeight",
+    "Weight",
     "backends",
     "make_ops",
     "native",
-    "sum_segments",
 ]
 
 backends: Registry[Callable[[], Ops]] = Registry("kernel backend")

@@ -4,6 +4,13 @@ Each op names the points at which a value is rounded to the storage dtype ("stor
 or float16, the dtype of weights, residual and KV). Between these points everything is fp32. Backends round
 there and nowhere else (ONE_ANSWER rule 1); float32 models then differ only in the order of sums.
 
+**Grouped weights.** Beside a weight of small integers (``GroupedWeight``) the input is one too. The group of a row's
+inputs that shares a scale, as stored, becomes codes = round(x * (127 / max |x|)), ties to even, with the scale
+max |x| / 127, both factors in fp32; a group below 2^-100 throughout is zeros, and one with a number that is not finite has
+the scale NaN. The sum of a group's products of codes is exact (with 4 bits: 16 sum(code x) - zero sum(x)). Times the
+product of both scales (over 16) it joins the fp32 sum of its segment in one fused multiply-add, in ascending order of
+groups. Nothing else differs.
+
 A backend with ``one_answer`` also promises that the bits of a row are a function of that row's own inputs
 alone: not of the other rows, the chunk, the block size, the place in the batch or the number of threads.
 """
@@ -16,7 +23,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from penstock.kernels.types import Batch, KVLayer
+from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Weight
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_clamped"]
 """How ``gate_up`` joins gate g and up u: act(g) * u; "swiglu_clamped" (gpt-oss) is (u + 1) * g * sigmoid(1.702 g) with
@@ -25,34 +32,25 @@ g clamped to at most 7 and u to [-7, 7]."""
 SEGMENT = 128
 """Keys in one attention segment. A key belongs to segment ``position // SEGMENT``; every block size divides it."""
 
-MAX_SEGMENTS = 8
-"""Most segments S into which a row-parallel linear splits K, so the largest tensor-parallel degree of a model."""
-
-
-def sum_segments(units: int) -> int:
-    """S: the largest power of two <= MAX_SEGMENTS that divides ``units``, the parts of K that stay whole."""
-    segments = MAX_SEGMENTS
-    while units % segments:
-        segments //= 2
-    return segments
-
 
 class Ops(Protocol):
     """Shape suffixes are those of ``kernels.types``; K is a linear's input width, N its output width."""
 
     name: str
     one_answer: bool
+    grouped: bool
+    """Whether ``pack`` takes grouped weights."""
     numerics: str
     """All that decides the backend's bits: its name, the version of its arithmetic, library and ISA class."""
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """Puts matrices [..., N, K] into the order in which this backend reads them. Shape and dtype stay; the numbers
-        may be moved about in place. Weights of linears, experts and the embedding are given to ops as it returns them.
+    def pack(self, weight: Tensor | GroupedWeight) -> Weight:
+        """Puts matrices [..., N, K] into the order in which this backend reads them; numbers may be moved about in place.
+        Weights of linears, experts and the embedding are given to ops as it returns them.
         """
         ...
 
-    def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
-        """Rows of the table, as stored: [T, D]."""
+    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
+        """Rows of the table, [T, D]; those of a grouped one are rounded once, to ``dtype``."""
         ...
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -71,7 +69,7 @@ class Ops(Protocol):
     def linear(
         self,
         x_TK: Tensor,
-        weight_NK: Tensor,
+        weight_NK: Weight,
         bias_N: Tensor | None,
         segments: int = 1,
         activation: Activation | None = None,
@@ -83,7 +81,7 @@ class Ops(Protocol):
         parts of K, the sum is the same at every tensor-parallel degree that divides ``segments`` (rule 4)."""
         ...
 
-    def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
+    def gate_up(self, x_TD: Tensor, weight_2FD: Weight, bias_2F: Tensor | None, activation: Activation) -> Tensor:
         """act(x Wg^T) * (x Wu^T): [T, F]; gate rows first in the weight. Rounded once: the product."""
         ...
 
@@ -147,9 +145,9 @@ class Ops(Protocol):
         x_TD: Tensor,
         chosen_TA: Tensor,
         weights_TA: Tensor,
-        gate_up_E2FD: Tensor,
+        gate_up_E2FD: Weight,
         gate_up_bias_E2F: Tensor | None,
-        down_EDF: Tensor,
+        down_EDF: Weight,
         down_bias_ED: Tensor | None,
         activation: Activation,
     ) -> Tensor:
@@ -158,7 +156,7 @@ class Ops(Protocol):
         gate and up, as in ``gate_up``, and the output."""
         ...
 
-    def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+    def logits(self, x_RD: Tensor, weight_VD: Weight) -> Tensor:
         """fp32 [R, V]. Not rounded, where the backend's product allows it."""
         ...
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -39,12 +40,60 @@ class GroupedWeight:
     zeros_NG: Tensor | None = None
 
     @property
+    def shape(self) -> torch.Size:
+        return self.codes_NK.shape
+
+    @property
     def bits(self) -> int:
         return 8 if self.zeros_NG is None else 4
 
     @property
     def group(self) -> int:
         return self.codes_NK.shape[-1] // self.scales_NG.shape[-1]
+
+    def __getitem__(self, index: int | slice | Tensor) -> GroupedWeight:
+        """One matrix of a stack, or rows of a matrix."""
+        zeros_NG = None if self.zeros_NG is None else self.zeros_NG[index]
+        return GroupedWeight(self.codes_NK[index], self.scales_NG[index], zeros_NG)
+
+    def widened(self) -> Tensor:
+        """The numbers in fp32: an exact integer times the scale, or a sixteenth of it, rounded once."""
+        codes_NGg = self.codes_NK.float().view(*self.scales_NG.shape, self.group)
+        scales_NG1 = self.scales_NG.float().unsqueeze(-1)
+        if self.zeros_NG is not None:
+            codes_NGg = 16 * codes_NGg - self.zeros_NG.float().unsqueeze(-1)
+            scales_NG1 = scales_NG1 / 16
+        return (codes_NGg * scales_NG1).flatten(-2)
+
+
+@dataclass(slots=True)
+class PackedWeight:
+    """A GroupedWeight in a backend's own order.
+
+    Attributes:
+        data: uint8, contiguous; the bytes of one matrix after the other if ``shape`` is of a stack.
+        shape: [..., N, K], as ever.
+    """
+
+    data: Tensor
+    shape: torch.Size
+    bits: int
+    group: int
+
+    def __getitem__(self, index: int) -> PackedWeight:
+        """One matrix of a stack."""
+        return PackedWeight(self.data[index], self.shape[1:], self.bits, self.group)
+
+
+Weight = Tensor | GroupedWeight | PackedWeight
+"""A matrix or a stack of them as an op takes it: what ``Ops.pack`` returned."""
+
+
+def plain(weight: Weight) -> Tensor:
+    """A weight of which each number stands for itself, where a backend knows no others."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"a plain weight is wanted, not one of {weight.bits} bits")
+    return weight
 
 
 @dataclass(slots=True)

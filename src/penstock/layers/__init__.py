@@ -1,6 +1,6 @@
 """Layers: weights beside the Ops that apply them. Tensor parallelism and weight formats will live here."""
 
-from penstock.kernels import SEGMENT, Batch, KVLayer, Ops, sum_segments
+from penstock.kernels import SEGMENT, Batch, GroupedWeight, KVLayer, Ops, Weight
 from penstock.layers.attention import Attention
 from penstock.layers.embedding import Embedding, Head
 from penstock.layers.linear import FeedForward, GateUp, Linear, RowLinear
@@ -8,7 +8,7 @@ from penstock.layers.moe import Experts, Router, SharedExpert, SparseFeedForward
 from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormAfter, Scaled, as_it_is, not_normed
 from penstock.layers.placement import Placement
 from penstock.layers.rope import rope_table
-from penstock.quant import decode_mxfp4
+from penstock.quant import decode_mxfp4, quantize
 
 __all__ = [
     "SEGMENT",
@@ -20,6 +20,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "GateUp",
+    "GroupedWeight",
     "Head",
     "KVLayer",
     "LayerNorm",
@@ -33,9 +34,10 @@ __all__ = [
     "Scaled",
     "SharedExpert",
     "SparseFeedForward",
+    "Weight",
     "as_it_is",
     "decode_mxfp4",
     "not_normed",
+    "quantize",
     "rope_table",
-    "sum_segments",
 ]

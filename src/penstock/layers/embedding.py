@@ -7,21 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.kernels import Ops
+from penstock.kernels import Ops, Weight
 
 
 @dataclass(slots=True)
 class Embedding:
     """Attributes:
+    dtype: of the vectors, as stored.
     scale: factor of every vector; the product is rounded as it is stored.
     """
 
     ops: Ops
-    table_VD: Tensor
+    table_VD: Weight
+    dtype: torch.dtype
     scale: float = 1.0
 
     def __call__(self, ids_T: Tensor) -> Tensor:
-        rows_TD = self.ops.embed(ids_T, self.table_VD)
+        rows_TD = self.ops.embed(ids_T, self.table_VD, self.dtype)
         return rows_TD if self.scale == 1.0 else rows_TD * self.scale
 
 
@@ -33,7 +35,7 @@ class Head:
     """
 
     ops: Ops
-    weight_VD: Tensor
+    weight_VD: Weight
     scale: float = 1.0
     softcap: float | None = None
 

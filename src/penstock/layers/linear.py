@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from penstock.kernels import Activation, Ops
+from penstock.kernels import Activation, Ops, Weight
 
 
 @dataclass(slots=True)
 class Linear:
     ops: Ops
-    weight_NK: Tensor
+    weight_NK: Weight
     bias_N: Tensor | None = None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class RowLinear:
     """A linear whose input is what a parallel rank holds a part of; ``segments`` fixes its order of sums."""
 
     ops: Ops
-    weight_NK: Tensor
+    weight_NK: Weight
     bias_N: Tensor | None
     segments: int
 
@@ -37,7 +37,7 @@ class GateUp:
     """Gated linear unit (Shazeer 2020); the gate's F rows come first."""
 
     ops: Ops
-    weight_2FD: Tensor
+    weight_2FD: Weight
     bias_2F: Tensor | None
     activation: Activation
 

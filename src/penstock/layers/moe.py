@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.kernels import Activation, Ops
+from penstock.kernels import Activation, Ops, Weight
 from penstock.layers.linear import FeedForward, Linear
 
 
@@ -34,9 +34,9 @@ class Experts:
     """Gated feed-forwards of equal shape, one below the other; the gate's F rows come first in each."""
 
     ops: Ops
-    gate_up_E2FD: Tensor
+    gate_up_E2FD: Weight
     gate_up_bias_E2F: Tensor | None
-    down_EDF: Tensor
+    down_EDF: Weight
     down_bias_ED: Tensor | None
     activation: Activation
 

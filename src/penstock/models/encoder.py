@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from penstock.layers import Embedding, Linear, Ops, RowLinear
+from penstock.layers import Embedding, Linear, Ops, RowLinear, Weight
 from penstock.spec import Activation, EncoderSpec
 
 
@@ -37,7 +37,7 @@ class EncoderBlock:
     qkv: Linear
     out: RowLinear
     attention_norm: LayerNorm
-    up_FD: Tensor
+    up_FD: Weight
     up_F: Tensor
     activation: Activation
     down: RowLinear

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from penstock.base.segments import ffn_segments, sum_segments
 from penstock.formats import open_checkpoint
-from penstock.layers import Embedding, Linear, Ops, Placement, RowLinear, sum_segments
+from penstock.layers import Embedding, Linear, Ops, Placement, RowLinear, Weight
 from penstock.models.encoder import Classifier, Encoder, EncoderBlock, LayerNorm
 from penstock.models.tensors import Tensors
-from penstock.models.weights import SUM_GROUP
 from penstock.spec import EncoderSpec
 from penstock.spec.encoder import classifier_names, encoder_tensors
 
@@ -40,10 +40,11 @@ def _rename(name: str, spec: EncoderSpec) -> str | None:
 class _Builder:
     def __init__(self, tensors: Tensors, spec: EncoderSpec, ops: Ops) -> None:
         self.tensors, self.spec, self.ops = tensors, spec, ops
+        self.dtype = tensors.placement.dtype
 
     def encoder(self) -> Encoder:
         words, positions, types = (
-            Embedding(self.ops, self.ops.pack(self.tensors.fuse(f"embeddings.{name}_embeddings.weight")))
+            Embedding(self.ops, self.ops.pack(self.tensors.fuse(f"embeddings.{name}_embeddings.weight")), self.dtype)
             for name in ("word", "position", "token_type")
         )
         return Encoder(
@@ -59,7 +60,6 @@ class _Builder:
     def block(self, prefix: str) -> EncoderBlock:
         spec, ops, attention = self.spec, self.ops, prefix + "attention."
         up_FD, up_F = self.linear(prefix + "intermediate.dense")
-        units = spec.ffn if spec.ffn % SUM_GROUP else spec.ffn // SUM_GROUP
         return EncoderBlock(
             ops=ops,
             heads=spec.heads,
@@ -69,7 +69,7 @@ class _Builder:
             up_FD=up_FD,
             up_F=up_F,
             activation=spec.activation,
-            down=RowLinear(ops, *self.linear(prefix + "output.dense"), sum_segments(units)),
+            down=RowLinear(ops, *self.linear(prefix + "output.dense"), ffn_segments(spec.ffn)),
             norm=self.norm(prefix + "output.LayerNorm"),
         )
 
@@ -81,6 +81,6 @@ class _Builder:
         weight, bias = (self.tensors.fuse(f"{name}.{part}") for part in ("weight", "bias"))
         return LayerNorm(self.ops, weight, bias, self.spec.norm_eps)
 
-    def linear(self, *names: str) -> tuple[Tensor, Tensor]:
+    def linear(self, *names: str) -> tuple[Weight, Tensor]:
         weight, bias = (self.tensors.fuse(*(f"{name}.{part}" for name in names)) for part in ("weight", "bias"))
         return self.ops.pack(weight), bias

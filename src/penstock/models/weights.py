@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from penstock.base.segments import SUM_GROUP
 from penstock.formats import Checkpoint, file_digest, open_checkpoint
 from penstock.layers import (
     SEGMENT,
@@ -31,24 +32,26 @@ from penstock.layers import (
     Scaled,
     SharedExpert,
     SparseFeedForward,
+    Weight,
     as_it_is,
     decode_mxfp4,
     not_normed,
+    quantize,
     rope_table,
-    sum_segments,
 )
 from penstock.models.decoder import Block, Decoder
 from penstock.models.tensors import Tensors
 from penstock.spec import EncoderSpec, ModelSpec, MoESpec, RopeSpec
+from penstock.spec.quantization import VERSION, Quantization, format_of, slot_segments
 from penstock.spec.tensors import Slots, checkpoint_tensors, layer_slots, model_slots, names_of
 
-SUM_GROUP = 32
-"""Elements of the feed-forward width that stay in one segment of the down projection, where 32 divides it."""
 
-
-def load_decoder(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement) -> Decoder:
+def load_decoder(
+    folder: Path, spec: ModelSpec, ops: Ops, placement: Placement, quantization: Quantization = "none"
+) -> Decoder:
     """Builds the model with its weights converted and placed; beside them one tensor at a time is in memory.
 
+    With a ``quantization`` a backend that has no kernels for it gets the same numbers in the placement's dtype.
     The rope table covers ``spec.max_positions``; replace that by a shorter context to save its memory.
 
     Raises:
@@ -56,7 +59,7 @@ def load_decoder(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement) 
             (weights_dtype) if the tensors are not those of ``spec``; (weights_not_finite).
     """
     tensors = open_tensors(open_checkpoint(folder), spec, placement)
-    return _Builder(tensors, spec, ops, placement).decoder()
+    return _Builder(tensors, spec, ops, placement, quantization).decoder()
 
 
 def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Tensors:
@@ -81,14 +84,17 @@ def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) 
 class _Builder:
     """Makes a slot's tensor (``spec.tensors``) when a layer asks for it."""
 
-    def __init__(self, tensors: Tensors, spec: ModelSpec, ops: Ops, placement: Placement) -> None:
+    def __init__(
+        self, tensors: Tensors, spec: ModelSpec, ops: Ops, placement: Placement, quantization: Quantization
+    ) -> None:
         self.tensors, self.spec, self.ops, self.placement = tensors, spec, ops, placement
+        self.quantization: Quantization = quantization
         self.tables: dict[RopeSpec, Tensor] = {}
 
     def decoder(self) -> Decoder:
         spec, ops, slots = self.spec, self.ops, model_slots(self.spec)
         scale = float(torch.tensor(spec.embed_scale, dtype=self.placement.dtype))  # as the models were trained with
-        embedding = Embedding(ops, self.matrix(slots, "embedding"), scale)
+        embedding = Embedding(ops, self.matrix(slots, "embedding"), self.placement.dtype, scale)
         head_VD = embedding.table_VD if spec.tied else self.matrix(slots, "head")
         group_of = {layer: i for i, group in enumerate(spec.kv_groups()) for layer in group.layers}
         blocks = [self.block(layer, group_of[layer]) for layer in range(spec.layers)]
@@ -117,7 +123,7 @@ class _Builder:
         return Attention(
             ops=self.ops,
             qkv=Linear(self.ops, *self.linear(slots, "qkv")),
-            out=RowLinear(self.ops, *self.linear(slots, "out"), sum_segments(spec.heads)),
+            out=RowLinear(self.ops, *self.linear(slots, "out"), slot_segments(spec, "out.weight")),
             norms=(self.norm_weight(slots, "q_norm"), self.norm_weight(slots, "k_norm")) if normed else None,
             eps=spec.norm_eps,
             rope_Pd=None if rope is None else self.rope_table(rope),
@@ -135,12 +141,10 @@ class _Builder:
         return self.tables[rope]
 
     def feed_forward(self, slots: Slots, of: str = "") -> FeedForward:
-        gate_up_2FD, gate_up_2F = self.linear(slots, f"{of}gate_up")
-        ffn = len(gate_up_2FD) // 2
-        segments = sum_segments(ffn if ffn % SUM_GROUP else ffn // SUM_GROUP)
+        down = f"{of}down"
         return FeedForward(
-            GateUp(self.ops, gate_up_2FD, gate_up_2F, self.spec.activation),
-            RowLinear(self.ops, *self.linear(slots, f"{of}down"), segments),
+            GateUp(self.ops, *self.linear(slots, f"{of}gate_up"), self.spec.activation),
+            RowLinear(self.ops, *self.linear(slots, down), slot_segments(self.spec, f"{down}.weight")),
         )
 
     def sparse(self, slots: Slots, moe: MoESpec) -> SparseFeedForward:
@@ -150,23 +154,25 @@ class _Builder:
         if moe.shared_ffn:
             gate = Linear(self.ops, *self.linear(slots, "shared.gate"))
             shared = SharedExpert(self.feed_forward(slots, "shared."), gate)
-        router = Router(self.ops, *self.linear(slots, "router"), moe.active, moe.normalize)
+        weight_ED, bias_E = self.linear(slots, "router")
+        assert isinstance(weight_ED, Tensor)  # routers stay plain
+        router = Router(self.ops, weight_ED, bias_E, moe.active, moe.normalize)
         return SparseFeedForward(router, Experts(self.ops, *gate_up, *down, self.spec.activation), shared)
 
-    def experts(self, slots: Slots, slot: str, rows: int, *, paired: bool = False) -> tuple[Tensor, Tensor | None]:
+    def experts(self, slots: Slots, slot: str, rows: int, *, paired: bool = False) -> tuple[Weight, Tensor | None]:
         """One of the experts' linears, [E, out, in], and its bias. In stacked checkpoints ``paired`` rows are gate and
         up in turn."""
         if not names_of(self.spec).stacked:
             weight = self.fuse(slots, f"{slot}.weight")
             bias = self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
-            weight = self.ops.pack(weight.view(-1, rows, weight.shape[1]))
-            return weight, None if bias is None else bias.view(-1, rows)
-        weight = self.ops.pack(self.stacked(list(slots[f"{slot}.weight"]), paired))
+            packed = self.packed(f"{slot}.weight", weight.view(-1, rows, weight.shape[1]))
+            return packed, None if bias is None else bias.view(-1, rows)
+        packed = self.packed(f"{slot}.weight", self.stacked(list(slots[f"{slot}.weight"]), paired))
         (name,) = slots[f"{slot}.bias"]
         stored = self.tensors.stored(name)
         bias = self.placement.empty(tuple(stored.shape))
         self.tensors.copy(name, unpaired(stored, 1) if paired else stored, bias)
-        return weight, bias
+        return packed, bias
 
     def stacked(self, names: list[str], paired: bool) -> Tensor:
         """[E, out, in] of a tensor [E, in, out], or of MXFP4 blocks and scales, one expert at a time."""
@@ -200,12 +206,19 @@ class _Builder:
         weight = self.fuse(slots, slot)
         return weight.float() + self.spec.norm_offset if self.spec.norm_offset else weight
 
-    def linear(self, slots: Slots, slot: str) -> tuple[Tensor, Tensor | None]:
+    def linear(self, slots: Slots, slot: str) -> tuple[Weight, Tensor | None]:
         weight = self.matrix(slots, f"{slot}.weight")
         return weight, self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
 
-    def matrix(self, slots: Slots, slot: str) -> Tensor:
-        return self.ops.pack(self.fuse(slots, slot))
+    def matrix(self, slots: Slots, slot: str) -> Weight:
+        return self.packed(slot, self.fuse(slots, slot))
+
+    def packed(self, slot: str, weight: Tensor) -> Weight:
+        found = format_of(self.spec, slot, weight.shape[-1], self.quantization)
+        if found is None:
+            return self.ops.pack(weight)
+        grouped = quantize(weight, found.bits, found.group)
+        return self.ops.pack(grouped if self.ops.grouped else weight.copy_(grouped.widened()))
 
     def fuse(self, slots: Slots, slot: str) -> Tensor:
         return self.tensors.fuse(*slots[slot])
@@ -217,13 +230,21 @@ def unpaired(x: Tensor, axis: int) -> Tensor:
     return x.index_select(axis, torch.cat((torch.arange(0, count, 2), torch.arange(1, count, 2))))
 
 
-def numerics_id(folder: Path, spec: ModelSpec | EncoderSpec, ops: Ops, placement: Placement) -> bytes:
+def numerics_id(
+    folder: Path,
+    spec: ModelSpec | EncoderSpec,
+    ops: Ops,
+    placement: Placement,
+    quantization: Quantization = "none",
+) -> bytes:
     """16 bytes that agree exactly where bits may be shared: same weights, arithmetic and KV dtype.
 
     It roots every KV block hash (ONE_ANSWER, "Where the promise holds"). How long a context is served does not enter,
     but for the rope that follows from it.
     """
     parts = [ops.numerics, str(placement), f"segment={SEGMENT}", f"sum_group={SUM_GROUP}"]
+    if quantization != "none":
+        parts.append(f"{quantization}/{VERSION}")
     if isinstance(spec, ModelSpec):
         spec = replace(spec, max_positions=0, rope=spec.rope.settled(spec.max_positions))
     parts.append(repr(spec))

@@ -13,6 +13,7 @@ from penstock.core.kv.groups import PoolSpec
 from penstock.runtime.host import available_memory
 from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec
 from penstock.spec.encoder import encoder_weight_bytes
+from penstock.spec.quantization import Quantization
 from penstock.spec.sizing import activation_bytes, kv_block_bytes, kv_request_blocks, weight_bytes
 
 GIB = 1 << 30
@@ -65,20 +66,26 @@ class HostCopy:
         return self._tensors
 
 
-def check_weights(spec: ModelSpec | EncoderSpec, dtype: Dtype, device: torch.device) -> None:
+def check_weights(
+    spec: ModelSpec | EncoderSpec, dtype: Dtype, device: torch.device, quantization: Quantization = "none"
+) -> None:
     """Call before loading.
 
     Raises:
         ConfigError: (model_too_large) the weights do not fit in what is free.
     """
-    needed = encoder_weight_bytes(spec, dtype) if isinstance(spec, EncoderSpec) else weight_bytes(spec, dtype)
+    if isinstance(spec, EncoderSpec):
+        needed = encoder_weight_bytes(spec, dtype)
+    else:
+        needed = weight_bytes(spec, dtype, quantization)
     free = free_memory(device)
     if needed > free:
         raise ConfigError(
             "model_too_large",
             f"The model does not fit in the memory of {device}",
-            why=f"its weights need {_gib(needed)} in {dtype} and {_gib(free)} are free",
-            fix="use a smaller model or dtype, or free some memory",
+            why=f"its weights need {_gib(needed)} in {dtype if quantization == 'none' else quantization} and "
+            f"{_gib(free)} are free",
+            fix="use a smaller model, --quant int8 or int4, or free some memory",
         )
 
 

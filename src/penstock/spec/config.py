@@ -25,6 +25,9 @@ class EngineConfig:
         "auto", "kernels: cpu is native and exact, torch runs anywhere, ref is exact and slow"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "arithmetic of activations and weights")
+    quant: Literal["none", "int8", "int4"] = option(
+        "none", "weights as small integers with a scale for each 32 inputs, made when the model is loaded"
+    )
     max_model_len: int | None = option(None, "longest prompt plus completion, in tokens", low=1, high=134217728)
     max_num_seqs: int = option(64, "most requests in one step", low=1, high=65536)
     max_num_batched_tokens: int = option(

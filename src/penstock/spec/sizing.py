@@ -6,7 +6,8 @@ from dataclasses import replace
 from math import prod
 
 from penstock.spec.model import DTYPE_BYTES, Dtype, KVGroup, ModelSpec
-from penstock.spec.tensors import checkpoint_tensors, layer_slots, model_slots
+from penstock.spec.quantization import Quantization, format_of
+from penstock.spec.tensors import checkpoint_tensors, layer_slots, model_slots, slot_inputs
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -29,13 +30,26 @@ def active_parameters(spec: ModelSpec) -> int:
     return parameters(spec) - in_experts // moe.experts * (moe.experts - moe.active)
 
 
-def weight_bytes(spec: ModelSpec, dtype: Dtype) -> int:
+def weight_bytes(spec: ModelSpec, dtype: Dtype, quantization: Quantization = "none") -> int:
     """Resident weights, those of norms with an offset in fp32, and the rope tables (fp32 cos and sin of every
     position)."""
     ropes = {rope for layer in range(spec.layers) if (rope := spec.rope_of(layer))}
     tables = sum(spec.max_positions * (rope.dims or spec.head_dim) * 4 for rope in ropes)
     widened = _norm_parameters(spec) * (4 - DTYPE_BYTES[dtype]) if spec.norm_offset else 0
-    return parameters(spec) * DTYPE_BYTES[dtype] + widened + tables
+    plain = parameters(spec) * DTYPE_BYTES[dtype] + widened + tables
+    return plain if quantization == "none" else plain - _saved_bytes(_unpacked(spec), DTYPE_BYTES[dtype], quantization)
+
+
+def _saved_bytes(spec: ModelSpec, dtype_bytes: int, quantization: Quantization) -> int:
+    """How much smaller the matrices become that do not stay plain."""
+    saved = 0
+    for slots in (model_slots(spec), *(layer_slots(spec, layer) for layer in range(spec.layers))):
+        for slot, tensors in slots.items():
+            for shape in tensors.values():
+                inputs = slot_inputs(spec, slot, shape)
+                if len(shape) > 1 and (found := format_of(spec, slot, inputs, quantization)):
+                    saved += prod(shape) * dtype_bytes - found.bytes(prod(shape) // inputs, inputs)
+    return saved
 
 
 def _unpacked(spec: ModelSpec) -> ModelSpec:

@@ -90,6 +90,11 @@ def names_of(spec: ModelSpec) -> Names:
     return _NAMES.get(spec.family, Names())
 
 
+def slot_inputs(spec: ModelSpec, slot: str, shape: Shape) -> int:
+    """K of a matrix or a stack of them, given the shape of a tensor of the checkpoint that is not packed."""
+    return shape[1] if slot.startswith("experts.") and names_of(spec).stacked else shape[-1]
+
+
 def model_slots(spec: ModelSpec) -> Slots:
     """Slots outside the layers."""
     names = names_of(spec)

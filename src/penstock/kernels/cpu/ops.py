@@ -13,7 +13,10 @@ from torch import Tensor
 from penstock.kernels import _native
 from penstock.kernels.ops import Activation
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks
-from penstock.kernels.types import Batch, KVLayer
+from penstock.kernels.types import Batch, GroupedWeight, KVLayer, PackedWeight, Weight, plain
+
+PANEL, MAX_GROUP = 16, 128
+"""Of ``csrc/cpu``."""
 
 VERSION = 2
 """Raised by every change of this backend's bits."""
@@ -25,25 +28,31 @@ ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gel
 class CpuOps:
     name = "cpu"
     one_answer = True
+    grouped = True
 
     def __init__(self) -> None:
         machine, capability = platform.machine(), torch.backends.cpu.get_cpu_capability()  # torch weighs the experts
         self.numerics = f"cpu/{VERSION} {_native.chosen()} {machine} torch/{torch.__version__} {capability}"
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """In place: panels of 16 outputs, inputs in pairs (``csrc/cpu/kernels.h``)."""
+    def pack(self, weight: Tensor | GroupedWeight) -> Weight:
+        """Panels of 16 outputs, inputs in pairs, in place; grouped weights in quads (``csrc/cpu/kernels.h``)."""
         _share_threads()
+        if isinstance(weight, GroupedWeight):
+            return _pack_grouped(weight)
         outputs, inputs = weight.shape[-2:]
         for weight_NK in weight.view(-1, outputs, inputs):
             _native.pack(weight_NK.data_ptr(), outputs, inputs, DTYPES[weight.dtype])
         return weight
 
-    def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
+    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
         _share_threads()
         ids_T, (rows, width) = ids_T.contiguous(), table_VD.shape
-        out_TD = table_VD.new_empty(len(ids_T), width)
-        code = DTYPES[table_VD.dtype]
-        _native.embed(table_VD.data_ptr(), ids_T.data_ptr(), out_TD.data_ptr(), len(ids_T), rows, width, code)
+        out_TD = torch.empty(len(ids_T), width, dtype=dtype)
+        places = (ids_T.data_ptr(), out_TD.data_ptr(), len(ids_T), rows, width)
+        if isinstance(table_VD, PackedWeight):
+            _native.embed_grouped(table_VD.data.data_ptr(), *places, table_VD.bits, table_VD.group, DTYPES[dtype])
+        else:
+            _native.embed(plain(table_VD).data_ptr(), *places, DTYPES[dtype])
         return out_TD
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -59,14 +68,14 @@ class CpuOps:
     def linear(
         self,
         x_TK: Tensor,
-        weight_NK: Tensor,
+        weight_NK: Weight,
         bias_N: Tensor | None,
         segments: int = 1,
         activation: Activation | None = None,
     ) -> Tensor:
         return _linear(x_TK, weight_NK, bias_N, segments, activation)
 
-    def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
+    def gate_up(self, x_TD: Tensor, weight_2FD: Weight, bias_2F: Tensor | None, activation: Activation) -> Tensor:
         return _linear(x_TD, weight_2FD, bias_2F, activation=activation, gated=True)
 
     def qk_norm_rope_write(
@@ -150,16 +159,16 @@ class CpuOps:
         x_TD: Tensor,
         chosen_TA: Tensor,
         weights_TA: Tensor,
-        gate_up_E2FD: Tensor,
+        gate_up_E2FD: Weight,
         gate_up_bias_E2F: Tensor | None,
-        down_EDF: Tensor,
+        down_EDF: Weight,
         down_bias_ED: Tensor | None,
         activation: Activation,
     ) -> Tensor:
         active = chosen_TA.shape[1]
         out_SD = torch.empty(chosen_TA.numel(), x_TD.shape[1])  # S = T A slots
         order_S = chosen_TA.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen_TA.flatten(), minlength=len(down_EDF)).tolist()
+        counts = torch.bincount(chosen_TA.flatten(), minlength=down_EDF.shape[0]).tolist()
         for expert, slots_n in enumerate(torch.split(order_S, counts)):
             if len(slots_n):
                 up_2F, down_D = (None if bias is None else bias[expert] for bias in (gate_up_bias_E2F, down_bias_ED))
@@ -170,7 +179,7 @@ class CpuOps:
             first_TD += slot_TD
         return first_TD.to(x_TD.dtype)
 
-    def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+    def logits(self, x_RD: Tensor, weight_VD: Weight) -> Tensor:
         return _linear(x_RD, weight_VD, None, wide=True)
 
     def allocate_kv(
@@ -196,6 +205,26 @@ def _share_threads() -> None:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _pack_grouped(weight: GroupedWeight) -> PackedWeight:
+    *stack, outputs, inputs = weight.shape
+    if weight.group % 32 or weight.group > MAX_GROUP:
+        raise ValueError(f"groups of {weight.group} inputs; kernels know 32, 64, 96 and {MAX_GROUP}")
+    codes, scales, zeros = weight.codes_NK.contiguous(), weight.scales_NG.contiguous(), weight.zeros_NG
+    zeros = None if zeros is None else zeros.contiguous()
+    _same(codes, torch.float16, scales)
+    size = -(-outputs // PANEL) * _native.panel_bytes(inputs, weight.bits, weight.group)
+    data = torch.empty(*stack, size, dtype=torch.uint8)
+    for index, target in enumerate(data.view(-1, size)):
+        first, at = index * outputs * inputs, index * outputs * inputs // weight.group
+        places = (
+            codes.data_ptr() + first,
+            scales.data_ptr() + 2 * at,
+            zeros.data_ptr() + at if zeros is not None else 0,
+        )
+        _native.pack_grouped(*places, target.data_ptr(), outputs, inputs, weight.bits, weight.group)
+    return PackedWeight(data, weight.shape, weight.bits, weight.group)
 
 
 def _same(x: Tensor, dtype: torch.dtype, *others: Tensor | None) -> None:
@@ -233,7 +262,7 @@ def _norm(
 
 def _linear(
     x_TK: Tensor,
-    weight_NK: Tensor,
+    weight_NK: Weight,
     bias_N: Tensor | None,
     segments: int = 1,
     activation: Activation | None = None,
@@ -244,14 +273,19 @@ def _linear(
     _share_threads()
     x_TK = x_TK.contiguous()
     outputs, inputs = weight_NK.shape
-    _same(x_TK, x_TK.dtype, weight_NK, bias_N)
-    if x_TK.shape[1] != inputs or inputs % segments:
+    data, bits, group = (
+        (weight_NK.data, weight_NK.bits, weight_NK.group)
+        if isinstance(weight_NK, PackedWeight)
+        else (plain(weight_NK), 0, 0)
+    )
+    _same(x_TK, x_TK.dtype, None if bits else data, bias_N)
+    if x_TK.shape[1] != inputs or inputs % (segments * (group or 1)):
         raise ValueError(f"{list(x_TK.shape)} times {list(weight_NK.shape)} in {segments} segments")
     dtype = torch.float32 if wide else x_TK.dtype
     out_TN = torch.empty(len(x_TK), outputs // 2 if gated else outputs, dtype=dtype)
     _native.linear(
         x_TK.data_ptr(),
-        weight_NK.data_ptr(),
+        data.data_ptr(),
         _address(bias_N),
         out_TN.data_ptr(),
         len(x_TK),
@@ -261,6 +295,8 @@ def _linear(
         ACTIVATIONS[activation],
         gated,
         wide,
+        bits,
+        group,
         DTYPES[x_TK.dtype],
     )
     return out_TN

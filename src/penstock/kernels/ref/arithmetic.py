@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.ops import Activation
+from penstock.kernels.types import GroupedWeight, Weight, plain
 
 ERF_END = 4.0
 """From here erf is 1 to within half a unit of fp32: erfc(4) = 1.5e-8."""
@@ -23,14 +24,45 @@ ERF_SERIES = [(-1) ** n / (math.factorial(n) * (2 * n + 1)) for n in range(64)]
 first one left out is 1e-14."""
 
 
-def matvec(x_K: Tensor, weight_NK: Tensor, bias_N: Tensor | None, segments: int = 1) -> Tensor:
+def matvec(x_K: Tensor, weight_NK: Weight, bias_N: Tensor | None, segments: int = 1) -> Tensor:
     """fp32 [N]. ``segments`` partial sums of K add along a binary tree, neighbours first."""
-    products_NK = weight_NK * x_K.float()
-    parts_NS = products_NK.view(len(weight_NK), segments, -1).sum(-1)
+    if isinstance(weight_NK, GroupedWeight):
+        parts_NS = grouped_sums(x_K, weight_NK, segments)
+    else:
+        products_NK = plain(weight_NK) * x_K.float()
+        parts_NS = products_NK.view(len(products_NK), segments, -1).sum(-1)
     while parts_NS.shape[1] > 1:
         parts_NS = parts_NS[:, 0::2] + parts_NS[:, 1::2]
     out_N = parts_NS[:, 0]
     return out_N if bias_N is None else out_N + bias_N.float()
+
+
+def grouped_sums(x_K: Tensor, weight_NK: GroupedWeight, segments: int) -> Tensor:
+    """fp32 [N, segments]. Whole numbers are summed in fp64, which holds all of them; so does the product that a fused
+    multiply-add rounds together with its sum."""
+    codes_Gg, scales_G = coded(x_K.float(), weight_NK.group)
+    products_NG = (weight_NK.codes_NK.double().view(-1, *codes_Gg.shape) * codes_Gg).sum(-1)
+    if weight_NK.zeros_NG is not None:
+        products_NG = 16 * products_NG - weight_NK.zeros_NG * codes_Gg.sum(-1)
+        scales_G = scales_G / 16
+    factors_NG = scales_G * weight_NK.scales_NG.float()
+    addends_NSh = (products_NG * factors_NG.double()).view(len(factors_NG), segments, -1)
+    sums_NS = torch.zeros(addends_NSh.shape[:2], dtype=torch.float32, device=x_K.device)
+    for addend_NS in addends_NSh.unbind(-1):
+        sums_NS = (sums_NS + addend_NS).float()
+    return sums_NS
+
+
+def coded(x_K: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes, whole numbers in fp64 [G, group], and their fp32 scales [G]."""
+    x_Gg = x_K.view(-1, group)
+    most_G = x_Gg.abs().amax(-1)  # NaN where there is one
+    finite_G, something_G = most_G.isfinite(), most_G >= 2.0**-100
+    # A tensor on the left: torch divides a plain number by way of the reciprocal, which rounds twice.
+    factor_G = torch.where(finite_G & something_G, torch.full_like(most_G, 127.0) / most_G, 0.0)
+    codes_Gg = torch.where(finite_G.unsqueeze(-1), x_Gg * factor_G.unsqueeze(-1), 0.0).round().double()
+    scales_G = torch.where(something_G, most_G / 127.0, 0.0)
+    return codes_Gg, torch.where(finite_G, scales_G, math.nan)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -80,7 +112,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
-def gate_up(x_D: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
+def gate_up(x_D: Tensor, weight_2FD: Weight, bias_2F: Tensor | None, activation: Activation) -> Tensor:
     """fp32 [F]."""
     gate_F, up_F = matvec(x_D, weight_2FD, bias_2F).chunk(2)
     if activation == "swiglu_clamped":

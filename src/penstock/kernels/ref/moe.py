@@ -7,6 +7,7 @@ from torch import Tensor
 
 from penstock.kernels.ops import Activation
 from penstock.kernels.ref.arithmetic import gate_up, matvec
+from penstock.kernels.types import Weight
 
 
 def route_row(logits_E: Tensor, active: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -21,9 +22,9 @@ def experts_row(
     x_D: Tensor,
     chosen: list[int],
     weights_A: Tensor,
-    gate_up_E2FD: Tensor,
+    gate_up_E2FD: Weight,
     gate_up_bias_E2F: Tensor | None,
-    down_EDF: Tensor,
+    down_EDF: Weight,
     down_bias_ED: Tensor | None,
     activation: Activation,
 ) -> Tensor:

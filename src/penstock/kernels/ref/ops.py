@@ -17,7 +17,7 @@ from penstock.kernels.paged import allocate_layers, copy_layer_blocks, flat
 from penstock.kernels.ref.arithmetic import ACTIVATIONS, gate_up, layer_norm, matvec, rms_norm, rotate
 from penstock.kernels.ref.attention import Row, Scoring, attend, attend_whole
 from penstock.kernels.ref.moe import experts_row, route_row
-from penstock.kernels.types import Batch, KVLayer
+from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Weight, plain
 
 VERSION = 2
 """Raised by every change of this backend's bits."""
@@ -26,15 +26,18 @@ VERSION = 2
 class RefOps:
     name = "ref"
     one_answer = True
+    grouped = True
 
     def __init__(self) -> None:
         self.numerics = f"ref/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Tensor | GroupedWeight) -> Weight:
         return weight
 
-    def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
-        return table_VD.index_select(0, ids_T)
+    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
+        if isinstance(table_VD, GroupedWeight):
+            return table_VD[ids_T].widened().to(dtype)
+        return plain(table_VD).index_select(0, ids_T)
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return each_row(lambda x_D: rms_norm(x_D.float(), weight_D, eps).to(x_TD.dtype), x_TD)
@@ -49,7 +52,7 @@ class RefOps:
     def linear(
         self,
         x_TK: Tensor,
-        weight_NK: Tensor,
+        weight_NK: Weight,
         bias_N: Tensor | None,
         segments: int = 1,
         activation: Activation | None = None,
@@ -57,7 +60,7 @@ class RefOps:
         act = ACTIVATIONS[activation] if activation else torch.Tensor.float
         return each_row(lambda x_K: act(matvec(x_K, weight_NK, bias_N, segments)).to(x_TK.dtype), x_TK)
 
-    def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
+    def gate_up(self, x_TD: Tensor, weight_2FD: Weight, bias_2F: Tensor | None, activation: Activation) -> Tensor:
         return each_row(lambda x_D: gate_up(x_D, weight_2FD, bias_2F, activation).to(x_TD.dtype), x_TD)
 
     def qk_norm_rope_write(
@@ -128,9 +131,9 @@ class RefOps:
         x_TD: Tensor,
         chosen_TA: Tensor,
         weights_TA: Tensor,
-        gate_up_E2FD: Tensor,
+        gate_up_E2FD: Weight,
         gate_up_bias_E2F: Tensor | None,
-        down_EDF: Tensor,
+        down_EDF: Weight,
         down_bias_ED: Tensor | None,
         activation: Activation,
     ) -> Tensor:
@@ -140,7 +143,7 @@ class RefOps:
             out_TD[row] = experts_row(x_TD[row], chosen, weights_TA[row], *weights, activation)
         return out_TD
 
-    def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+    def logits(self, x_RD: Tensor, weight_VD: Weight) -> Tensor:
         return each_row(lambda x_D: matvec(x_D, weight_VD, None), x_RD)
 
     def allocate_kv(

@@ -17,7 +17,7 @@ from penstock.kernels.torch.attention import attend, attend_whole
 from penstock.kernels.torch.linear import few_rows, left_product, linear, product, rms_norm_, tiles
 from penstock.kernels.torch.plan import GroupPlan, make_plan
 from penstock.kernels.torch.scored import Scoring
-from penstock.kernels.types import Batch, KVLayer
+from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Weight, plain
 
 VERSION = 2
 """Raised by every change of this backend's arithmetic."""
@@ -26,16 +26,17 @@ VERSION = 2
 class TorchOps:
     name = "torch"
     one_answer = False
+    grouped = False
 
     def __init__(self) -> None:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         self.numerics = f"torch/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {gpu}"
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Tensor | GroupedWeight) -> Weight:
         return weight
 
-    def embed(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
-        return F.embedding(ids_T, table_VD)
+    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids_T, plain(table_VD))
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         out_TD = torch.empty_like(x_TD)
@@ -56,18 +57,18 @@ class TorchOps:
     def linear(
         self,
         x_TK: Tensor,
-        weight_NK: Tensor,
+        weight_NK: Weight,
         bias_N: Tensor | None,
         segments: int = 1,
         activation: Activation | None = None,
     ) -> Tensor:
         """Sums K in the library's own order; rounds before an activation too, as ``gate_up`` does."""
-        out_TN = linear(x_TK, weight_NK, bias_N)
+        out_TN = linear(x_TK, plain(weight_NK), bias_N)
         return activated(out_TN, activation) if activation else out_TN
 
-    def gate_up(self, x_TD: Tensor, weight_2FD: Tensor, bias_2F: Tensor | None, activation: Activation) -> Tensor:
+    def gate_up(self, x_TD: Tensor, weight_2FD: Weight, bias_2F: Tensor | None, activation: Activation) -> Tensor:
         """Rounds the linear's output and the activation too, as the library's products do."""
-        return gate_up(x_TD, weight_2FD, bias_2F, activation)
+        return gate_up(x_TD, plain(weight_2FD), bias_2F, activation)
 
     def qk_norm_rope_write(
         self,
@@ -131,28 +132,28 @@ class TorchOps:
         x_TD: Tensor,
         chosen_TA: Tensor,
         weights_TA: Tensor,
-        gate_up_E2FD: Tensor,
+        gate_up_E2FD: Weight,
         gate_up_bias_E2F: Tensor | None,
-        down_EDF: Tensor,
+        down_EDF: Weight,
         down_bias_ED: Tensor | None,
         activation: Activation,
     ) -> Tensor:
         """On a CPU a low-precision expert's output is rounded before it is weighted: see ``product``."""
-        active = chosen_TA.shape[1]
+        active, gate_up_weight, down = chosen_TA.shape[1], plain(gate_up_E2FD), plain(down_EDF)
         out_SD = torch.empty(chosen_TA.numel(), x_TD.shape[1], device=x_TD.device)  # S = T A slots
-        for expert, slots_n in by_expert(chosen_TA, len(down_EDF)):
+        for expert, slots_n in by_expert(chosen_TA, len(down)):
             bias_2F = None if gate_up_bias_E2F is None else gate_up_bias_E2F[expert]
-            inner_nF = gate_up(x_TD[slots_n // active], gate_up_E2FD[expert], bias_2F, activation)
-            out_nD = product(inner_nF, down_EDF[expert])
+            inner_nF = gate_up(x_TD[slots_n // active], gate_up_weight[expert], bias_2F, activation)
+            out_nD = product(inner_nF, down[expert])
             out_SD[slots_n] = out_nD if down_bias_ED is None else out_nD + down_bias_ED[expert]
         first_TD, *others = (out_SD.view(-1, active, x_TD.shape[1]) * weights_TA.unsqueeze(-1)).unbind(1)
         for slot_TD in others:  # in order, as rule 7 has it
             first_TD += slot_TD
         return first_TD.to(x_TD.dtype)
 
-    def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+    def logits(self, x_RD: Tensor, weight_VD: Weight) -> Tensor:
         """On a CPU low-precision logits are rounded once: see ``product``."""
-        return product(x_RD, weight_VD)
+        return product(x_RD, plain(weight_VD))
 
     def allocate_kv(
         self,

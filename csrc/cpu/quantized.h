@@ -1,0 +1,367 @@
+// Products with grouped weights (kernels.h, Format). Rows of x become int8 codes with a scale for each group of inputs;
+// the integer sum of a group is exact, so that its order is nobody's business; groups add in fp32 in ascending order.
+#pragma once
+
+#include <limits>
+
+#include "linear.h"
+
+namespace penstock::PENSTOCK_ISA {
+
+constexpr float SIXTEENTH = 0.0625f;  // zeros count in sixteenths of a step
+
+// Sixteen int32 lanes, one for each output of a panel.
+#if defined(__AVX512VNNI__)
+struct I {
+    __m512i v;
+};
+INLINE I none() { return {_mm512_setzero_si512()}; }
+INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+#elif defined(__AVX2__)
+struct I {
+    __m256i lo, hi;
+};
+INLINE I none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE F to_float(I a) {
+#if defined(__AVX512F__)
+    return {_mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(a.lo), a.hi, 1))};
+#else
+    return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
+#endif
+}
+#else
+struct I {
+    int32_t v[LANES];
+};
+INLINE I none() { return {}; }
+INLINE F to_float(I a) {
+    float lanes[LANES];
+    for (int i = 0; i < LANES; i++) lanes[i] = (float)a.v[i];
+    return load(lanes);
+}
+#endif
+
+// Four neighbouring codes of a row, for every output.
+INLINE int32_t quad_at(const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, 4);
+    return quad;
+}
+
+// sums[r] = the products of one group: R rows of codes, ``stride`` apart, and a panel's codes. ``totals`` are the rows' sums
+// of codes, one every ``step``.
+template <int BITS, int R>
+INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, const int32_t* totals, int64_t step, I* sums) {
+#if defined(__AVX512VNNI__)
+    // The instruction wants one side unsigned: 8-bit codes are moved up by 128, and what that adds is taken away first.
+    for (int r = 0; r < R; r++) sums[r] = {BITS == 8 ? _mm512_set1_epi32(-128 * totals[r * step]) : _mm512_setzero_si512()};
+    if constexpr (BITS == 8) {
+        for (int k = 0; k < group; k += 4) {
+            __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(w + k * PANEL), _mm512_set1_epi8((char)0x80));
+            for (int r = 0; r < R; r++) sums[r].v = _mm512_dpbusd_epi32(sums[r].v, codes, _mm512_set1_epi32(quad_at(x + r * stride + k)));
+        }
+    } else {
+        const __m512i low = _mm512_set1_epi8(15);
+        for (int k = 0; k < group; k += 8) {
+            __m512i both = _mm512_loadu_si512(w + k / 2 * PANEL);
+            __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+            for (int r = 0; r < R; r++) {
+                const int8_t* at = x + r * stride + k;
+                sums[r].v = _mm512_dpbusd_epi32(sums[r].v, first, _mm512_set1_epi32(quad_at(at)));
+                sums[r].v = _mm512_dpbusd_epi32(sums[r].v, second, _mm512_set1_epi32(quad_at(at + 4)));
+            }
+        }
+    }
+    (void)totals, (void)step;
+#elif defined(__AVX2__)
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int r = 0; r < R; r++) sums[r] = none();
+    if constexpr (BITS == 8) {
+        // |w| times x with w's sign: two products are below 2^15, since no code is -128.
+        for (int k = 0; k < group; k += 4) {
+            __m256i w0 = _mm256_loadu_si256((const __m256i*)(w + k * PANEL)), w1 = _mm256_loadu_si256((const __m256i*)(w + k * PANEL) + 1);
+            __m256i size0 = _mm256_abs_epi8(w0), size1 = _mm256_abs_epi8(w1);
+            for (int r = 0; r < R; r++) {
+                __m256i quad = _mm256_set1_epi32(quad_at(x + r * stride + k));
+                __m256i pairs0 = _mm256_maddubs_epi16(size0, _mm256_sign_epi8(quad, w0));
+                __m256i pairs1 = _mm256_maddubs_epi16(size1, _mm256_sign_epi8(quad, w1));
+                sums[r].lo = _mm256_add_epi32(sums[r].lo, _mm256_madd_epi16(pairs0, ones));
+                sums[r].hi = _mm256_add_epi32(sums[r].hi, _mm256_madd_epi16(pairs1, ones));
+            }
+        }
+    } else {
+        const __m256i low = _mm256_set1_epi8(15);
+        // Sixteen products of a code below 16 and one below 128 are below 2^15: a piece of 32 inputs adds up in int16.
+        for (int from = 0; from < group; from += 32) {
+            I pairs[R];
+            for (int r = 0; r < R; r++) pairs[r] = none();
+            for (int k = from; k < std::min(from + 32, group); k += 8) {
+                auto half = [&](int side) {
+                    __m256i both = _mm256_loadu_si256((const __m256i*)(w + k / 2 * PANEL) + side);
+                    __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+                    for (int r = 0; r < R; r++) {
+                        const int8_t* at = x + r * stride + k;
+                        __m256i& sum = side ? pairs[r].hi : pairs[r].lo;
+                        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(first, _mm256_set1_epi32(quad_at(at))));
+                        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(second, _mm256_set1_epi32(quad_at(at + 4))));
+                    }
+                };
+                half(0);
+                half(1);
+            }
+            for (int r = 0; r < R; r++) {
+                sums[r].lo = _mm256_add_epi32(sums[r].lo, _mm256_madd_epi16(pairs[r].lo, ones));
+                sums[r].hi = _mm256_add_epi32(sums[r].hi, _mm256_madd_epi16(pairs[r].hi, ones));
+            }
+        }
+    }
+    (void)totals, (void)step;
+#else
+    for (int r = 0; r < R; r++) sums[r] = none();
+    for (int k = 0; k < group; k += 4) {
+        int8_t quads[PANEL * 4];
+        if constexpr (BITS == 8) {
+            std::memcpy(quads, w + k * PANEL, sizeof quads);
+        } else {
+            const uint8_t* both = w + k / 8 * 4 * PANEL;
+            for (int i = 0; i < PANEL * 4; i++) quads[i] = (int8_t)(k % 8 ? both[i] >> 4 : both[i] & 15);
+        }
+        for (int r = 0; r < R; r++) {
+            const int8_t* at = x + r * stride + k;
+#if defined(__ARM_FEATURE_DOTPROD)
+            int8x16_t quad = vreinterpretq_s8_s32(vdupq_n_s32(quad_at(at)));
+            for (int n = 0; n < PANEL; n += 4) {
+                int32_t* four = sums[r].v + n;
+                vst1q_s32(four, vdotq_s32(vld1q_s32(four), vld1q_s8(quads + n * 4), quad));
+            }
+#else
+            for (int n = 0; n < PANEL; n++) {
+                int32_t sum = sums[r].v[n];
+                for (int i = 0; i < 4; i++) sum += quads[n * 4 + i] * at[i];
+                sums[r].v[n] = sum;
+            }
+#endif
+        }
+    }
+    (void)totals, (void)step;
+#endif
+}
+
+#if defined(__AVX512VNNI__)
+constexpr int GROUPED_TALL = 8;  // rows whose sums fit in the registers
+#else
+constexpr int GROUPED_TALL = 4;
+#endif
+
+// Rows of x as codes; neighbours are ``inputs`` codes, and ``groups`` scales and totals, apart.
+struct CodeRows {
+    const int8_t* codes;
+    const float* scales;
+    const int32_t* totals;
+    int64_t inputs, groups;
+};
+
+template <int BITS>
+struct GroupedPanel {
+    const uint8_t* weight = nullptr;
+    int width = 0, group = 0;
+    static INLINE GroupedPanel of(const Linear& a, int64_t index) {
+        if (index * PANEL >= a.outputs) return {};
+        return {(const uint8_t*)a.weight + index * a.format.panel_bytes(a.inputs), PANEL, a.format.group};
+    }
+};
+
+// Adds groups [g0, g1) to the sums of R rows and one panel, fp32 [R][BLOCK].
+template <int BITS, int R>
+inline void some_groups(CodeRows x, int64_t row, GroupedPanel<BITS> p, int64_t g0, int64_t g1, bool fresh, float* out) {
+    Format format{BITS, p.group};
+    F sums[R];
+    for (int r = 0; r < R; r++) sums[r] = fresh ? splat(0) : load(out + r * BLOCK);
+    const uint8_t* w = p.weight + g0 * format.group_bytes();
+    for (int64_t g = g0; g < g1; g++, w += format.group_bytes()) {
+        I products[R];
+        const int32_t* totals = x.totals + row * x.groups + g;
+        dots<BITS, R>(w, x.codes + row * x.inputs + g * p.group, x.inputs, p.group, totals, x.groups, products);
+        const uint8_t* end = w + p.group * PANEL * BITS / 8;
+        F scale = load((const fp16*)end);
+        for (int r = 0; r < R; r++) {
+            float own = x.scales[(row + r) * x.groups + g];
+            F product = to_float(products[r]);
+            if constexpr (BITS == 4) {
+                float zeros[LANES];
+                for (int n = 0; n < LANES; n++) zeros[n] = (float)end[2 * PANEL + n];
+                product = product * splat(16) - load(zeros) * splat((float)totals[r * x.groups]);  // exact
+                own *= SIXTEENTH;
+            }
+            sums[r] = fma(product, splat(own) * scale, sums[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) store(out + r * BLOCK, sums[r]);
+}
+
+template <int BITS>
+INLINE void part(
+    CodeRows x, int rows, int64_t, const Pair<GroupedPanel<BITS>>& pair, int64_t k0, int64_t k1, bool fresh, bool, float* out) {
+    for (int i = 0; i < 2; i++) {
+        const auto& p = pair.panels[i];
+        if (!p.width) return;
+        int row = 0;
+        auto take = [&]<int R>() {
+            for (; row + R <= rows; row += R) {
+                some_groups<BITS, R>(x, row, p, k0 / p.group, k1 / p.group, fresh, out + row * BLOCK + i * PANEL);
+            }
+        };
+        take.template operator()<GROUPED_TALL>();
+        take.template operator()<2>();
+        take.template operator()<1>();
+    }
+}
+
+// The greatest of sizes, as bits: those of infinity and NaN are above all others.
+INLINE int32_t greatest_bits(const F* v, int count) {
+#if defined(__AVX512F__)
+    __m512i top = _mm512_setzero_si512(), size = _mm512_set1_epi32(0x7fffffff);
+    for (int i = 0; i < count; i++) top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(v[i].v), size));
+    return _mm512_reduce_max_epi32(top);
+#elif defined(__AVX2__)
+    __m256i top = _mm256_setzero_si256(), size = _mm256_set1_epi32(0x7fffffff);
+    for (int i = 0; i < count; i++) {
+        top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(v[i].lo), size));
+        top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(v[i].hi), size));
+    }
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtsi128_si32(four);
+#else
+    int32_t top = 0;
+    for (int i = 0; i < count; i++) {
+        int32_t bits[LANES];
+        std::memcpy(bits, &v[i], sizeof bits);
+        for (int lane = 0; lane < LANES; lane++) top = std::max(top, bits[lane] & 0x7fffffff);
+    }
+    return top;
+#endif
+}
+
+// Rounds to the nearest whole numbers, ties to even; all are in [-127, 127].
+INLINE void store_codes(int8_t* p, F a) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+#elif defined(__AVX2__)
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+    words = _mm256_permute4x64_epi64(words, 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
+    F whole = round(a);
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)whole.v[i];
+#endif
+}
+
+constexpr int MAX_GROUP = 128;
+constexpr float NOTHING = 7.8886090522e-31f;  // 2^-100: a group whose numbers are all smaller counts as zeros
+
+// One group of a row: code = round(x 127 / max |x|). What is not finite makes the scale NaN.
+template <class T>
+INLINE void code_group(const T* x, int group, int8_t* codes, float& scale, int32_t& total) {
+    F v[MAX_GROUP / LANES];
+    int count = group / LANES;
+    for (int i = 0; i < count; i++) v[i] = load(x + i * LANES);
+    int32_t bits = greatest_bits(v, count);
+    float most;
+    std::memcpy(&most, &bits, 4);
+    bool finite = bits < 0x7f800000;
+    float factor = finite && most >= NOTHING ? 127.0f / most : 0.0f;
+    scale = finite ? (factor != 0 ? most / 127.0f : 0.0f) : std::numeric_limits<float>::quiet_NaN();
+    for (int i = 0; i < count; i++) store_codes(codes + i * LANES, finite ? v[i] * splat(factor) : splat(0));
+    total = 0;
+    for (int i = 0; i < group; i++) total += codes[i];
+}
+
+struct CodeMemory {
+    Vector<int8_t> codes;
+    Vector<float> scales;
+    Vector<int32_t> totals;
+};
+
+constexpr int64_t CODED_AT_ONCE = 1 << 14;  // numbers worth a thread
+
+template <class T>
+void grouped_linear_of(const Linear& a) {
+    static thread_local CodeMemory memory;  // the caller's; other threads read it
+    int64_t group = a.format.group, groups = a.inputs / group, scales = a.rows * groups;
+    if ((int64_t)memory.codes.size() < a.rows * a.inputs) memory.codes.resize((size_t)(a.rows * a.inputs));
+    if ((int64_t)memory.scales.size() < scales) {
+        memory.scales.resize((size_t)scales);
+        memory.totals.resize((size_t)scales);
+    }
+    CodeMemory& m = memory;
+    int64_t at_once = std::max<int64_t>(1, CODED_AT_ONCE / group);
+    parallel((scales + at_once - 1) / at_once, [&](int64_t item, int) {
+        for (int64_t i = item * at_once; i < std::min(scales, (item + 1) * at_once); i++) {
+            code_group((const T*)a.x + i * group, (int)group, m.codes.data() + i * group, m.scales[(size_t)i], m.totals[(size_t)i]);
+        }
+    });
+    auto rows_at = [&](int64_t row) {
+        return CodeRows{m.codes.data() + row * a.inputs, m.scales.data() + row * groups, m.totals.data() + row * groups, a.inputs, groups};
+    };
+    a.format.bits == 8 ? all_outputs<T, GroupedPanel<8>>(a, a.inputs, rows_at) : all_outputs<T, GroupedPanel<4>>(a, a.inputs, rows_at);
+}
+
+// Where the code of a lane and input of a group stands, and by how much it is shifted.
+struct CodePlace {
+    int64_t byte;
+    int shift;
+};
+inline CodePlace code_place(Format format, int lane, int k) {
+    if (format.bits == 8) return {(k / 4 * PANEL + lane) * 4 + k % 4, 0};
+    return {(k / 8 * PANEL + lane) * 4 + k % 4, k % 8 / 4 * 4};
+}
+
+inline void pack_groups_of(const Grouped& a, uint8_t* out) {
+    int64_t panels = (a.outputs + PANEL - 1) / PANEL, groups = a.inputs / a.format.group, bytes = a.format.group_bytes();
+    int64_t codes = a.format.group * PANEL * a.format.bits / 8;
+    parallel(panels, [&](int64_t index, int) {
+        std::memset(out + index * groups * bytes, 0, (size_t)(groups * bytes));
+        for (int64_t g = 0; g < groups; g++) {
+            uint8_t* to = out + (index * groups + g) * bytes;
+            for (int lane = 0; lane < std::min<int64_t>(PANEL, a.outputs - index * PANEL); lane++) {
+                int64_t at = (index * PANEL + lane) * groups + g;
+                const uint8_t* from = (const uint8_t*)a.codes + at * a.format.group;
+                for (int k = 0; k < a.format.group; k++) {
+                    CodePlace place = code_place(a.format, lane, k);
+                    to[place.byte] |= (uint8_t)(from[k] << place.shift);
+                }
+                std::memcpy(to + codes + lane * 2, a.scales + at, 2);
+                if (a.format.bits == 4) to[codes + 2 * PANEL + lane] = a.zeros[at];
+            }
+        }
+    });
+}
+
+// Rows of a packed table, as stored: code times scale, rounded once.
+template <class T>
+void unpack_group_rows_of(const Grouped& a, const int64_t* ids, T* out, int64_t rows) {
+    int64_t groups = a.inputs / a.format.group, bytes = a.format.group_bytes();
+    int64_t codes = a.format.group * PANEL * a.format.bits / 8;
+    parallel(rows, [&](int64_t row, int) {
+        int lane = (int)(ids[row] % PANEL);
+        const uint8_t* panel = (const uint8_t*)a.codes + ids[row] / PANEL * groups * bytes;
+        for (int64_t g = 0; g < groups; g++) {
+            const uint8_t* from = panel + g * bytes;
+            float numbers[MAX_GROUP], scale = value((const fp16*)(from + codes) + lane);
+            for (int k = 0; k < a.format.group; k++) {
+                CodePlace place = code_place(a.format, lane, k);
+                int code = a.format.bits == 8 ? (int8_t)from[place.byte] : 16 * (from[place.byte] >> place.shift & 15);
+                if (a.format.bits == 4) code -= from[codes + 2 * PANEL + lane];
+                numbers[k] = (float)code;
+            }
+            F factor = splat(a.format.bits == 8 ? scale : scale * SIXTEENTH);
+            for (int k = 0; k < a.format.group; k += LANES) {
+                store(out + row * a.inputs + g * a.format.group + k, load(numbers + k) * factor);
+            }
+        }
+    });
+}
+
+}  // namespace penstock::PENSTOCK_ISA
