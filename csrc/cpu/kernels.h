@@ -20,8 +20,8 @@ constexpr int PANEL = 16;
 // int8; with 4 bits two quads share their bytes, the first in the low halves. The last panel is filled up to 16 outputs.
 struct Format {
     int bits = 0, group = 0;  // 0 bits: plain
-    int64_t group_bytes() const { return PANEL * (bits == 8 ? group + 2 : group / 2 + 3); }
-    int64_t panel_bytes(int64_t inputs) const { return inputs / group * group_bytes(); }
+    constexpr int64_t group_bytes() const { return PANEL * (bits == 8 ? group + 2 : group / 2 + 3); }
+    constexpr int64_t panel_bytes(int64_t inputs) const { return inputs / group * group_bytes(); }
 };
 
 // A matrix [N, K] of small integers before it is packed.

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <limits>
+#include <utility>
 
 #include "linear.h"
 
 namespace penstock::PENSTOCK_ISA {
 
+constexpr int MAX_GROUP = 128;  // inputs; 32 and 64 are the others
 constexpr float SIXTEENTH = 0.0625f;  // zeros count in sixteenths of a step
 
 // Sixteen int32 lanes, one for each output of a panel.
@@ -22,6 +24,13 @@ struct I {
     __m256i lo, hi;
 };
 INLINE I none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+// ``next`` is not read before ``done`` is there: compilers that mix the work of several rows run out of registers.
+INLINE void in_turn(__m256i& done, __m256i& next) {
+    __m256i a = done, b = next;
+    asm("" : "+x"(a), "+x"(b));
+    done = a;
+    next = b;
+}
 INLINE F to_float(I a) {
 #if defined(__AVX512F__)
     return {_mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(a.lo), a.hi, 1))};
@@ -41,6 +50,26 @@ INLINE F to_float(I a) {
 }
 #endif
 
+INLINE F load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+#elif defined(__AVX2__)
+    auto eight = [](const uint8_t* at) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at))); };
+    return {eight(p), eight(p + 8)};
+#else
+    float lanes[LANES];
+    for (int i = 0; i < LANES; i++) lanes[i] = (float)p[i];
+    return load(lanes);
+#endif
+}
+
+// Calls work(0), work(1), ... of constants: what they index is in registers from the start.
+template <int N, class Work>
+INLINE void each(const Work& work) {
+    [&]<int... i>(std::integer_sequence<int, i...>) { (work(std::integral_constant<int, i>()), ...); }
+    (std::make_integer_sequence<int, N>());
+}
+
 // Four neighbouring codes of a row, for every output.
 INLINE int32_t quad_at(const int8_t* x) {
     int32_t quad;
@@ -52,70 +81,73 @@ INLINE int32_t quad_at(const int8_t* x) {
 // of codes, one every ``step``.
 template <int BITS, int R>
 INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, const int32_t* totals, int64_t step, I* sums) {
+    (void)totals, (void)step;
 #if defined(__AVX512VNNI__)
     // The instruction wants one side unsigned: 8-bit codes are moved up by 128, and what that adds is taken away first.
-    for (int r = 0; r < R; r++) sums[r] = {BITS == 8 ? _mm512_set1_epi32(-128 * totals[r * step]) : _mm512_setzero_si512()};
+    each<R>([&](auto r) { sums[r] = {BITS == 8 ? _mm512_set1_epi32(-128 * totals[r * step]) : _mm512_setzero_si512()}; });
     if constexpr (BITS == 8) {
         for (int k = 0; k < group; k += 4) {
             __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(w + k * PANEL), _mm512_set1_epi8((char)0x80));
-            for (int r = 0; r < R; r++) sums[r].v = _mm512_dpbusd_epi32(sums[r].v, codes, _mm512_set1_epi32(quad_at(x + r * stride + k)));
+            each<R>([&](auto r) {
+                sums[r].v = _mm512_dpbusd_epi32(sums[r].v, codes, _mm512_set1_epi32(quad_at(x + r * stride + k)));
+            });
         }
     } else {
         const __m512i low = _mm512_set1_epi8(15);
         for (int k = 0; k < group; k += 8) {
             __m512i both = _mm512_loadu_si512(w + k / 2 * PANEL);
             __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-            for (int r = 0; r < R; r++) {
+            each<R>([&](auto r) {
                 const int8_t* at = x + r * stride + k;
                 sums[r].v = _mm512_dpbusd_epi32(sums[r].v, first, _mm512_set1_epi32(quad_at(at)));
                 sums[r].v = _mm512_dpbusd_epi32(sums[r].v, second, _mm512_set1_epi32(quad_at(at + 4)));
-            }
+            });
         }
     }
-    (void)totals, (void)step;
 #elif defined(__AVX2__)
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int r = 0; r < R; r++) sums[r] = none();
     if constexpr (BITS == 8) {
+        each<R>([&](auto r) { sums[r] = none(); });
         // |w| times x with w's sign: two products are below 2^15, since no code is -128.
         for (int k = 0; k < group; k += 4) {
             __m256i w0 = _mm256_loadu_si256((const __m256i*)(w + k * PANEL)), w1 = _mm256_loadu_si256((const __m256i*)(w + k * PANEL) + 1);
             __m256i size0 = _mm256_abs_epi8(w0), size1 = _mm256_abs_epi8(w1);
-            for (int r = 0; r < R; r++) {
+            each<R>([&](auto r) {
                 __m256i quad = _mm256_set1_epi32(quad_at(x + r * stride + k));
+                if constexpr (r > 0) in_turn(sums[r - 1].hi, quad);
                 __m256i pairs0 = _mm256_maddubs_epi16(size0, _mm256_sign_epi8(quad, w0));
                 __m256i pairs1 = _mm256_maddubs_epi16(size1, _mm256_sign_epi8(quad, w1));
                 sums[r].lo = _mm256_add_epi32(sums[r].lo, _mm256_madd_epi16(pairs0, ones));
                 sums[r].hi = _mm256_add_epi32(sums[r].hi, _mm256_madd_epi16(pairs1, ones));
-            }
+            });
         }
     } else {
         const __m256i low = _mm256_set1_epi8(15);
         // Sixteen products of a code below 16 and one below 128 are below 2^15: a piece of 32 inputs adds up in int16.
-        for (int from = 0; from < group; from += 32) {
-            I pairs[R];
-            for (int r = 0; r < R; r++) pairs[r] = none();
-            for (int k = from; k < std::min(from + 32, group); k += 8) {
-                auto half = [&](int side) {
+        auto half = [&](auto side) {
+            for (int from = 0; from < group; from += 32) {
+                __m256i pairs[R];
+                each<R>([&](auto r) { pairs[r] = _mm256_setzero_si256(); });
+                for (int k = from; k < from + 32; k += 8) {
                     __m256i both = _mm256_loadu_si256((const __m256i*)(w + k / 2 * PANEL) + side);
                     __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-                    for (int r = 0; r < R; r++) {
+                    each<R>([&](auto r) {
                         const int8_t* at = x + r * stride + k;
-                        __m256i& sum = side ? pairs[r].hi : pairs[r].lo;
-                        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(first, _mm256_set1_epi32(quad_at(at))));
-                        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(second, _mm256_set1_epi32(quad_at(at + 4))));
-                    }
-                };
-                half(0);
-                half(1);
+                        __m256i quad = _mm256_set1_epi32(quad_at(at)), next = _mm256_set1_epi32(quad_at(at + 4));
+                        if constexpr (r > 0) in_turn(pairs[r - 1], quad);
+                        pairs[r] = _mm256_add_epi16(pairs[r], _mm256_maddubs_epi16(first, quad));
+                        pairs[r] = _mm256_add_epi16(pairs[r], _mm256_maddubs_epi16(second, next));
+                    });
+                }
+                each<R>([&](auto r) {
+                    __m256i &sum = side ? sums[r].hi : sums[r].lo, all = _mm256_madd_epi16(pairs[r], ones);
+                    sum = from ? _mm256_add_epi32(sum, all) : all;
+                });
             }
-            for (int r = 0; r < R; r++) {
-                sums[r].lo = _mm256_add_epi32(sums[r].lo, _mm256_madd_epi16(pairs[r].lo, ones));
-                sums[r].hi = _mm256_add_epi32(sums[r].hi, _mm256_madd_epi16(pairs[r].hi, ones));
-            }
-        }
+        };
+        half(std::integral_constant<int, 0>());
+        half(std::integral_constant<int, 1>());
     }
-    (void)totals, (void)step;
 #else
     for (int r = 0; r < R; r++) sums[r] = none();
     for (int k = 0; k < group; k += 4) {
@@ -143,7 +175,6 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
 #endif
         }
     }
-    (void)totals, (void)step;
 #endif
 }
 
@@ -153,12 +184,13 @@ constexpr int GROUPED_TALL = 8;  // rows whose sums fit in the registers
 constexpr int GROUPED_TALL = 4;
 #endif
 
-// Rows of x as codes; neighbours are ``inputs`` codes, and ``groups`` scales and totals, apart.
+// Rows of x as codes; neighbours are ``stride`` codes, and ``groups`` of the others, apart. Of each group: its scale, the sum of
+// its codes, and minus the product of both.
 struct CodeRows {
     const int8_t* codes;
-    const float* scales;
+    const float *scales, *offsets;
     const int32_t* totals;
-    int64_t inputs, groups;
+    int64_t stride, groups;
 };
 
 template <int BITS>
@@ -171,49 +203,57 @@ struct GroupedPanel {
     }
 };
 
-// Adds groups [g0, g1) to the sums of R rows and one panel, fp32 [R][BLOCK].
-template <int BITS, int R>
-inline void some_groups(CodeRows x, int64_t row, GroupedPanel<BITS> p, int64_t g0, int64_t g1, bool fresh, float* out) {
-    Format format{BITS, p.group};
-    F sums[R];
-    for (int r = 0; r < R; r++) sums[r] = fresh ? splat(0) : load(out + r * BLOCK);
-    const uint8_t* w = p.weight + g0 * format.group_bytes();
+// Adds groups [g0, g1) of GROUP inputs to the sums of R rows and one panel, fp32 [R][BLOCK].
+template <int BITS, int R, int GROUP>
+inline void some_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g0, int64_t g1, bool fresh, float* out) {
+    constexpr Format format{BITS, GROUP};
+    if (fresh) each<R>([&](auto r) { store(out + r * BLOCK, splat(0)); });
+    const uint8_t* w = panel + g0 * format.group_bytes();
     for (int64_t g = g0; g < g1; g++, w += format.group_bytes()) {
         I products[R];
         const int32_t* totals = x.totals + row * x.groups + g;
-        dots<BITS, R>(w, x.codes + row * x.inputs + g * p.group, x.inputs, p.group, totals, x.groups, products);
-        const uint8_t* end = w + p.group * PANEL * BITS / 8;
+        dots<BITS, R>(w, x.codes + row * x.stride + g * GROUP, x.stride, GROUP, totals, x.groups, products);
+        const uint8_t* end = w + GROUP * PANEL * BITS / 8;
         F scale = load((const fp16*)end);
-        for (int r = 0; r < R; r++) {
+        F zero = BITS == 4 ? load_bytes(end + 2 * PANEL) * (scale * splat(SIXTEENTH)) : splat(0);
+        each<R>([&](auto r) {
             float own = x.scales[(row + r) * x.groups + g];
-            F product = to_float(products[r]);
-            if constexpr (BITS == 4) {
-                float zeros[LANES];
-                for (int n = 0; n < LANES; n++) zeros[n] = (float)end[2 * PANEL + n];
-                product = product * splat(16) - load(zeros) * splat((float)totals[r * x.groups]);  // exact
-                own *= SIXTEENTH;
-            }
-            sums[r] = fma(product, splat(own) * scale, sums[r]);
-        }
+            F sum = fma(to_float(products[r]), splat(own) * scale, load(out + r * BLOCK));
+            if constexpr (BITS == 4) sum = fma(splat(x.offsets[(row + r) * x.groups + g]), zero, sum);
+            store(out + r * BLOCK, sum);
+        });
+        asm volatile("" ::: "memory");  // the registers are the next group's: these sums stay in the first-level cache
     }
-    for (int r = 0; r < R; r++) store(out + r * BLOCK, sums[r]);
 }
 
-template <int BITS>
-INLINE void part(
-    CodeRows x, int rows, int64_t, const Pair<GroupedPanel<BITS>>& pair, int64_t k0, int64_t k1, bool fresh, bool, float* out) {
+template <int BITS, int GROUP>
+INLINE void part_by_groups(
+    CodeRows x, int rows, const Pair<GroupedPanel<BITS>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
     for (int i = 0; i < 2; i++) {
-        const auto& p = pair.panels[i];
-        if (!p.width) return;
+        const uint8_t* panel = pair.panels[i].weight;
+        if (!panel) return;
         int row = 0;
         auto take = [&]<int R>() {
             for (; row + R <= rows; row += R) {
-                some_groups<BITS, R>(x, row, p, k0 / p.group, k1 / p.group, fresh, out + row * BLOCK + i * PANEL);
+                some_groups<BITS, R, GROUP>(x, row, panel, k0 / GROUP, k1 / GROUP, fresh, out + row * BLOCK + i * PANEL);
             }
         };
         take.template operator()<GROUPED_TALL>();
         take.template operator()<2>();
         take.template operator()<1>();
+    }
+}
+
+template <int BITS>
+INLINE void part(
+    CodeRows x, int rows, int64_t, const Pair<GroupedPanel<BITS>>& pair, int64_t k0, int64_t k1, bool fresh, bool, float* out) {
+    switch (pair.panels[0].group) {
+        case 32:
+            return part_by_groups<BITS, 32>(x, rows, pair, k0, k1, fresh, out);
+        case 64:
+            return part_by_groups<BITS, 64>(x, rows, pair, k0, k1, fresh, out);
+        default:
+            return part_by_groups<BITS, MAX_GROUP>(x, rows, pair, k0, k1, fresh, out);
     }
 }
 
@@ -258,12 +298,11 @@ INLINE void store_codes(int8_t* p, F a) {
 #endif
 }
 
-constexpr int MAX_GROUP = 128;
 constexpr float NOTHING = 7.8886090522e-31f;  // 2^-100: a group whose numbers are all smaller counts as zeros
 
 // One group of a row: code = round(x 127 / max |x|). What is not finite makes the scale NaN.
 template <class T>
-INLINE void code_group(const T* x, int group, int8_t* codes, float& scale, int32_t& total) {
+INLINE void code_group(const T* x, int group, int8_t* codes, float& scale, float& offset, int32_t& total) {
     F v[MAX_GROUP / LANES];
     int count = group / LANES;
     for (int i = 0; i < count; i++) v[i] = load(x + i * LANES);
@@ -276,11 +315,12 @@ INLINE void code_group(const T* x, int group, int8_t* codes, float& scale, int32
     for (int i = 0; i < count; i++) store_codes(codes + i * LANES, finite ? v[i] * splat(factor) : splat(0));
     total = 0;
     for (int i = 0; i < group; i++) total += codes[i];
+    offset = -(scale * (float)total);
 }
 
 struct CodeMemory {
     Vector<int8_t> codes;
-    Vector<float> scales;
+    Vector<float> scales, offsets;
     Vector<int32_t> totals;
 };
 
@@ -290,20 +330,25 @@ template <class T>
 void grouped_linear_of(const Linear& a) {
     static thread_local CodeMemory memory;  // the caller's; other threads read it
     int64_t group = a.format.group, groups = a.inputs / group, scales = a.rows * groups;
-    if ((int64_t)memory.codes.size() < a.rows * a.inputs) memory.codes.resize((size_t)(a.rows * a.inputs));
+    int64_t stride = a.inputs + 64;  // rows a power of two apart would fall into few sets of the first-level cache
+    if ((int64_t)memory.codes.size() < a.rows * stride) memory.codes.resize((size_t)(a.rows * stride));
     if ((int64_t)memory.scales.size() < scales) {
         memory.scales.resize((size_t)scales);
+        memory.offsets.resize((size_t)scales);
         memory.totals.resize((size_t)scales);
     }
     CodeMemory& m = memory;
     int64_t at_once = std::max<int64_t>(1, CODED_AT_ONCE / group);
     parallel((scales + at_once - 1) / at_once, [&](int64_t item, int) {
         for (int64_t i = item * at_once; i < std::min(scales, (item + 1) * at_once); i++) {
-            code_group((const T*)a.x + i * group, (int)group, m.codes.data() + i * group, m.scales[(size_t)i], m.totals[(size_t)i]);
+            int8_t* codes = m.codes.data() + i / groups * stride + i % groups * group;
+            size_t n = (size_t)i;
+            code_group((const T*)a.x + i * group, (int)group, codes, m.scales[n], m.offsets[n], m.totals[n]);
         }
     });
     auto rows_at = [&](int64_t row) {
-        return CodeRows{m.codes.data() + row * a.inputs, m.scales.data() + row * groups, m.totals.data() + row * groups, a.inputs, groups};
+        int64_t at = row * groups;
+        return CodeRows{m.codes.data() + row * stride, m.scales.data() + at, m.offsets.data() + at, m.totals.data() + at, stride, groups};
     };
     a.format.bits == 8 ? all_outputs<T, GroupedPanel<8>>(a, a.inputs, rows_at) : all_outputs<T, GroupedPanel<4>>(a, a.inputs, rows_at);
 }

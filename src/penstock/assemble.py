@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from penstock.kernels import Ops
     from penstock.models import Placement
     from penstock.runtime.service import LocalService
-    from penstock.sampling import LogitsRule, RuleFactory
+    from penstock.sampling import LogitsRule, RuleFactory, RuleKit
 
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_NAME = "penstock-tiny"
@@ -151,12 +151,12 @@ def load_executor(
     import torch
 
     from penstock.kernels import make_ops
+    from penstock.layers import Packing
     from penstock.models import Placement, load_decoder, numerics_id
     from penstock.runtime.host import keep_freed_memory
     from penstock.runtime.local import LocalExecutor
     from penstock.runtime.memory import check_weights, plan_pools
     from penstock.runtime.runner import Runner
-    from penstock.sampling import RuleKit
 
     checkpoint = read_any_spec(folder)
     config = resolve_here(config, checkpoint)
@@ -171,9 +171,11 @@ def load_executor(
     config = fit_context(config, checkpoint, stored, device)
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
-    decoder = load_decoder(folder, spec, ops, placement, config.quant)
+    packing = Packing(ops, spec, config.quant)
+    decoder = load_decoder(folder, spec, ops, placement, packing)
     pools = plan_pools(spec, config, stored, device)
-    setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement, config.quant), vocabulary)
+    numerics = numerics_id(folder, spec, ops, placement, packing.recipe)
+    setup = engine_setup(config, pools, numerics, vocabulary)
     runner = Runner(
         decoder,
         ops,
@@ -187,13 +189,19 @@ def load_executor(
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         device=device,
-        kit=RuleKit(
-            factories=load_logits_rules(config.logits_rule),
-            final=(_grammar_rules(grammars, vocabulary, device),) if grammars else (),
-        ),
+        kit=_rule_kit(config, grammars, vocabulary, device),
     )
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
     return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
+
+
+def _rule_kit(
+    config: EngineConfig, grammars: Callable[[], Grammars] | None, vocabulary: Vocabulary, device: torch.device
+) -> RuleKit:
+    from penstock.sampling import RuleKit
+
+    final = (_grammar_rules(grammars, vocabulary, device),) if grammars else ()
+    return RuleKit(factories=load_logits_rules(config.logits_rule), final=final)
 
 
 def load_logits_rules(option: str | None) -> dict[str, RuleFactory]:

@@ -23,8 +23,8 @@ EXCEPTIONS: dict[str, int] = {}
 
 ENGINE_OPTIONS = """
     model served_model_name device backend dtype quant max_model_len max_num_seqs max_num_batched_tokens block_size
-    kv_memory gpu_memory_utilization enable_prefix_caching scheduling_policy priority_age_seconds depth seed tensor_parallel_size
-    pipeline_parallel_size enforce_eager num_threads chat_template generation_config
+    kv_memory gpu_memory_utilization enable_prefix_caching scheduling_policy priority_age_seconds depth seed
+    tensor_parallel_size pipeline_parallel_size enforce_eager num_threads chat_template generation_config
     logits_rule
 """.split()
 """Every field of EngineConfig, so every flag. A new one is a decision: it is argued for where this list is edited."""

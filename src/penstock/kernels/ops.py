@@ -6,10 +6,10 @@ there and nowhere else (ONE_ANSWER rule 1); float32 models then differ only in t
 
 **Grouped weights.** Beside a weight of small integers (``GroupedWeight``) the input is one too. The group of a row's
 inputs that shares a scale, as stored, becomes codes = round(x * (127 / max |x|)), ties to even, with the scale
-max |x| / 127, both factors in fp32; a group below 2^-100 throughout is zeros, and one with a number that is not finite has
-the scale NaN. The sum of a group's products of codes is exact (with 4 bits: 16 sum(code x) - zero sum(x)). Times the
-product of both scales (over 16) it joins the fp32 sum of its segment in one fused multiply-add, in ascending order of
-groups. Nothing else differs.
+max |x| / 127, both factors in fp32; a group below 2^-100 throughout is zeros, and one with a number that is not finite
+has the scale NaN. The sum of a group's products of codes is exact; times the product of both scales it joins the fp32
+sum of its segment in one fused multiply-add, and with 4 bits zero / 16 * (weight's scale) times -(x's scale * sum of
+x's codes) in another; groups add in ascending order. Nothing else differs.
 
 A backend with ``one_answer`` also promises that the bits of a row are a function of that row's own inputs
 alone: not of the other rows, the chunk, the block size, the place in the batch or the number of threads.
@@ -44,7 +44,7 @@ class Ops(Protocol):
     """All that decides the backend's bits: its name, the version of its arithmetic, library and ISA class."""
 
     def pack(self, weight: Tensor | GroupedWeight) -> Weight:
-        """Puts matrices [..., N, K] into the order in which this backend reads them; numbers may be moved about in place.
+        """Puts matrices [..., N, K] into the order in which this backend reads them, perhaps in place.
         Weights of linears, experts and the embedding are given to ops as it returns them.
         """
         ...

@@ -6,9 +6,10 @@ from penstock.layers.embedding import Embedding, Head
 from penstock.layers.linear import FeedForward, GateUp, Linear, RowLinear
 from penstock.layers.moe import Experts, Router, SharedExpert, SparseFeedForward
 from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormAfter, Scaled, as_it_is, not_normed
+from penstock.layers.packing import Pack, Packing
 from penstock.layers.placement import Placement
 from penstock.layers.rope import rope_table
-from penstock.quant import decode_mxfp4, quantize
+from penstock.quant import decode_mxfp4
 
 __all__ = [
     "SEGMENT",
@@ -28,6 +29,8 @@ __all__ = [
     "Norm",
     "NormAfter",
     "Ops",
+    "Pack",
+    "Packing",
     "Placement",
     "Router",
     "RowLinear",
@@ -38,6 +41,5 @@ __all__ = [
     "as_it_is",
     "decode_mxfp4",
     "not_normed",
-    "quantize",
     "rope_table",
 ]

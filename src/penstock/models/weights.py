@@ -26,6 +26,7 @@ from penstock.layers import (
     Norm,
     NormAfter,
     Ops,
+    Pack,
     Placement,
     Router,
     RowLinear,
@@ -36,22 +37,18 @@ from penstock.layers import (
     as_it_is,
     decode_mxfp4,
     not_normed,
-    quantize,
     rope_table,
 )
 from penstock.models.decoder import Block, Decoder
 from penstock.models.tensors import Tensors
 from penstock.spec import EncoderSpec, ModelSpec, MoESpec, RopeSpec
-from penstock.spec.quantization import VERSION, Quantization, format_of, slot_segments
-from penstock.spec.tensors import Slots, checkpoint_tensors, layer_slots, model_slots, names_of
+from penstock.spec.tensors import Slots, checkpoint_tensors, layer_slots, model_slots, names_of, slot_segments
 
 
-def load_decoder(
-    folder: Path, spec: ModelSpec, ops: Ops, placement: Placement, quantization: Quantization = "none"
-) -> Decoder:
+def load_decoder(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack | None = None) -> Decoder:
     """Builds the model with its weights converted and placed; beside them one tensor at a time is in memory.
 
-    With a ``quantization`` a backend that has no kernels for it gets the same numbers in the placement's dtype.
+    Matrices are what ``pack`` makes of them; by default in the backend's own order and nothing else.
     The rope table covers ``spec.max_positions``; replace that by a shorter context to save its memory.
 
     Raises:
@@ -59,7 +56,7 @@ def load_decoder(
             (weights_dtype) if the tensors are not those of ``spec``; (weights_not_finite).
     """
     tensors = open_tensors(open_checkpoint(folder), spec, placement)
-    return _Builder(tensors, spec, ops, placement, quantization).decoder()
+    return _Builder(tensors, spec, ops, placement, pack or (lambda _, weight: ops.pack(weight))).decoder()
 
 
 def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Tensors:
@@ -84,11 +81,8 @@ def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) 
 class _Builder:
     """Makes a slot's tensor (``spec.tensors``) when a layer asks for it."""
 
-    def __init__(
-        self, tensors: Tensors, spec: ModelSpec, ops: Ops, placement: Placement, quantization: Quantization
-    ) -> None:
-        self.tensors, self.spec, self.ops, self.placement = tensors, spec, ops, placement
-        self.quantization: Quantization = quantization
+    def __init__(self, tensors: Tensors, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack) -> None:
+        self.tensors, self.spec, self.ops, self.placement, self.pack = tensors, spec, ops, placement, pack
         self.tables: dict[RopeSpec, Tensor] = {}
 
     def decoder(self) -> Decoder:
@@ -165,9 +159,9 @@ class _Builder:
         if not names_of(self.spec).stacked:
             weight = self.fuse(slots, f"{slot}.weight")
             bias = self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
-            packed = self.packed(f"{slot}.weight", weight.view(-1, rows, weight.shape[1]))
+            packed = self.pack(f"{slot}.weight", weight.view(-1, rows, weight.shape[1]))
             return packed, None if bias is None else bias.view(-1, rows)
-        packed = self.packed(f"{slot}.weight", self.stacked(list(slots[f"{slot}.weight"]), paired))
+        packed = self.pack(f"{slot}.weight", self.stacked(list(slots[f"{slot}.weight"]), paired))
         (name,) = slots[f"{slot}.bias"]
         stored = self.tensors.stored(name)
         bias = self.placement.empty(tuple(stored.shape))
@@ -211,14 +205,7 @@ class _Builder:
         return weight, self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
 
     def matrix(self, slots: Slots, slot: str) -> Weight:
-        return self.packed(slot, self.fuse(slots, slot))
-
-    def packed(self, slot: str, weight: Tensor) -> Weight:
-        found = format_of(self.spec, slot, weight.shape[-1], self.quantization)
-        if found is None:
-            return self.ops.pack(weight)
-        grouped = quantize(weight, found.bits, found.group)
-        return self.ops.pack(grouped if self.ops.grouped else weight.copy_(grouped.widened()))
+        return self.pack(slot, self.fuse(slots, slot))
 
     def fuse(self, slots: Slots, slot: str) -> Tensor:
         return self.tensors.fuse(*slots[slot])
@@ -235,16 +222,14 @@ def numerics_id(
     spec: ModelSpec | EncoderSpec,
     ops: Ops,
     placement: Placement,
-    quantization: Quantization = "none",
+    recipe: str = "",
 ) -> bytes:
     """16 bytes that agree exactly where bits may be shared: same weights, arithmetic and KV dtype.
 
     It roots every KV block hash (ONE_ANSWER, "Where the promise holds"). How long a context is served does not enter,
-    but for the rope that follows from it.
+    but for the rope that follows from it. ``recipe`` names what became of the checkpoint's matrices.
     """
-    parts = [ops.numerics, str(placement), f"segment={SEGMENT}", f"sum_group={SUM_GROUP}"]
-    if quantization != "none":
-        parts.append(f"{quantization}/{VERSION}")
+    parts = [ops.numerics, str(placement), f"segment={SEGMENT}", f"sum_group={SUM_GROUP}", recipe]
     if isinstance(spec, ModelSpec):
         spec = replace(spec, max_positions=0, rope=spec.rope.settled(spec.max_positions))
     parts.append(repr(spec))

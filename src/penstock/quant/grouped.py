@@ -17,8 +17,8 @@ SHRINKS = tuple(1 - step / 32 for step in range(12))
 def quantize(weight: Tensor, bits: int, group: int) -> GroupedWeight:
     """The codes nearest to a plain weight [..., N, K]; K is a multiple of ``group``.
 
-    8 bits: the scale is the group's greatest size over 127. 4 bits: several spans around the group's middle give codes, to
-    which scale and zero are fitted by least squares; the one with the least squared error is kept.
+    8 bits: the scale is the group's greatest size over 127. 4 bits: several spans around the group's middle give codes,
+    to which scale and zero are fitted by least squares; the one with the least squared error is kept.
     """
     *rows, inputs = weight.shape
     codes_XK = torch.empty(weight.shape, dtype=torch.int8 if bits == 8 else torch.uint8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.base.segments import ffn_segments, sum_segments
 from penstock.spec.model import ModelSpec
+from penstock.spec.tensors import slot_segments
 
 Quantization = Literal["none", "int8", "int4"]
 
@@ -42,14 +42,3 @@ def format_of(spec: ModelSpec, slot: str, inputs: int, quantization: Quantizatio
     if found is None or slot.startswith(PLAIN) or inputs % (slot_segments(spec, slot) * found.group):
         return None
     return found
-
-
-def slot_segments(spec: ModelSpec, slot: str) -> int:
-    """The equal parts of a slot's inputs that are summed by themselves."""
-    if slot.startswith("out."):
-        return sum_segments(spec.heads)
-    if slot.startswith("down."):
-        return ffn_segments(spec.ffn)
-    if slot.startswith("shared.down.") and spec.moe is not None:
-        return ffn_segments(spec.moe.shared_ffn)
-    return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from penstock.base.segments import ffn_segments, sum_segments
 from penstock.spec.model import ModelSpec
 
 Shape = tuple[int, ...]
@@ -93,6 +94,17 @@ def names_of(spec: ModelSpec) -> Names:
 def slot_inputs(spec: ModelSpec, slot: str, shape: Shape) -> int:
     """K of a matrix or a stack of them, given the shape of a tensor of the checkpoint that is not packed."""
     return shape[1] if slot.startswith("experts.") and names_of(spec).stacked else shape[-1]
+
+
+def slot_segments(spec: ModelSpec, slot: str) -> int:
+    """The equal parts of a slot's inputs that are summed by themselves."""
+    if slot.startswith("out."):
+        return sum_segments(spec.heads)
+    if slot.startswith("down."):
+        return ffn_segments(spec.ffn)
+    if slot.startswith("shared.down.") and spec.moe is not None:
+        return ffn_segments(spec.moe.shared_ffn)
+    return 1
 
 
 def model_slots(spec: ModelSpec) -> Slots:

@@ -302,9 +302,9 @@ def save_hf_weights(model: Llama, path: Path) -> None:
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it fast; a CPU without such instructions takes a hundred times as long."""
-    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    on_a_cpu = torch.ops.mkldnn._is_mkldnn_bf16_supported  # torch.cpu does not say
+    fast = getattr(torch.get_device_module(device), "is_bf16_supported", on_a_cpu)
+    return torch.bfloat16 if fast() else torch.float32
 
 
 def load_hf(folder: Path, compute_dtype: torch.dtype = torch.float32) -> Llama:

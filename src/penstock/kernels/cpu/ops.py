@@ -15,7 +15,7 @@ from penstock.kernels.ops import Activation
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks
 from penstock.kernels.types import Batch, GroupedWeight, KVLayer, PackedWeight, Weight, plain
 
-PANEL, MAX_GROUP = 16, 128
+PANEL, GROUPS = 16, (32, 64, 128)
 """Of ``csrc/cpu``."""
 
 VERSION = 2
@@ -209,8 +209,8 @@ def _address(tensor: Tensor | None) -> int:
 
 def _pack_grouped(weight: GroupedWeight) -> PackedWeight:
     *stack, outputs, inputs = weight.shape
-    if weight.group % 32 or weight.group > MAX_GROUP:
-        raise ValueError(f"groups of {weight.group} inputs; kernels know 32, 64, 96 and {MAX_GROUP}")
+    if weight.group not in GROUPS:
+        raise ValueError(f"groups of {weight.group} inputs; the kernels know {GROUPS}")
     codes, scales, zeros = weight.codes_NK.contiguous(), weight.scales_NG.contiguous(), weight.zeros_NG
     zeros = None if zeros is None else zeros.contiguous()
     _same(codes, torch.float16, scales)

@@ -41,15 +41,16 @@ def grouped_sums(x_K: Tensor, weight_NK: GroupedWeight, segments: int) -> Tensor
     """fp32 [N, segments]. Whole numbers are summed in fp64, which holds all of them; so does the product that a fused
     multiply-add rounds together with its sum."""
     codes_Gg, scales_G = coded(x_K.float(), weight_NK.group)
+    weight_scales_NG, shape = weight_NK.scales_NG.float(), (len(weight_NK.scales_NG), segments, -1)
     products_NG = (weight_NK.codes_NK.double().view(-1, *codes_Gg.shape) * codes_Gg).sum(-1)
+    terms = [(products_NG * (scales_G * weight_scales_NG).double()).view(shape)]
     if weight_NK.zeros_NG is not None:
-        products_NG = 16 * products_NG - weight_NK.zeros_NG * codes_Gg.sum(-1)
-        scales_G = scales_G / 16
-    factors_NG = scales_G * weight_NK.scales_NG.float()
-    addends_NSh = (products_NG * factors_NG.double()).view(len(factors_NG), segments, -1)
-    sums_NS = torch.zeros(addends_NSh.shape[:2], dtype=torch.float32, device=x_K.device)
-    for addend_NS in addends_NSh.unbind(-1):
-        sums_NS = (sums_NS + addend_NS).float()
+        zeros_NG = weight_NK.zeros_NG * (weight_scales_NG / 16)
+        terms.append((zeros_NG.double() * -(scales_G * codes_Gg.sum(-1).float()).double()).view(shape))
+    sums_NS = torch.zeros(terms[0].shape[:2], dtype=torch.float32, device=x_K.device)
+    for addends in zip(*(term_NSh.unbind(-1) for term_NSh in terms), strict=True):
+        for addend_NS in addends:
+            sums_NS = (sums_NS + addend_NS).float()
     return sums_NS
 
 
