@@ -49,6 +49,7 @@ AXES = {
     "pool": Axis("KV blocks: ample, or so few that requests are preempted", ("ample", "tight")),
     "depth": Axis("steps in flight", (1, 2), "depth"),
     "policy": Axis("order of service", ("fcfs", "priority"), "scheduling_policy"),
+    "faults": Axis("steps of several requests that fail once they are done", ("none", "every 5th")),
     "threads": Axis("threads of the processor", (1, 2, 4), "num_threads"),
 }
 PLAIN: Cell = {name: axis.values[0] for name, axis in AXES.items()}
@@ -260,7 +261,7 @@ KINDS = {
         "a thinking budget", 19, thinking_budget=6, thinking_soft=0.5, thinking_start="Once", thinking_end=".",
         max_tokens=12,
     ),
-    "prompt logprobs": generation("of every token of the prompt", 37, n=2, prompt_logprobs=2, max_tokens=4),
+    "prompt logprobs": generation("of every token of the prompt", 70, n=2, prompt_logprobs=2, max_tokens=4),
     "stop strings": generation("text that ends a completion", 30, n=2, stop=["e", " day"], max_tokens=12),
     "long": generation("a prompt over two segments of attention", LONG, max_tokens=5, temperature=0.8),
     "mean vector": vector("of all positions", 37, "mean"),

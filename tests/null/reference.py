@@ -184,9 +184,9 @@ run beside it: texts, tokens, logprobs, prompt logprobs, scores and vectors
 ([why, and how](../explanation/one-answer.md)).
 
 `make test` runs, for each arithmetic, engines in which every pair of two values of the circumstances and models occurs
-(of `ref`, which is slow, the first few). `make test-all` runs those pairs for each model, and for one model of each
-arithmetic all combinations of the circumstances; the number of threads goes round, and where nobody else asks few
-blocks and priorities are left out.
+(on `ref`, which is slow, one engine for each model). `make test-all` runs those pairs for each model, and for one model
+of each arithmetic all combinations of the circumstances; threads and faults are drawn for each, and where nobody else
+asks few blocks and priorities are left out.
 
 {MADE}"""
 ONE_ANSWER_TAIL = """
