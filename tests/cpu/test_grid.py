@@ -28,6 +28,7 @@ from penstock.core.plan import StepPlan
 from penstock.core.request import Phase
 from penstock.core.service import Abort, Sink, Status, Submission, Update
 from penstock.kernels import native
+from penstock.kernels.ref import RefOps
 from penstock.llm.requests import Requests
 from penstock.runtime.local import Launched, StepRunner
 from penstock.spec import EngineConfig
@@ -80,7 +81,7 @@ class Worlds:
         """Each request alone, whole prompts, nothing cached, nothing preempted."""
         if world not in self.answers:
             with Driver(self, world, PLAIN) as driver:
-                self.answers[world] = driver.round(["none"])
+                self.answers[world] = driver.round(PLAIN["mates"])
         return self.answers[world]
 
 
@@ -156,16 +157,11 @@ class Driver:
             assert update.error is None, update.error
             self.sinks[update.id](update)
 
-    def round(self, mates: list[str]) -> Answers:
-        """Answers of all kinds, each with those mates in turn."""
-        answers: Answers = {}
-        for how in mates:
-            if how == "none":
-                for name in KINDS:
-                    answers |= self.run([name])
-            else:
-                answers |= self.run(list(KINDS)[:: -1 if how == "reversed" else 1], leaving=how == "leaving")
-        return answers
+    def round(self, mates: str) -> Answers:
+        """Answers of all kinds, among such mates."""
+        if mates == "none":
+            return {name: answer for one in KINDS for name, answer in self.run([one]).items()}
+        return self.run(list(KINDS)[:: -1 if mates == "reversed" else 1], leaving=mates == "leaving")
 
     def run(self, names: list[str], leaving: bool = False) -> Answers:
         """Answers of requests that arrive one step apart. ``leaving``: the twin of every second one comes, and goes."""
@@ -222,7 +218,7 @@ def check(worlds: Worlds, world: World, cell: Cell) -> Counter[str]:
     expected = worlds.expected(world)
     with Driver(worlds, world, cell) as driver:
         for _ in range(2 if cell["prefix"] else 1):
-            got = driver.round([cell["mates"]])
+            got = driver.round(cell["mates"])
             assert [name for name in expected if got[name] != expected[name]] == []
         counters, interrupted = driver.loop.scheduler.counters, driver.interrupted
     events = Counter({f"{name} interrupted": 1 for name in interrupted})
@@ -315,6 +311,16 @@ def test_the_grid_can_fail(worlds: Worlds, name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(grid, "number", lambda name: 5)
     with Driver(worlds, world, PLAIN) as driver:
         assert driver.run([name])[name] != expected[name]
+
+
+def test_the_grid_sees_a_row_that_knows_its_batch(worlds: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that is off by some last bits for each row beside its own is told by the size of the chunks."""
+    norm, answers = RefOps.norm, []
+    monkeypatch.setattr(RefOps, "norm", lambda ops, x, *rest: norm(ops, x, *rest) * (1 + len(x) * 2**-22))
+    for chunk in (512, 8):
+        with Driver(worlds, World("norms", "ref float32"), PLAIN | {"chunk": chunk}) as driver:
+            answers.append(driver.run(["greedy"]))
+    assert answers[0] != answers[1]
 
 
 @pytest.mark.parametrize("pair", grid.REFUSED, ids=lambda pair: f"{pair.one} and {pair.other}")
