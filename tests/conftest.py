@@ -13,6 +13,8 @@ from hypothesis import settings
 # Read by the compute libraries when they are first imported: two test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+# A test with more threads than cores are free would spend most of its time in loops that wait for the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A property that wants ten times the usual number of examples says
 # ``@settings(max_examples=10 * settings.default.max_examples)``: 1,000 in `make test`, 20,000 in `make test-all`.

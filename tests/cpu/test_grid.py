@@ -1,190 +1,146 @@
 """One answer: tokens, logprobs and vectors are bitwise equal whatever else the engine does (DESIGN.md section 4).
 
-Each cell runs the same requests and searches under another configuration, on every backend that makes the promise and a
-trained checkpoint, and compares with each of them run alone in the plainest one.
+Each cell makes the same requests and searches in another configuration and compares every one of them with itself
+alone in the plainest one. What is covered is said in grid.py.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import grid
+from grid import AXES, CONTEXT, KINDS, MODELS, PLAIN, Asked, Cell
 from penstock.assemble import Assembled, build_engine
+from penstock.base import InvalidRequest
 from penstock.core.engine import Engine
+from penstock.core.plan import StepPlan
+from penstock.core.request import Phase
 from penstock.core.service import Abort, Sink, Status, Submission, Update
 from penstock.kernels import native
-from penstock.search import BeamSearchParams, Search, SearchRun, beam_search, best_of, step_params
-from penstock.spec import EngineConfig, SamplingParams, StructuredOutputs
+from penstock.kernels.ref import RefOps
+from penstock.llm.requests import Requests
+from penstock.runtime.local import Launched, StepRunner
+from penstock.spec import EngineConfig
+from penstock.spec.hf import model_spec
+from penstock.spec.tensors import checkpoint_tensors
 
-AXES: dict[str, tuple[object, ...]] = {
-    "mates": ("alone", "all", "reversed"),
-    "chunk": (8, 29, 512),
-    "block_size": (4, 16, 64),
-    "prefix": ("off", "cold", "warm"),
-    "pool": ("ample", "tight"),
-    "depth": (1, 2),
-    "policy": ("fcfs", "priority"),
-    "threads": (1, 2, 4),
-}
-PLAIN = {
-    "mates": "alone",
-    "chunk": 512,
-    "block_size": 16,
-    "prefix": "off",
-    "pool": "ample",
-    "depth": 1,
-    "policy": "fcfs",
-    "threads": 1,
-}
-STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw"
+ARITHMETICS = {name: options for name, options in grid.ARITHMETICS.items() if options["backend"] == "ref" or native()}
+SLICED = ("mates", "chunk", "block")
+"""Axes of the full product whose values are tests of their own, which processes share."""
+DRAWN = ("threads", "faults")
+"""Axes that are not in the full product: each of its cells draws a value."""
 
-Heard = tuple[list[int], list[object], list[object], list[object]]
-"""Of one sample: tokens, logprobs, prompt logprobs, and the vector."""
-
-Answer = dict[tuple[str, int], object]
-"""(request, sample) -> Heard, (search, 0) -> its SearchOutput."""
-
-Ask = tuple[str, Submission | Callable[[], Search]]
-
-
-@dataclass(frozen=True)
-class Cell:
-    mates: str
-    chunk: int
-    block_size: int
-    prefix: str
-    pool: str
-    depth: int
-    policy: str
-    threads: int
+Answers = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class World:
     """A model, and what computes it."""
 
-    folder: Path
-    backend: str
-    dtype: str
+    model: str
+    arithmetic: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.arithmetic}"
 
 
-def covering_array(axes: dict[str, tuple[object, ...]], seed: int = 0) -> list[Cell]:
-    """Cells in which every pair of values of two axes occurs; greedy over random candidates."""
-    rng, names = random.Random(seed), list(axes)
-    missing = {
-        frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
-    }
-    cells = []
-    while missing:
-        candidates = [{name: rng.choice(values) for name, values in axes.items()} for _ in range(50)]
-        best = max(candidates, key=lambda c: len(missing & pairs(c)))
-        if missing & pairs(best):
-            missing -= pairs(best)
-            cells.append(Cell(**best))  # type: ignore[arg-type]
-    return cells
+PRODUCTS = [World("trained", name) for name in ARITHMETICS if name != "ref float32"] + [World("windows", "ref float32")]
 
 
-def pairs(values: dict[str, object]) -> set[frozenset[tuple[str, object]]]:
-    return {frozenset(pair) for pair in itertools.combinations(values.items(), 2)}
+class Worlds:
+    """Folders of the models, and the answers of each request alone; both are made when they are first asked for."""
+
+    def __init__(self, trained: Path, folder: Path) -> None:
+        self.trained, self.folder = trained, folder
+        self.answers: dict[World, Answers] = {}
+
+    def model(self, name: str) -> Path:
+        config, folder = MODELS[name].config, self.folder / name
+        if config is None:
+            return self.trained
+        if not folder.exists():
+            folder.mkdir()
+            for file in self.trained.glob("*token*"):
+                (folder / file.name).symlink_to(file)
+            (folder / "config.json").write_text(json.dumps(config))
+            save_file(random_weights(config), folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    def expected(self, world: World) -> Answers:
+        """Each request alone, whole prompts, nothing cached, nothing preempted."""
+        if world not in self.answers:
+            with Driver(self, world, PLAIN) as driver:
+                self.answers[world] = driver.round(PLAIN["mates"])
+        return self.answers[world]
 
 
-def asks(engine: Assembled) -> list[Ask]:
-    """What shares prefixes, in every way to draw, to report and to search that this build knows."""
-    ids = engine.tokenizer.encode(STORY)
-    kinds = {
-        "greedy": SamplingParams(temperature=0, max_tokens=20, logprobs=3),
-        "top-p": SamplingParams(temperature=0.9, top_p=0.9, max_tokens=20, logprobs=2),
-        "penalties": SamplingParams(
-            temperature=0.7,
-            repetition_penalty=1.2,
-            presence_penalty=0.5,
-            frequency_penalty=0.3,
-            max_tokens=20,
-            logprobs=1,
-            min_tokens=4,
-        ),
-        "n": SamplingParams(temperature=1.0, top_k=40, min_p=0.02, n=3, max_tokens=12, logprobs=1),
-        "bias": SamplingParams(temperature=0.8, logit_bias={300: 4.0, 301: -50.0}, max_tokens=16, logprobs=0),
-        "rules": SamplingParams(
-            temperature=0.9,
-            typical_p=0.8,
-            dry_multiplier=0.8,
-            dry_allowed_length=1,
-            bad_words_ids=((300,), (412, 302)),
-            allowed_token_ids=tuple(range(2, 500)),
-            max_tokens=14,
-            logprobs=0,
-        ),
-        "grammar": SamplingParams(
-            temperature=1.0,
-            repetition_penalty=1.1,
-            max_tokens=16,
-            logprobs=0,
-            structured_outputs=StructuredOutputs(regex=r" (a|the)( [a-z]{2,5}){1,6}\."),
-        ),
-        "prompt": SamplingParams(temperature=1.0, n=2, max_tokens=4, prompt_logprobs=2),
-    }
-    cuts = (len(ids), len(ids) - 7, 21, len(ids), 5, len(ids) - 3, 17, len(ids))
-    plain = [
-        Submission(id=name, tokens=tuple(ids[:cut]), params=params, seed=1000 + i, priority=i % 3)
-        for i, ((name, params), cut) in enumerate(zip(kinds.items(), cuts, strict=True))
-    ]
-    one = SamplingParams(max_tokens=1)
-    vectors = [
-        Submission(id=task, tokens=tuple(ids[:cut]), params=one, seed=0, task=task, priority=cut % 3)
-        for task, cut in (("mean", len(ids)), ("last", 30))
-    ]
-    return [*((s.id, s) for s in (*plain, *vectors)), *searches(engine, tuple(ids))]
+def random_weights(config: Any) -> dict[str, torch.Tensor]:
+    """Such that attention is neither flat nor one-hot, and logits are spread."""
+    tensors, source = {}, torch.Generator().manual_seed(1)
+    for name, shape in checkpoint_tensors(model_spec(config)).items():
+        weight = torch.randn(shape, generator=source)
+        if "norm" in name:
+            weight = weight * 0.3 + (0.0 if "Gemma" in config["architectures"][0] else 1.0)
+        elif name.endswith("bias"):
+            weight *= 0.3
+        elif "embed" not in name and len(shape) > 1:
+            weight *= (4.0 if name == "lm_head.weight" else 1.5) / shape[-1] ** 0.5
+        tensors[name] = weight
+    return tensors
 
 
-def searches(engine: Assembled, ids: tuple[int, ...]) -> list[Ask]:
-    beams = BeamSearchParams(beam_width=3, max_tokens=6)
-    step = step_params(beams, engine.vocabulary.eos_ids, engine.vocabulary.size)
-    beam = Submission(id="beam", tokens=ids[:-2], params=step, seed=0, priority=1)
-    several = SamplingParams(temperature=0.9, n=4, max_tokens=12, stop=[" the", "."])
-    best = Submission(id="best", tokens=ids[:-9], params=several, seed=5)
-    return [
-        ("beam", lambda: beam_search(beam, beams, engine.vocabulary.eos_ids, 96 - len(ids))),
-        ("best", lambda: best_of(best)),
-    ]
+class Faulty:
+    """Runs a model's steps; every fifth that has several requests raises when all of it is done."""
 
+    def __init__(self, runner: StepRunner) -> None:
+        self.runner, self.steps = runner, 0
 
-def build(world: World, cell: Cell) -> Assembled:
-    tight = "164K" if world.dtype == "float32" else "82K"
-    return build_engine(
-        EngineConfig(
-            model=str(world.folder),
-            device="cpu",
-            backend=world.backend,
-            dtype=world.dtype,
-            num_threads=cell.threads,
-            max_model_len=96,
-            max_num_seqs=8,
-            max_num_batched_tokens=cell.chunk,
-            block_size=cell.block_size,
-            enable_prefix_caching=cell.prefix != "off",
-            kv_memory="4M" if cell.pool == "ample" else tight,
-            depth=cell.depth,
-            scheduling_policy=cell.policy,
-        )
-    )
+    def launch(self, plan: StepPlan) -> Launched:
+        launched = self.runner.launch(plan)
+        self.steps += 1
+        if self.steps % 5 == 0 and len(plan.slices) > 1:
+            raise ValueError("a cosmic ray")
+        return launched
 
 
 class Driver:
-    """Drives an engine's loop on this thread, and is the Service that searches run on."""
+    """Drives an engine's loop on this thread, and is the Service below the faces that people use.
 
-    def __init__(self, engine: Assembled) -> None:
-        self.loop = Engine(engine.setup.scheduler(), engine.executor, self.deliver, engine.setup.depth)
-        self.tokenizer = engine.tokenizer
+    Attributes:
+        interrupted: names of the requests that were preempted after their first token.
+    """
+
+    def __init__(self, worlds: Worlds, world: World, cell: Cell) -> None:
+        self.cell = cell
+        self.engine = build(worlds.model(world.model), grid.ARITHMETICS[world.arithmetic], cell)
+        self.requests = Requests(replace(self.engine, service=self), next_seed=lambda: 0)  # type: ignore[arg-type]
+        setup = self.engine.setup
+        if cell["pool"] == "tight":  # the scheduler is told of blocks for one request and a half
+            blocks = -(-3 * CONTEXT // (2 * setup.block_size))
+            setup = replace(setup, pools=tuple(replace(pool, blocks=blocks) for pool in setup.pools))
+        if cell["faults"] != "none":
+            self.engine.executor.runner = Faulty(self.engine.executor.runner)  # type: ignore[attr-defined]
+        self.loop = Engine(setup.scheduler(), self.engine.executor, self.deliver, setup.depth)
         self.now = 0.0
-        self.answers: Answer = {}
         self.sinks: dict[str, Sink] = {}
+        self.interrupted: set[str] = set()
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
 
     def submit(self, submission: Submission, sink: Sink) -> None:
         self.sinks[submission.id] = sink
@@ -201,105 +157,175 @@ class Driver:
             assert update.error is None, update.error
             self.sinks[update.id](update)
 
-    def note(self, update: Update) -> None:
-        heard = self.answers.setdefault((update.id, update.sample), ([], [], [], []))
-        news = (update.tokens, update.logprobs, update.prompt_logprobs, update.vector or ())
-        for sofar, new in zip(heard, news, strict=True):  # type: ignore[call-overload]
-            sofar += new
+    def round(self, mates: str) -> Answers:
+        """Answers of all kinds, among such mates."""
+        if mates == "none":
+            return {name: answer for one in KINDS for name, answer in self.run([one]).items()}
+        return self.run(list(KINDS)[:: -1 if mates == "reversed" else 1], leaving=mates == "leaving")
 
-    def run(self, batch: list[Ask]) -> Answer:
-        """Answers of a batch whose requests arrive one step apart."""
-        self.answers = {}
-        runs: dict[str, SearchRun] = {}
-        for name, ask in batch:
-            if isinstance(ask, Submission):
-                self.submit(ask, self.note)
-            else:
-                runs[name] = SearchRun(self, ask(), lambda update, name=name: runs[name].hear(update), self.tokenizer)
-                runs[name].start()
-            self.step()
+    def run(self, names: list[str], leaving: bool = False) -> Answers:
+        """Answers of requests that arrive one step apart. ``leaving``: the twin of every second one comes, and goes."""
+        under_way: dict[str, Asked] = {}
+        twins: dict[str, tuple[Asked, int]] = {}
+        for index, name in enumerate(names):
+            if leaving and index % 2:
+                twins[name] = KINDS[name].ask(self.requests, f"{name}.twin"), 3 * index % 13
+            under_way[name] = KINDS[name].ask(self.requests, name)
+            self.step(twins)
         while self.loop.busy:
-            self.step()
-        return {**self.answers, **{(name, 0): run.outcome for name, run in runs.items()}}
+            self.step(twins)
+        answers = {name: one.answer() for name, one in under_way.items()}
+        for name, (twin, _) in twins.items():
+            for (tokens, logprobs), (all_tokens, all_logprobs) in zip(twin.said(), under_way[name].said(), strict=True):
+                assert tokens == all_tokens[: len(tokens)] and logprobs == all_logprobs[: len(tokens)], name
+        return answers
 
-    def step(self) -> None:
+    def step(self, twins: dict[str, tuple[Asked, int]]) -> None:
+        for name, (twin, steps) in twins.items():
+            if steps == 0:
+                twin.leave()
+            twins[name] = twin, steps - 1
         self.loop.launch(self.now)
+        for family in self.loop.scheduler.samples.values():
+            waits = (r for r in family if r.emitted and r.phase in (Phase.WAITING, Phase.LEAVING))
+            self.interrupted.update(request.submission.id for request in waits)
         self.loop.land()
         self.now += 1.0
 
 
-WORLDS = [("ref", "float32"), *((("cpu", "float32"), ("cpu", "bfloat16")) if native() else ())]
-
-
-@pytest.fixture(scope="module", params=WORLDS, ids="-".join)
-def world(request: pytest.FixtureRequest, test_data: Path) -> World:
-    return World(test_data / "models" / "stories260k", *request.param)
+def build(folder: Path, arithmetic: dict[str, Any], cell: Cell) -> Assembled:
+    options = {axis.option: cell[name] for name, axis in AXES.items() if axis.option}
+    config = EngineConfig(
+        model=str(folder),
+        device="cpu",
+        max_model_len=CONTEXT,
+        max_num_seqs=8,
+        kv_memory="6M",
+        logits_rule="grid:without",
+        **arithmetic,
+        **options,
+    )
+    return build_engine(config)
 
 
 @pytest.fixture(scope="module")
-def expected(world: World) -> Answer:
-    """Each request alone, whole prompts, nothing cached, nothing preempted."""
-    engine = build(world, Cell(**PLAIN))
-    driver = Driver(engine)
-    answers: Answer = {}
-    for ask in asks(engine):
-        answers.update(driver.run([ask]))
-    engine.close()
-    assert len(answers) == 15 and all(answers.values())
-    heard = {name: answer for (name, sample), answer in answers.items() if sample == 0 and isinstance(answer, tuple)}
-    assert heard["mean"][3] and heard["last"][3] and len(heard["prompt"][2]) == len(engine.tokenizer.encode(STORY)) - 1
-    assert answers["beam", 0].num_tokens > 6 and len(answers["best", 0].candidates) == 4  # type: ignore[attr-defined]
-    return answers
+def worlds(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(test_data / "models" / "stories260k", tmp_path_factory.mktemp("grid"))
 
 
-def check(world: World, cell: Cell, expected: Answer) -> dict[str, int]:
-    engine = build(world, cell)
-    driver = Driver(engine)
-    batch = asks(engine)
-    batch = batch[::-1] if cell.mates == "reversed" else batch
-    rounds = [[ask] for ask in batch] if cell.mates == "alone" else [batch]
-    for _ in range(2 if cell.prefix == "warm" else 1):
-        got: Answer = {}
-        for asked in rounds:
-            got.update(driver.run(asked))
-        for name, answer in expected.items():
-            assert got[name] == answer, name
-    counters = driver.loop.scheduler.counters
-    engine.close()
-    return {"preemptions": counters.preemptions, "hits": counters.prefix_hit_tokens, "copies": counters.copies}
+def check(worlds: Worlds, world: World, cell: Cell) -> Counter[str]:
+    """Compares all answers of a cell; returns what happened on the way."""
+    expected = worlds.expected(world)
+    with Driver(worlds, world, cell) as driver:
+        for _ in range(2 if cell["prefix"] else 1):
+            got = driver.round(cell["mates"])
+            assert [name for name in expected if got[name] != expected[name]] == []
+        counters, interrupted = driver.loop.scheduler.counters, driver.interrupted
+    events = Counter({f"{name} interrupted": 1 for name in interrupted})
+    events.update(preempted=counters.preemptions, found=counters.prefix_hit_tokens)
+    events.update(copied=counters.copies, failed=counters.failed_steps)
+    return events
 
 
-@pytest.mark.parametrize("cell", covering_array(AXES), ids=lambda c: "-".join(str(v) for v in astuple(c)))
-def test_pairwise(world: World, cell: Cell, expected: Answer) -> None:
-    check(world, cell, expected)
+def label(world: World, cell: Cell) -> str:
+    return "-".join(map(str, (world.model, *world.arithmetic.split(), *cell.values())))
+
+
+def pairs() -> Iterator[Any]:
+    """For each arithmetic, every pair of values of two axes, the model being one; worlds together, so that a process
+    of the tests meets few of them and makes few baselines. On ``ref``, a cell of each model is all that `make test`
+    has the time for."""
+    cells = grid.covering_array(grid.values_of() | {"model": tuple(MODELS)}, seed=4)
+    for name, model in itertools.product(ARITHMETICS, MODELS):
+        for index, cell in enumerate(cell for cell in cells if cell["model"] == model):
+            world, cell = World(model, name), {axis: cell[axis] for axis in AXES}
+            slow = [pytest.mark.slow] if index and ARITHMETICS[name]["backend"] == "ref" else []
+            yield pytest.param(world, cell, id=label(world, cell), marks=slow)
+
+
+def pairs_of_each_model() -> Iterator[Any]:
+    """For each arithmetic and model, every pair of values of two axes."""
+    for seed, (name, model) in enumerate(itertools.product(ARITHMETICS, MODELS)):
+        for cell in grid.covering_array(grid.values_of(), seed):
+            yield pytest.param(World(model, name), cell, id=label(World(model, name), cell), marks=pytest.mark.slow)
+
+
+CELLS = {cell.id: cell for cell in (*pairs_of_each_model(), *pairs())}
+
+
+@pytest.mark.parametrize(("world", "cell"), CELLS.values())
+def test_pairs(worlds: Worlds, world: World, cell: Cell) -> None:
+    check(worlds, world, cell)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("half", [0, 1])
-def test_full_product(world: World, expected: Answer, half: int) -> None:
-    """Of all axes but the threads, whose number goes round."""
-    events: Counter[str] = Counter()
-    others = {name: values for name, values in AXES.items() if name != "threads"}
-    for index, values in enumerate(itertools.product(*others.values())):
-        if index % 2 == half:
-            threads = AXES["threads"][index // 2 % 3]
-            events.update(check(world, Cell(*values, threads), expected))  # type: ignore[arg-type]
-    assert min(events.values()) > 0, events
+@pytest.mark.parametrize("sliced", list(itertools.product(*(AXES[name].values for name in SLICED))), ids=str)
+@pytest.mark.parametrize("world", PRODUCTS, ids=str)
+def test_full_product(worlds: Worlds, world: World, sliced: tuple[Any, ...]) -> None:
+    """Of all axes but those DRAWN."""
+    rng, events = random.Random(f"{world} {sliced}"), Counter[str]()
+    others = [name for name in AXES if name not in SLICED + DRAWN]
+    for values in itertools.product(*(AXES[name].values for name in others)):
+        cell = dict(zip(SLICED + tuple(others), sliced + values, strict=True))
+        if cell["mates"] == "none" and (cell["pool"] == "tight" or cell["policy"] == "priority"):
+            continue  # where nobody competes; the pairs are in the arrays
+        events.update(check(worlds, world, cell | {name: rng.choice(AXES[name].values) for name in DRAWN}))
+    assert events["copied"] and events["found"]
 
 
-def test_the_grid_can_fail(world: World, expected: Answer) -> None:
-    """Another draw position, another seed or other KV is noticed: the comparison is not vacuous."""
-    engine = build(world, Cell(**PLAIN))
-    driver = Driver(engine)
-    name, ask = asks(engine)[1]
-    assert isinstance(ask, Submission)
-    got = driver.run([(name, replace(ask, seed=ask.seed + 1))])
-    engine.close()
-    assert got[name, 0] != expected[name, 0]
+@pytest.mark.parametrize("model", MODELS)
+def test_the_grid_exercises_what_it_claims(worlds: Worlds, model: str) -> None:
+    """A tight pool preempts, a grammar in its midst too; a warm cache hits; samples copy."""
+    busy = PLAIN | {
+        "mates": "leaving",
+        "pool": "tight",
+        "block": 4,
+        "prefix": True,
+        "policy": "priority",
+        "faults": "every 5th",
+    }
+    events = check(worlds, World(model, list(ARITHMETICS)[-1]), busy)
+    assert events["preempted"] and events["found"] and events["copied"] and events["failed"]
+    assert events["json interrupted"]
 
 
-def test_the_array_exercises_what_it_claims(world: World, expected: Answer) -> None:
-    """A tight pool preempts, a warm cache hits, samples copy."""
-    tight = check(world, Cell(**{**PLAIN, "mates": "all", "pool": "tight", "prefix": "warm"}), expected)
-    assert tight["preemptions"] > 0 and tight["hits"] > 0 and tight["copies"] > 0
+def test_kinds_do_what_they_say(worlds: Worlds) -> None:
+    answers = worlds.expected(World("trained", list(ARITHMETICS)[-1]))
+    assert list(answers) == list(KINDS) and all(answers.values())
+    samples = {name: answer[0] for name, answer in answers.items() if isinstance(answer, tuple) and len(answer) == 2}
+    person = json.loads(samples["json"][0].text)
+    assert list(person) == ["name", "age"]
+    assert len(answers["prompt logprobs"][1]) == 70
+    assert all(sample.stop_reason == "e" and "e" not in sample.text for sample in samples["stop strings"])
+    assert len({tuple(sample.token_ids) for sample in samples["n = 3"]}) == 3
+    assert "." in samples["thoughts"][0].text
+    assert len(answers["beams"].candidates) == 3 and len(answers["best of 4"].candidates) == 4
+    assert -1 < answers["score"] < 1
+
+
+@pytest.mark.parametrize("name", ["top-p", "json", "n = 3", "best of 4"])
+def test_the_grid_can_fail(worlds: Worlds, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another seed is noticed: the comparison is not vacuous."""
+    world = World("experts", list(ARITHMETICS)[-1])
+    expected = worlds.expected(world)
+    monkeypatch.setattr(grid, "number", lambda name: 5)
+    with Driver(worlds, world, PLAIN) as driver:
+        assert driver.run([name])[name] != expected[name]
+
+
+def test_the_grid_sees_a_row_that_knows_its_batch(worlds: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that is off by some last bits for each row beside its own is told by the size of the chunks."""
+    norm, answers = RefOps.norm, []
+    monkeypatch.setattr(RefOps, "norm", lambda ops, x, *rest: norm(ops, x, *rest) * (1 + len(x) * 2**-22))
+    for chunk in (512, 8):
+        with Driver(worlds, World("norms", "ref float32"), PLAIN | {"chunk": chunk}) as driver:
+            answers.append(driver.run(["greedy"]))
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("pair", grid.REFUSED, ids=lambda pair: f"{pair.one} and {pair.other}")
+def test_what_cannot_be_had_is_refused(worlds: Worlds, pair: grid.Refused) -> None:
+    with Driver(worlds, World("trained", list(ARITHMETICS)[-1]), PLAIN) as driver:
+        with pytest.raises(InvalidRequest) as caught:
+            pair.attempt(driver.requests)
+        assert caught.value.code == pair.code
