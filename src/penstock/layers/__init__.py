@@ -1,6 +1,6 @@
 """Layers: weights beside the Ops that apply them. Tensor parallelism and weight formats will live here."""
 
-from penstock.kernels import SEGMENT, Batch, KVLayer, Ops, sum_segments
+from penstock.kernels import SEGMENT, Batch, GroupedWeight, KVLayer, Ops, sum_segments
 from penstock.layers.attention import Attention
 from penstock.layers.embedding import Embedding, Head
 from penstock.layers.linear import FeedForward, GateUp, Linear, RowLinear
@@ -8,9 +8,12 @@ from penstock.layers.moe import Experts, Router, SharedExpert, SparseFeedForward
 from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormAfter, Scaled, as_it_is, not_normed
 from penstock.layers.placement import Placement
 from penstock.layers.rope import rope_table
-from penstock.quant import decode_mxfp4
+from penstock.quant import AT_ONCE, BITS, FLOATS, decode_mxfp4, decode_rows, group_rows, widen
 
 __all__ = [
+    "AT_ONCE",
+    "BITS",
+    "FLOATS",
     "SEGMENT",
     "Attention",
     "Batch",
@@ -20,6 +23,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "GateUp",
+    "GroupedWeight",
     "Head",
     "KVLayer",
     "LayerNorm",
@@ -35,7 +39,10 @@ __all__ = [
     "SparseFeedForward",
     "as_it_is",
     "decode_mxfp4",
+    "decode_rows",
+    "group_rows",
     "not_normed",
     "rope_table",
     "sum_segments",
+    "widen",
 ]
