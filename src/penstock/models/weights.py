@@ -1,4 +1,4 @@
-"""Weights: from a folder of memory-mapped safetensors to a Decoder, and the id that names their numerics."""
+"""Weights: from memory-mapped safetensors or a GGUF file to a Decoder, and the id that names their numerics."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from penstock.layers import (
     Experts,
     FeedForward,
     GateUp,
+    GroupedWeight,
     Head,
     LayerNorm,
     Linear,
@@ -36,8 +37,10 @@ from penstock.layers import (
     not_normed,
     rope_table,
     sum_segments,
+    widen,
 )
 from penstock.models.decoder import Block, Decoder
+from penstock.models.gguf import GGUFTensors
 from penstock.models.tensors import Tensors
 from penstock.spec import EncoderSpec, ModelSpec, MoESpec, RopeSpec
 from penstock.spec.tensors import Slots, checkpoint_tensors, layer_slots, model_slots, names_of
@@ -59,8 +62,10 @@ def load_decoder(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement) 
     return _Builder(tensors, spec, ops, placement).decoder()
 
 
-def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Tensors:
+def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Tensors | GGUFTensors:
     """A checkpoint whose names, shapes and dtypes are those that the spec calls for."""
+    if checkpoint.path.is_file():
+        return GGUFTensors(checkpoint, spec, placement)
     expected, names = checkpoint_tensors(spec), names_of(spec)
     # A decoder saved without its head has no prefix either.
     prefix = "" if any(names.own(name).startswith(names.model) for name in checkpoint.names) else names.model
@@ -81,7 +86,7 @@ def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) 
 class _Builder:
     """Makes a slot's tensor (``spec.tensors``) when a layer asks for it."""
 
-    def __init__(self, tensors: Tensors, spec: ModelSpec, ops: Ops, placement: Placement) -> None:
+    def __init__(self, tensors: Tensors | GGUFTensors, spec: ModelSpec, ops: Ops, placement: Placement) -> None:
         self.tensors, self.spec, self.ops, self.placement = tensors, spec, ops, placement
         self.tables: dict[RopeSpec, Tensor] = {}
 
@@ -157,29 +162,29 @@ class _Builder:
         """One of the experts' linears, [E, out, in], and its bias. In stacked checkpoints ``paired`` rows are gate and
         up in turn."""
         if not names_of(self.spec).stacked:
-            weight = self.fuse(slots, f"{slot}.weight")
+            weight = self.matrix(slots, f"{slot}.weight", rows)
             bias = self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
-            weight = self.ops.pack(weight.view(-1, rows, weight.shape[1]))
             return weight, None if bias is None else bias.view(-1, rows)
-        weight = self.ops.pack(self.stacked(list(slots[f"{slot}.weight"]), paired))
+        assert isinstance(self.tensors, Tensors)  # no GGUF file of such a family is read
+        weight = self.ops.pack(self.stacked(self.tensors, list(slots[f"{slot}.weight"]), paired))
         (name,) = slots[f"{slot}.bias"]
         stored = self.tensors.stored(name)
         bias = self.placement.empty(tuple(stored.shape))
         self.tensors.copy(name, unpaired(stored, 1) if paired else stored, bias)
         return weight, bias
 
-    def stacked(self, names: list[str], paired: bool) -> Tensor:
+    def stacked(self, tensors: Tensors, names: list[str], paired: bool) -> Tensor:
         """[E, out, in] of a tensor [E, in, out], or of MXFP4 blocks and scales, one expert at a time."""
-        parts = [self.tensors.stored(name) for name in names]
+        parts = [tensors.stored(name) for name in names]
         experts, first, last = (parts[0] if len(parts) == 1 else parts[0].flatten(2)).shape
         shape = (experts, last, first) if len(parts) == 1 else (experts, first, 2 * last)
         weight = self.placement.empty(shape)
         for index, target in enumerate(weight):
             one = [part[index : index + 1] for part in parts]
             rows = one[0].mT if len(one) == 1 else decode_mxfp4(one[0], one[1], self.placement.dtype)
-            self.tensors.copy(names[0], unpaired(rows[0], 0) if paired else rows[0], target)
+            tensors.copy(names[0], unpaired(rows[0], 0) if paired else rows[0], target)
         for name in names:
-            self.tensors.release(name)
+            tensors.release(name)
         return weight
 
     def before(self, slots: Slots, slot: str) -> BlockInput:
@@ -204,8 +209,12 @@ class _Builder:
         weight = self.matrix(slots, f"{slot}.weight")
         return weight, self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
 
-    def matrix(self, slots: Slots, slot: str) -> Tensor:
-        return self.ops.pack(self.fuse(slots, slot))
+    def matrix(self, slots: Slots, slot: str, rows: int | None = None) -> Tensor:
+        """A packed matrix, or a stack of those of ``rows`` each."""
+        weight = self.tensors.weight(*slots[slot])
+        if isinstance(weight, GroupedWeight):  # no backend computes with them yet
+            weight = widen(weight, self.placement.empty(tuple(weight.codes_NK.shape)))
+        return self.ops.pack(weight if rows is None else weight.view(-1, rows, weight.shape[1]))
 
     def fuse(self, slots: Slots, slot: str) -> Tensor:
         return self.tensors.fuse(*slots[slot])
