@@ -17,6 +17,7 @@ from penstock.core.engine import Journal
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import Executor
 from penstock.core.setup import EngineSetup
+from penstock.formats import gguf_file
 from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec, PoolingSpec, Vocabulary
 from penstock.spec.encoder import read_any_spec
 from penstock.spec.generation import read_recommended
@@ -255,7 +256,7 @@ def _load_encoder(
 
 
 def find_model(model: str | None) -> Path:
-    """The folder of a model: the bundled one, a path, or that of a hub id, downloaded if need be.
+    """The folder or GGUF file of a model: the bundled one, a path, or that of a hub id, downloaded if need be.
 
     Raises:
         NotFound: (model_not_found) no such folder or hub id.
@@ -270,16 +271,16 @@ def find_model(model: str | None) -> Path:
 
 
 def locate(model: str | None) -> Path | str:
-    """A folder of this machine, or a hub id. Raises NotFound: (model_not_found) it is neither."""
+    """A folder or GGUF file of this machine, or a hub id. Raises NotFound: (model_not_found) it is neither."""
     if model in (None, BUNDLED_NAME):
         return BUNDLED
     assert model is not None
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    if path.exists():
+        return gguf_file(path) or path
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        fix = "give a folder or a hub id such as org/name"
-        raise NotFound("model_not_found", f"There is no model folder {model!r}", fix=fix)
+        fix = "give a folder, a GGUF file or a hub id such as org/name"
+        raise NotFound("model_not_found", f"There is no model {model!r}", fix=fix)
     return model
 
 
@@ -389,4 +390,6 @@ def engine_setup(
 
 
 def _name(model: str | None) -> str:
-    return BUNDLED_NAME if model in (None, BUNDLED_NAME) else (model or "").rstrip("/").rsplit(os.sep, 1)[-1]
+    if model is None or model == BUNDLED_NAME:
+        return BUNDLED_NAME
+    return model.rstrip("/").rsplit(os.sep, 1)[-1].removesuffix(".gguf")
