@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
@@ -88,30 +89,84 @@ def unpermute(weights: Tensor, heads: int) -> Tensor:
     return weights.reshape(shape).swapaxes(1, 2).reshape(weights.shape)
 
 
-def write_gguf(reference: Reference, path: Path, encode: Encode = lambda name, x: Kind.F32) -> Reference:
-    """Writes the model as a file; what comes back is the model of the numbers that are in the file now."""
-    config = reference.model.config.to_dict()
+def write_gguf(
+    folder: Path,
+    path: Path,
+    encode: Encode = lambda name, x: Kind.F32,
+    vocabulary: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> dict[str, Tensor]:
+    """Converts a model; what comes back are the numbers that are in the file, by their names in the folder."""
+    config = transformers.AutoConfig.from_pretrained(folder).to_dict()
     family = config["model_type"]
     writer = gguf.GGUFWriter(path, ARCHITECTURES[family])
     _metadata(writer, family, config)
-    writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
+    if vocabulary is None:
+        writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
+    else:
+        vocabulary(writer)
     decoded = {}
-    for name, (tensor, names) in _tensors(family, config, reference.folder).items():
+    for name, (tensor, names) in _tensors(family, config, folder).items():
         data = tensor.contiguous().float().numpy()
         kind = encode(name, data) if tensor.ndim > 1 and "ffn_gate_inp" not in name else Kind.F32
         raw = quantize(data, kind)
         writer.add_tensor(name, raw, raw_dtype=kind)
         numbers = torch.from_numpy(gguf.quants.dequantize(raw, kind).reshape(data.shape).copy())
-        decoded |= {hf: undo(numbers) for hf, undo in names.items()}
+        decoded |= {hf: undo(numbers).contiguous() for hf, undo in names.items()}
     _rope_factors(writer, config)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    save_file({name: x.contiguous() for name, x in decoded.items()}, reference.folder / "model.safetensors")
+    return decoded
+
+
+def as_gguf(reference: Reference, path: Path, encode: Encode = lambda name, x: Kind.F32) -> Reference:
+    """The model as a file, and as a folder of the numbers that are in the file now."""
+    save_file(write_gguf(reference.folder, path, encode), reference.folder / "model.safetensors")
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model = transformers.AutoModelForCausalLM.from_pretrained(reference.folder, dtype=torch.float32, **eager)
     return replace(reference, model=model.eval())
+
+
+def sentencepiece(folder: Path) -> Callable[[gguf.GGUFWriter], None]:
+    """The vocabulary of a BPE with byte fallback: a merge's rank is its token's score."""
+    described = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(described["model"]["merges"])))}
+    tokens = sorted(described["model"]["vocab"], key=described["model"]["vocab"].__getitem__)
+    special = {token["content"] for token in described["added_tokens"]} - {"<unk>"}
+
+    def kind(token: str) -> gguf.TokenType:
+        if token.startswith("<0x"):
+            return gguf.TokenType.BYTE
+        return {"<unk>": gguf.TokenType.UNKNOWN}.get(token, gguf.TokenType(3 if token in special else 1))
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([-float(ranks.get(token, 0)) for token in tokens])
+        writer.add_token_types([kind(token) for token in tokens])
+        writer.add_bos_token_id(tokens.index("<s>"))
+        writer.add_eos_token_id(tokens.index("</s>"))
+
+    return write
+
+
+def byte_level(folder: Path, pre: str, size: int) -> Callable[[gguf.GGUFWriter], None]:
+    """The vocabulary of vocab.json and merges.txt, as TextModel.get_vocab_base has it."""
+    ids = json.loads((folder / "vocab.json").read_text("utf-8"))
+    added = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["added_tokens_decoder"]
+    texts = {i: text for text, i in ids.items()} | {int(i): token["content"] for i, token in added.items()}
+    kinds = {int(i): gguf.TokenType(3 if token["special"] else 4) for i, token in added.items()}
+    merges = (folder / "merges.txt").read_text("utf-8").splitlines()
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in range(size)])
+        writer.add_token_types([kinds.get(i, gguf.TokenType(1 if i in texts else 5)) for i in range(size)])
+        writer.add_token_merges([line for line in merges if line and not line.startswith("#version")])
+
+    return write
 
 
 def _tensors(family: str, config: Config, folder: Path) -> dict[str, tuple[Tensor, dict[str, Callable[..., Tensor]]]]:

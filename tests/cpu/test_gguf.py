@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from gguf_models import ARCHITECTURES, in_gguf, quantize, write_gguf
+from gguf_models import ARCHITECTURES, as_gguf, in_gguf, quantize
 from oracle import CPU, TOLERANCE, build_reference, error, load, paged_logits
 from penstock.kernels import make_ops
 from penstock.layers import Placement
@@ -31,7 +31,7 @@ def test_float32_is_the_same_model(family: str, seed: int, tmp_path: Path) -> No
     rng = random.Random(f"gguf {family} {seed}")
     config = in_gguf(family, rng)
     path = tmp_path / "model.gguf"
-    reference = write_gguf(build_reference(family, rng, tmp_path, **config), path)
+    reference = as_gguf(build_reference(family, rng, tmp_path, **config), path)
     spec, ops = read_any_spec(path), make_ops("torch")
     tokens = reference.tokens(rng, rng.choice([60, 150]))
     theirs, certain = reference.logits(tokens), reference.certain(tokens)
@@ -118,7 +118,7 @@ def test_quantized_files(mixture: str, family: str, tmp_path: Path) -> None:
     if family == "phi3":  # whose head_dim is not its own
         config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     source = build_reference(family, rng, tmp_path, **config)
-    reference = write_gguf(source, path, lambda name, x: next(k for part, k in kinds.items() if part in name))
+    reference = as_gguf(source, path, lambda name, x: next(k for part, k in kinds.items() if part in name))
     spec, ops = read_any_spec(path), make_ops("torch")
     assert spec.dtype == ("float16" if mixture == "F16" else "bfloat16")
     tokens = reference.tokens(rng, 60)

@@ -26,7 +26,7 @@ class GGUFTensors:
         self.stored, self.shapes = gguf_tensors(spec), checkpoint_tensors(spec)
         entries = {name: checkpoint.entry(name) for name in sorted(checkpoint.names) if not is_ignored(name)}
         known = FLOATS.keys() | BITS.keys()
-        check_tensors(entries, gguf_shapes(spec), spec.family, lambda _: known, checkpoint.path)
+        check_tensors(entries, gguf_shapes(self.stored, spec), spec.family, lambda _: known, checkpoint.path)
 
     def fuse(self, *names: str) -> Tensor:
         """The tensors, one below the other, as numbers in memory of our own.

@@ -141,6 +141,10 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         architectures = architecture.name
     if config.get("sliding_window") == 0:
         config["sliding_window"] = None
+    if experts := config.get("num_experts"):  # each has names, which are listed before a tensor is compared
+        stacked = file.tensors.get("blk.0.ffn_gate_exps.weight")
+        if stacked is None or stacked.shape[:1] != (experts,):
+            raise bad_config("num_experts", experts, f"blk.0.ffn_gate_exps is {list(stacked.shape if stacked else ())}")
     tokens, bias = metadata.get("tokenizer.ggml.tokens"), "blk.0.attn_q.bias" in file.tensors
     config |= {
         "architectures": [architectures],

@@ -6,6 +6,7 @@ Names are those of gguf-py's tensor_mapping; the changes are those of llama.cpp'
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from penstock.spec.model import ModelSpec
@@ -64,11 +65,11 @@ def gguf_tensors(spec: ModelSpec) -> dict[str, Stored]:
     return {name: _stored(name, spec) for name in checkpoint_tensors(spec)}
 
 
-def gguf_shapes(spec: ModelSpec) -> dict[str, Shape]:
+def gguf_shapes(tensors: Mapping[str, Stored], spec: ModelSpec) -> dict[str, Shape]:
     """Name -> shape of every tensor a file must hold; experts are stacked, and a single row is a vector."""
     shapes: dict[str, Shape] = {}
     for name, shape in checkpoint_tensors(spec).items():
-        stored = _stored(name, spec)
+        stored = tensors[name]
         if stored.expert is not None and spec.moe is not None:
             shape = (spec.moe.experts, *shape)
         shapes[stored.name] = shape[1:] if stored.name.endswith("ffn_gate_inp_shexp.weight") else shape
