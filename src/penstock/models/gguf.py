@@ -45,7 +45,8 @@ class GGUFTensors:
                 target_RK[at : at + len(part_RB)] = numbers_RK.to(target.dtype)
                 at += len(part_RB)
             self._check(name, target)
-            target.copy_(self._in_order(name, target))
+            if self.stored[name].heads:
+                target.copy_(self._in_order(name, target))
         return fused
 
     def weight(self, *names: str) -> Tensor | GroupedWeight:
