@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from penstock.base import ConfigError, NotFound
+from penstock.base import ConfigError
 from penstock.core.admission import Limits
 from penstock.core.engine import Journal
 from penstock.core.kv.groups import PoolSpec
@@ -20,6 +20,7 @@ from penstock.core.setup import EngineSetup
 from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec, PoolingSpec, Vocabulary
 from penstock.spec.encoder import read_any_spec
 from penstock.spec.generation import read_recommended
+from penstock.spec.location import BUNDLED_NAME, locate
 from penstock.spec.pooling import read_pooling
 from penstock.spec.rule_places import invalid_option, rule_places
 from penstock.spec.sizing import weight_bytes
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from penstock.runtime.service import LocalService
     from penstock.sampling import LogitsRule, RuleFactory, RuleKit
 
-BUNDLED = Path(__file__).parent / "bundled"
-BUNDLED_NAME = "penstock-tiny"
 MIN_CONTEXT = 256
 
 
@@ -171,7 +170,7 @@ def load_executor(
     config = fit_context(config, checkpoint, stored, device)
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
-    packing = Packing(ops, spec, config.quant)
+    packing = Packing(ops, spec, placement, config.quant)
     decoder = load_decoder(folder, spec, ops, placement, packing)
     pools = plan_pools(spec, config, stored, device)
     numerics = numerics_id(folder, spec, ops, placement, packing.recipe)
@@ -263,7 +262,7 @@ def _load_encoder(
 
 
 def find_model(model: str | None) -> Path:
-    """The folder of a model: the bundled one, a path, or that of a hub id, downloaded if need be.
+    """The folder or GGUF file of a model: the bundled one, a path, or that of a hub id, downloaded if need be.
 
     Raises:
         NotFound: (model_not_found) no such folder or hub id.
@@ -275,20 +274,6 @@ def find_model(model: str | None) -> Path:
     from penstock.hub import fetch
 
     return fetch(place)
-
-
-def locate(model: str | None) -> Path | str:
-    """A folder of this machine, or a hub id. Raises NotFound: (model_not_found) it is neither."""
-    if model in (None, BUNDLED_NAME):
-        return BUNDLED
-    assert model is not None
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        fix = "give a folder or a hub id such as org/name"
-        raise NotFound("model_not_found", f"There is no model folder {model!r}", fix=fix)
-    return model
 
 
 def resolve_here(config: EngineConfig, spec: ModelSpec | EncoderSpec) -> EngineConfig:
@@ -398,4 +383,6 @@ def engine_setup(
 
 
 def _name(model: str | None) -> str:
-    return BUNDLED_NAME if model in (None, BUNDLED_NAME) else (model or "").rstrip("/").rsplit(os.sep, 1)[-1]
+    if model is None or model == BUNDLED_NAME:
+        return BUNDLED_NAME
+    return model.rstrip("/").rsplit(os.sep, 1)[-1].removesuffix(".gguf")

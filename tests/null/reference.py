@@ -18,6 +18,7 @@ from penstock.search import BeamSearchParams
 from penstock.spec import EngineConfig, PoolingParams, SamplingParams, StructuredOutputs
 from penstock.spec.encoder import ENCODERS, PARTS
 from penstock.spec.families import FAMILIES
+from penstock.spec.gguf import ARCHITECTURES
 
 FOLDER = ROOT / "docs" / "reference"
 MADE = "This page is generated from the code (`make docs`).\n"
@@ -131,11 +132,16 @@ def cell(text: str | None) -> str:
 MODELS_HEAD = f"""# Families and formats
 
 A model folder is run if its `config.json` names one of these architectures and asks for nothing that is not
-implemented. Anything else is refused by name, with the nearest family, before a weight is read.
+implemented. Anything else is refused by name, with the nearest family, before a weight is read. A GGUF file is run
+if its `general.architecture` is in the second table.
 
 {MADE}
 | `architectures` | family | |
 | --- | --- | --- |
+"""
+GGUF_HEAD = """
+| `general.architecture` | as |
+| --- | --- |
 """
 MODELS_TAIL = """
 | what | read |
@@ -144,7 +150,8 @@ MODELS_TAIL = """
 | tokenizers | `tokenizer.json`, `tekken.json`, SentencePiece, tiktoken, `vocab.json`+`merges.txt`, `vocab.txt`, GGUF |
 | chat templates | `chat_template.jinja`, or in `tokenizer_config.json`; in a sandbox with a budget |
 | pooling | `modules.json` of sentence-transformers: mean, last token, first token, normalized or not |
-| not in this build | adapters (LoRA), other quantizations, weights in GGUF |
+| weights in GGUF | F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q5_1, Q5_0, Q4_K, Q4_1, Q4_0, in any mixture; one file |
+| not in this build | adapters (LoRA), other quantizations |
 
 Code in a model folder is never run, and formats that can run code (`.bin`, `.pt`) are never read.
 """
@@ -155,7 +162,13 @@ def models_page() -> str:
     for family, start in ENCODERS.items():
         names = ", ".join(f"`{start}{end}`" for end in PARTS)
         rows.append(f"| {names} | {family} | encoder: vectors and scores |\n")
-    return MODELS_HEAD + "".join(rows) + MODELS_TAIL
+    files = [f"| `{name}` | {gguf_families(name, of)} |\n" for name, of in ARCHITECTURES.items()]
+    return MODELS_HEAD + "".join(rows) + GGUF_HEAD + "".join(files) + MODELS_TAIL
+
+
+def gguf_families(name: str, architecture: Any) -> str:
+    others = ", mistral, mixtral" if name == "llama" else ""
+    return FAMILIES[architecture.name].name + others
 
 
 def traits(family: Any) -> str:

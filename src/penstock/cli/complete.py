@@ -8,8 +8,8 @@ import os
 
 def complete_model(incomplete: str) -> list[str]:
     """What MODEL may go on to be. A shell waits for it, so it reads no model."""
-    from penstock.assemble import BUNDLED_NAME
     from penstock.cli.inventory import cached_names
+    from penstock.spec.location import BUNDLED_NAME
 
     names = [name for name in (BUNDLED_NAME, *cached_names()) if name.startswith(incomplete)]
     start = os.path.expanduser(incomplete)

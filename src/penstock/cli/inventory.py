@@ -57,9 +57,10 @@ def cached_folders() -> Iterator[tuple[str, Path]]:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Model folders below a folder, sorted. A folder within one is part of it, as ``1_Pooling`` is."""
-    found = {path.parent for path in folder.glob("**/config.json")}
-    return sorted(path for path in found if not found.intersection(path.parents))
+    """Model folders and GGUF files below a folder, sorted. What is within one is part of it, as ``1_Pooling`` is."""
+    folders = {path.parent for path in folder.glob("**/config.json")}
+    found = folders.union(folder.glob("**/*.gguf"))
+    return sorted(path for path in found if not folders.intersection(path.parents))
 
 
 def _revision(folder: Path) -> Path | None:
@@ -74,7 +75,7 @@ def _revision(folder: Path) -> Path | None:
 
 
 def look_at(name: str, folder: Path) -> LocalModel:
-    """What a folder holds. Whatever is wrong with it becomes its ``problem``."""
+    """What a folder or GGUF file holds. Whatever is wrong with it becomes its ``problem``."""
     from penstock.formats import open_checkpoint
     from penstock.spec.encoder import read_any_spec
     from penstock.text import load_tokenizer
@@ -91,7 +92,7 @@ def look_at(name: str, folder: Path) -> LocalModel:
 
 
 def tensor_count(checkpoint: Checkpoint) -> Counter[str]:
-    """Numbers in the weight files by dtype, named as safetensors names them."""
+    """Numbers in the weight files by dtype, named as the files name them."""
     count: Counter[str] = Counter()
     for file in checkpoint.files:
         for entry in file.tensors.values():
@@ -104,6 +105,7 @@ def tensor_count(checkpoint: Checkpoint) -> Counter[str]:
 
 def _bytes_of(folder: Path) -> int:
     try:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        files = [folder] if folder.is_file() else folder.rglob("*")
+        return sum(path.stat().st_size for path in files if path.is_file())
     except OSError:
         return 0

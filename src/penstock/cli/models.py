@@ -21,8 +21,8 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each model")] = False,
 ) -> None:
     """List the models on this machine: the bundled one and those in the Hugging Face cache."""
-    from penstock.assemble import BUNDLED, BUNDLED_NAME
     from penstock.cli.inventory import cached_folders, folders_in, look_at
+    from penstock.spec.location import BUNDLED, BUNDLED_NAME
 
     if folder is not None and not Path(folder).is_dir():
         raise NotFound("model_not_found", f"There is no folder {folder}")

@@ -13,7 +13,7 @@ import typer
 from penstock.spec import EngineConfig, SamplingParams
 from penstock.spec.generation import RECOMMENDED
 
-MODEL_HELP = "model folder or hub id; the bundled model if left out"
+MODEL_HELP = "model folder, GGUF file or hub id; the bundled model if left out"
 _POSITIONAL = {"model"}
 """Fields that commands take as a positional argument instead."""
 

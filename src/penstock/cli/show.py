@@ -14,10 +14,8 @@ import typer
 from penstock.base import ConfigError
 from penstock.cli.complete import complete_model
 from penstock.cli.exits import as_dict, emit
-from penstock.cli.inventory import tensor_count
 from penstock.cli.options import MODEL_HELP, engine_options
 from penstock.cli.terminal import human, size
-from penstock.formats.safetensors import DTYPE_BITS
 from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec
 from penstock.spec.encoder import encoder_parameters, encoder_weight_bytes, read_any_spec
 from penstock.spec.pooling import read_pooling
@@ -63,8 +61,8 @@ def outline(model: str | None) -> tuple[Path, dict[str, int]]:
     Returns:
         The folder; and where weight files are absent, the bytes of each one, those that are there included.
     """
-    from penstock.assemble import locate
     from penstock.formats import weight_files
+    from penstock.spec.location import locate
 
     place = locate(model)
     if isinstance(place, Path):
@@ -137,9 +135,11 @@ def _said(value: Any) -> dict[str, Any]:
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the weight files hold: bytes by dtype, as safetensors names them."""
-    count = tensor_count(checkpoint)
-    by_dtype = {dtype: numbers * DTYPE_BITS[dtype] // 8 for dtype, numbers in sorted(count.items())}
+    """What the weight files hold: bytes by dtype, as the files name them."""
+    count: Counter[str] = Counter()
+    for entry in (entry for file in checkpoint.files for entry in file.tensors.values()):
+        count[entry.dtype] += entry.end - entry.start
+    by_dtype = dict(sorted(count.items()))
     here = {"files": len(checkpoint.files), "bytes": sum(by_dtype.values()), "bytes_by_dtype": by_dtype}
     return here | {"downloaded": True}
 

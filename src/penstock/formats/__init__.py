@@ -1,11 +1,12 @@
 """Files of a model folder, bounds-checked: bytes to headers and views. No torch, and nothing is trusted."""
 
 from penstock.formats.charsmap import Charsmap
+from penstock.formats.checkpoint import Checkpoint, open_checkpoint, weight_files
 from penstock.formats.digest import file_digest
 from penstock.formats.files import read_bytes
-from penstock.formats.gguf import GGUFFile
+from penstock.formats.gguf import GGUFFile, gguf_file, read_gguf
 from penstock.formats.jsonfile import parse_json_object, read_json_object
-from penstock.formats.safetensors import Checkpoint, SafetensorsFile, TensorEntry, open_checkpoint, weight_files
+from penstock.formats.safetensors import SafetensorsFile, TensorEntry
 from penstock.formats.sentencepiece import (
     Algorithm,
     Piece,
@@ -32,6 +33,7 @@ __all__ = [
     "TensorEntry",
     "check_pieces",
     "file_digest",
+    "gguf_file",
     "looks_like_sentencepiece",
     "open_checkpoint",
     "parse_json_object",
@@ -39,6 +41,7 @@ __all__ = [
     "parse_sentencepiece",
     "parse_tekken",
     "read_bytes",
+    "read_gguf",
     "read_json_object",
     "read_ranks",
     "read_sentencepiece",

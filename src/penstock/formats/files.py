@@ -1,7 +1,8 @@
-"""Whole files, read with a size limit and errors that name them."""
+"""Whole files, read with a size limit and errors that name them; and pages of mapped ones."""
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 from penstock.base import ModelFormatError
@@ -30,3 +31,10 @@ def read_bytes(path: Path, limit: int, invalid: str) -> bytes:
     if len(data) > limit:
         raise ModelFormatError(invalid, f"{path} is not usable", why=f"it is larger than {limit} bytes")
     return data
+
+
+def release_pages(mapped: mmap.mmap, start: int, end: int) -> None:
+    """Lets the system reclaim the pages of those bytes; views stay valid and would read the file again."""
+    if end > start and hasattr(mmap, "MADV_DONTNEED"):
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, first, end - first)

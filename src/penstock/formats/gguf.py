@@ -9,11 +9,13 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from penstock.base import ModelFormatError
+from penstock.formats.files import release_pages
 from penstock.formats.safetensors import TensorEntry
 
 MAGIC = b"GGUF"
@@ -78,6 +80,11 @@ class GGUFFile:
         entry = self.tensors[name]
         return memoryview(self._map)[entry.start : entry.end]
 
+    def release(self, name: str) -> None:
+        """Lets the system reclaim the tensor's pages; views stay valid and would read the file again."""
+        entry = self.tensors[name]
+        release_pages(self._map, entry.start, entry.end)
+
     def _layout(self, infos: list[TensorEntry], data_start: int, alignment: int) -> dict[str, TensorEntry]:
         """Entries with offsets from the beginning of the file, all inside it, aligned, none over another."""
         tensors: dict[str, TensorEntry] = {}
@@ -93,6 +100,28 @@ class GGUFFile:
                 raise _invalid(self.path, f"there are two tensors {info.name!r}")
             tensors[info.name], end = entry, entry.end
         return tensors
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """``GGUFFile(path)``, or the one read last if it is still that: a large vocabulary takes half a second to read."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return GGUFFile(path)  # says what is wrong
+    return _read_once(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(1)
+def _read_once(path: Path, *_: int) -> GGUFFile:
+    return GGUFFile(path)
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that is meant by a path: that file, or the only one of a folder without config.json."""
+    if path.is_file():
+        return path
+    found = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
 
 
 class _Reader:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from penstock.base import ModelFormatError
-from penstock.formats.jsonfile import parse_json_object, read_json_object
+from penstock.formats.files import release_pages
+from penstock.formats.jsonfile import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 MAX_DIMENSIONS = 16
@@ -22,8 +23,6 @@ DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
     "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +75,19 @@ class SafetensorsFile:
 
     def release(self, name: str) -> None:
         """Lets the system reclaim the tensor's pages; views stay valid and would read the file again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            entry = self.tensors[name]
-            first = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, entry.end - first)
+        entry = self.tensors[name]
+        release_pages(self._map, entry.start, entry.end)
 
     def _header(self) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(self._map[:8], "little")
         if length > MAX_HEADER_BYTES:
-            raise _bad_header(self.path, f"header length {length} exceeds the limit of {MAX_HEADER_BYTES} bytes")
+            raise bad_header(self.path, f"header length {length} exceeds the limit of {MAX_HEADER_BYTES} bytes")
         if 8 + length > self.size:
             raise _truncated(self.path, "the header", 8 + length, self.size)
         try:
             return parse_json_object(self._map[8 : 8 + length], self.path.name), 8 + length
         except ModelFormatError as error:
-            raise _bad_header(self.path, error.why) from None
+            raise bad_header(self.path, error.why) from None
 
     def _check_layout(self, data_start: int) -> None:
         """Tensors must tile the data exactly, as the format demands: no overlap, no hole, no tail."""
@@ -100,112 +97,25 @@ class SafetensorsFile:
                 raise _truncated(self.path, f"tensor {entry.name!r}", entry.end, self.size)
             if entry.start != end:
                 kind = "overlaps the one before it" if entry.start < end else "leaves a hole before it"
-                raise _bad_header(self.path, f"tensor {entry.name!r} {kind}: it starts at {entry.start}, not {end}")
+                raise bad_header(self.path, f"tensor {entry.name!r} {kind}: it starts at {entry.start}, not {end}")
             end = entry.end
         if end != self.size:
-            raise _bad_header(self.path, f"the tensors end at byte {end} of a file of {self.size} bytes")
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """All tensors of a model folder, wherever they lie.
-
-    Attributes:
-        files: every weight file, in name order.
-    """
-
-    folder: Path
-    files: tuple[SafetensorsFile, ...]
-    _home: Mapping[str, SafetensorsFile] = field(repr=False)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._home
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._home)
-
-    def entry(self, name: str) -> TensorEntry:
-        return self._home[name].tensors[name]
-
-    def view(self, name: str) -> memoryview:
-        return self._home[name].view(name)
-
-    def release(self, name: str) -> None:
-        self._home[name].release(name)
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Opens ``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists.
-
-    Raises:
-        ModelFormatError: as SafetensorsFile; also (weights_missing) when the folder has neither, a shard is
-            absent, or a shard lacks a tensor that the index puts there.
-    """
-    if (folder / SINGLE_FILE).exists():
-        file = SafetensorsFile(folder / SINGLE_FILE)
-        return Checkpoint(folder, (file,), dict.fromkeys(file.tensors, file))
-    if not (folder / INDEX_FILE).exists():
-        found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))[:3]) if folder.is_dir() else ""
-        raise ModelFormatError(
-            "weights_missing",
-            f"There are no safetensors weights in {folder}",
-            why=f"neither {SINGLE_FILE} nor {INDEX_FILE} exists" + (f"; found {found}" if found else ""),
-            fix="give the folder of a model in safetensors format; other formats can run code and are not read",
-        )
-    return _open_shards(folder)
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the files that ``open_checkpoint`` reads or, in a folder without weights, would read.
-
-    Raises:
-        ModelFormatError: (weights_header), (json_invalid) the index is damaged.
-    """
-    if (folder / SINGLE_FILE).exists() or not (folder / INDEX_FILE).exists():
-        return [SINGLE_FILE]
-    return sorted(set(_weight_map(folder).values()))
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> shard, as the index has it."""
-    weight_map = read_json_object(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise _bad_header(folder / INDEX_FILE, "it has no weight_map of tensor names to files")
-    for name, shard in weight_map.items():
-        # A shard outside the folder could be any file the user can read.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
-            raise _bad_header(folder / INDEX_FILE, f"tensor {name!r} is said to be in {shard!r}")
-    return weight_map
-
-
-def _open_shards(folder: Path) -> Checkpoint:
-    weight_map = _weight_map(folder)
-    files = {shard: SafetensorsFile(folder / shard) for shard in sorted(set(weight_map.values()))}
-    for name, shard in weight_map.items():
-        if name not in files[shard].tensors:
-            raise ModelFormatError(
-                "weights_missing",
-                f"Tensor {name!r} is missing from {shard}",
-                why=f"{INDEX_FILE} says that it is there",
-                fix="download the file again",
-            )
-    return Checkpoint(folder, tuple(files.values()), {name: files[shard] for name, shard in weight_map.items()})
+            raise bad_header(self.path, f"the tensors end at byte {end} of a file of {self.size} bytes")
 
 
 def _entry(path: Path, name: str, raw: object, data_start: int) -> TensorEntry:
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _bad_header(path, f"tensor {name!r} is not described by dtype, shape and data_offsets")
+        raise bad_header(path, f"tensor {name!r} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _bad_header(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
+        raise bad_header(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise _bad_header(path, f"tensor {name!r} has the shape {shape!r}")
+        raise bad_header(path, f"tensor {name!r} has the shape {shape!r}")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _bad_header(path, f"tensor {name!r} has the data_offsets {offsets!r}")
+        raise bad_header(path, f"tensor {name!r} has the data_offsets {offsets!r}")
     expected, actual = prod(shape) * DTYPE_BITS[dtype] // 8, offsets[1] - offsets[0]
     if expected != actual:
-        raise _bad_header(
+        raise bad_header(
             path, f"tensor {name!r} of {dtype} {shape} takes {expected} bytes, its data_offsets span {actual}"
         )
     return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
@@ -218,7 +128,7 @@ def _sizes(value: object) -> bool:
 
 def _metadata(path: Path, raw: object) -> dict[str, str]:
     if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
-        raise _bad_header(path, "__metadata__ does not map strings to strings")
+        raise bad_header(path, "__metadata__ does not map strings to strings")
     return raw
 
 
@@ -231,7 +141,7 @@ def _truncated(path: Path, part: str, expected: int, actual: int) -> ModelFormat
     )
 
 
-def _bad_header(path: Path, why: str) -> ModelFormatError:
+def bad_header(path: Path, why: str) -> ModelFormatError:
     return ModelFormatError(
         "weights_header",
         f"The weight file {path.name} has a damaged header",

@@ -56,6 +56,13 @@ class GroupedWeight:
         zeros_NG = None if self.zeros_NG is None else self.zeros_NG[index]
         return GroupedWeight(self.codes_NK[index], self.scales_NG[index], zeros_NG)
 
+    def stacked(self, rows: int) -> GroupedWeight:
+        """[X, rows, K] of matrices [X rows, K] one below the other."""
+        parts = (self.codes_NK, self.scales_NG, self.zeros_NG)
+        codes_NK, scales_NG, zeros_NG = (None if x is None else x.view(-1, rows, x.shape[-1]) for x in parts)
+        assert codes_NK is not None and scales_NG is not None
+        return GroupedWeight(codes_NK, scales_NG, zeros_NG)
+
     def widened(self) -> Tensor:
         """The numbers in fp32: an exact integer times the scale, or a sixteenth of it, rounded once."""
         codes_NGg = self.codes_NK.float().view(*self.scales_NG.shape, self.group)

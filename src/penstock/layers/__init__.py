@@ -9,9 +9,12 @@ from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormA
 from penstock.layers.packing import Pack, Packing
 from penstock.layers.placement import Placement
 from penstock.layers.rope import rope_table
-from penstock.quant import decode_mxfp4
+from penstock.quant import AT_ONCE, BITS, FLOATS, decode_mxfp4, decode_rows, group_rows, widen
 
 __all__ = [
+    "AT_ONCE",
+    "BITS",
+    "FLOATS",
     "SEGMENT",
     "Attention",
     "Batch",
@@ -40,6 +43,9 @@ __all__ = [
     "Weight",
     "as_it_is",
     "decode_mxfp4",
+    "decode_rows",
+    "group_rows",
     "not_normed",
     "rope_table",
+    "widen",
 ]

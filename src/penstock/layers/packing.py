@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from penstock.kernels import GroupedWeight, Ops, Weight
-from penstock.quant import quantize
+from penstock.layers.placement import Placement
+from penstock.quant import quantize, widen
 from penstock.spec import ModelSpec
-from penstock.spec.quantization import VERSION, Quantization, format_of
+from penstock.spec.quantization import VERSION, Quantization, format_of, may_be_grouped
 
 Pack = Callable[[str, "Tensor | GroupedWeight"], Weight]
 """Of a slot (``spec.tensors``) and its matrix or stack of matrices."""
@@ -18,10 +19,12 @@ Pack = Callable[[str, "Tensor | GroupedWeight"], Weight]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """A backend that has no kernels for grouped weights gets the same numbers, each for itself."""
+    """What a checkpoint stores as small integers stays so, and plain weights become what ``quantization`` says. A
+    backend or a slot without kernels for them gets the same numbers, each for itself."""
 
     ops: Ops
     spec: ModelSpec
+    placement: Placement
     quantization: Quantization = "none"
 
     @property
@@ -30,8 +33,11 @@ class Packing:
         return "" if self.quantization == "none" else f"{self.quantization}/{VERSION}"
 
     def __call__(self, slot: str, weight: Tensor | GroupedWeight) -> Weight:
-        found = format_of(self.spec, slot, weight.shape[-1], self.quantization)
-        if found is None or isinstance(weight, GroupedWeight):
+        if isinstance(weight, Tensor):
+            found = format_of(self.spec, slot, weight.shape[-1], self.quantization)
+            if found is None:
+                return self.ops.pack(weight)
+            weight = quantize(weight, found.bits, found.group)
+        if self.ops.grouped and may_be_grouped(self.spec, slot, weight.shape[-1], weight.group):
             return self.ops.pack(weight)
-        grouped = quantize(weight, found.bits, found.group)
-        return self.ops.pack(grouped if self.ops.grouped else weight.copy_(grouped.widened()))
+        return self.ops.pack(widen(weight, self.placement.empty(tuple(weight.shape))))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from penstock.base import ModelFormatError
-from penstock.formats import Checkpoint
+from penstock.formats import Checkpoint, TensorEntry
 from penstock.layers import Placement
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -34,18 +35,10 @@ class Tensors:
         Raises:
             ModelFormatError: weights_missing, weights_unexpected, weights_shape, weights_dtype.
         """
-        if missing := sorted(expected.keys() - self.stored_as.keys()):
-            raise self._mismatch("weights_missing", f"{len(missing)} tensors are missing: {some(missing)}")
-        if unexpected := sorted(self.stored_as.keys() - expected.keys()):
-            what = f"{len(unexpected)} tensors are not part of a {family} model of this configuration"
-            raise self._mismatch("weights_unexpected", f"{what}: {some(unexpected)}")
-        for name, shape in expected.items():
-            entry = self.checkpoint.entry(self.stored_as[name])
-            if entry.shape != shape:
-                why = f"tensor {name} is {list(entry.shape)}, config.json calls for {list(shape)}"
-                raise self._mismatch("weights_shape", why)
-            if entry.dtype not in (dtypes := PACKED if name in packed else STORED):
-                raise self._mismatch("weights_dtype", f"tensor {name} is {entry.dtype}, not one of {some(dtypes)}")
+        entries = {name: self.checkpoint.entry(stored) for name, stored in self.stored_as.items()}
+        check_tensors(
+            entries, expected, family, lambda name: (PACKED if name in packed else STORED).keys(), self.checkpoint.path
+        )
 
     def fuse(self, *names: str) -> Tensor:
         """The tensors, one below the other, in memory of our own: aligned alike in every process.
@@ -71,12 +64,10 @@ class Tensors:
         parts, rooms = (torch.split(x, COPIED_AT_ONCE) for x in (source.flatten(), target.view(-1)))
         sums = [room.copy_(part).sum() for part, room in zip(parts, rooms, strict=True)]
         if not torch.stack(sums).isfinite().all() and (bad := int((~target.isfinite()).sum())):
-            raise ModelFormatError(
-                "weights_not_finite",
-                f"The weights in {self.checkpoint.folder} are damaged",
-                why=f"{bad} of the {target.numel()} numbers of {name} are infinite or not a number in {target.dtype}",
-                fix="download the folder again, or choose a dtype of a wider range",
-            )
+            raise not_finite(self.checkpoint.path, name, bad, target)
+
+    weight = fuse
+    """What a matrix is made of. Here there are only numbers."""
 
     def release(self, name: str) -> None:
         """Lets go of the file's pages: the copy and the mapped file together are twice the weights."""
@@ -85,18 +76,60 @@ class Tensors:
     def stored(self, name: str) -> Tensor:
         """The file's bytes as a tensor, not copied. It must not be written to."""
         entry = self.checkpoint.entry(self.stored_as[name])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(self.checkpoint.view(entry.name), dtype=(STORED | PACKED)[entry.dtype])
-        return flat.view(entry.shape)
+        return frozen_bytes(self.checkpoint.view(entry.name)).view((STORED | PACKED)[entry.dtype]).view(entry.shape)
 
-    def _mismatch(self, code: str, why: str) -> ModelFormatError:
-        return ModelFormatError(
-            code,
-            f"The weights in {self.checkpoint.folder} do not fit their config.json",
-            why=why,
-            fix="download the folder again, or take config.json and weights from the same revision",
-        )
+
+def frozen_bytes(view: memoryview) -> Tensor:
+    """The bytes of a file as uint8, not copied. It must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(view, dtype=torch.uint8)
+
+
+def check_tensors(
+    entries: Mapping[str, TensorEntry],
+    expected: Mapping[str, tuple[int, ...]],
+    family: str,
+    dtypes_of: Callable[[str], Collection[str]],
+    path: Path,
+) -> None:
+    """Compares names, shapes and dtypes of a model's tensors with those it calls for.
+
+    Raises:
+        ModelFormatError: weights_missing, weights_unexpected, weights_shape, weights_dtype.
+    """
+    if missing := sorted(expected.keys() - entries.keys()):
+        raise _mismatch(path, "weights_missing", f"{len(missing)} tensors are missing: {some(missing)}")
+    if unexpected := sorted(entries.keys() - expected.keys()):
+        what = f"{len(unexpected)} tensors are not part of a {family} model of this configuration"
+        raise _mismatch(path, "weights_unexpected", f"{what}: {some(unexpected)}")
+    for name, shape in expected.items():
+        entry, dtypes = entries[name], dtypes_of(name)
+        if entry.shape != shape:
+            why = f"tensor {name} is {list(entry.shape)}, the configuration calls for {list(shape)}"
+            raise _mismatch(path, "weights_shape", why)
+        if entry.dtype not in dtypes:
+            raise _mismatch(
+                path, "weights_dtype", f"tensor {name} is {entry.dtype}, not one of {', '.join(sorted(dtypes))}"
+            )
+
+
+def _mismatch(path: Path, code: str, why: str) -> ModelFormatError:
+    return ModelFormatError(
+        code,
+        f"The weights in {path} do not fit their configuration",
+        why=why,
+        fix="download it again, or take configuration and weights from the same revision",
+    )
+
+
+def not_finite(path: Path, name: str, bad: int, x: Tensor) -> ModelFormatError:
+    return ModelFormatError(
+        "weights_not_finite",
+        f"The weights in {path} are damaged",
+        why=f"{bad} of the {x.numel()} numbers of {name} are infinite or not a number in {x.dtype}",
+        fix="download it again, or choose a dtype of a wider range",
+    )
 
 
 def some(names: Iterable[str]) -> str:

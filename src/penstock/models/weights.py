@@ -1,4 +1,4 @@
-"""Weights: from a folder of memory-mapped safetensors to a Decoder, and the id that names their numerics."""
+"""Weights: from memory-mapped safetensors or a GGUF file to a Decoder, and the id that names their numerics."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from penstock.layers import (
     Experts,
     FeedForward,
     GateUp,
+    GroupedWeight,
     Head,
     LayerNorm,
     Linear,
@@ -27,6 +28,7 @@ from penstock.layers import (
     NormAfter,
     Ops,
     Pack,
+    Packing,
     Placement,
     Router,
     RowLinear,
@@ -40,6 +42,7 @@ from penstock.layers import (
     rope_table,
 )
 from penstock.models.decoder import Block, Decoder
+from penstock.models.gguf import GGUFTensors
 from penstock.models.tensors import Tensors
 from penstock.spec import EncoderSpec, ModelSpec, MoESpec, RopeSpec
 from penstock.spec.tensors import Slots, checkpoint_tensors, layer_slots, model_slots, names_of, slot_segments
@@ -56,11 +59,13 @@ def load_decoder(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement, 
             (weights_dtype) if the tensors are not those of ``spec``; (weights_not_finite).
     """
     tensors = open_tensors(open_checkpoint(folder), spec, placement)
-    return _Builder(tensors, spec, ops, placement, pack or (lambda _, weight: ops.pack(weight))).decoder()
+    return _Builder(tensors, spec, ops, placement, pack or Packing(ops, spec, placement)).decoder()
 
 
-def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Tensors:
+def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Tensors | GGUFTensors:
     """A checkpoint whose names, shapes and dtypes are those that the spec calls for."""
+    if checkpoint.path.is_file():
+        return GGUFTensors(checkpoint, spec, placement)
     expected, names = checkpoint_tensors(spec), names_of(spec)
     # A decoder saved without its head has no prefix either.
     prefix = "" if any(names.own(name).startswith(names.model) for name in checkpoint.names) else names.model
@@ -81,7 +86,9 @@ def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) 
 class _Builder:
     """Makes a slot's tensor (``spec.tensors``) when a layer asks for it."""
 
-    def __init__(self, tensors: Tensors, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack) -> None:
+    def __init__(
+        self, tensors: Tensors | GGUFTensors, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack
+    ) -> None:
         self.tensors, self.spec, self.ops, self.placement, self.pack = tensors, spec, ops, placement, pack
         self.tables: dict[RopeSpec, Tensor] = {}
 
@@ -157,29 +164,29 @@ class _Builder:
         """One of the experts' linears, [E, out, in], and its bias. In stacked checkpoints ``paired`` rows are gate and
         up in turn."""
         if not names_of(self.spec).stacked:
-            weight = self.fuse(slots, f"{slot}.weight")
+            weight = self.matrix(slots, f"{slot}.weight", rows)
             bias = self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
-            packed = self.pack(f"{slot}.weight", weight.view(-1, rows, weight.shape[1]))
-            return packed, None if bias is None else bias.view(-1, rows)
-        packed = self.pack(f"{slot}.weight", self.stacked(list(slots[f"{slot}.weight"]), paired))
+            return weight, None if bias is None else bias.view(-1, rows)
+        assert isinstance(self.tensors, Tensors)  # no GGUF file of such a family is read
+        packed = self.pack(f"{slot}.weight", self.stacked(self.tensors, list(slots[f"{slot}.weight"]), paired))
         (name,) = slots[f"{slot}.bias"]
         stored = self.tensors.stored(name)
         bias = self.placement.empty(tuple(stored.shape))
         self.tensors.copy(name, unpaired(stored, 1) if paired else stored, bias)
         return packed, bias
 
-    def stacked(self, names: list[str], paired: bool) -> Tensor:
+    def stacked(self, tensors: Tensors, names: list[str], paired: bool) -> Tensor:
         """[E, out, in] of a tensor [E, in, out], or of MXFP4 blocks and scales, one expert at a time."""
-        parts = [self.tensors.stored(name) for name in names]
+        parts = [tensors.stored(name) for name in names]
         experts, first, last = (parts[0] if len(parts) == 1 else parts[0].flatten(2)).shape
         shape = (experts, last, first) if len(parts) == 1 else (experts, first, 2 * last)
         weight = self.placement.empty(shape)
         for index, target in enumerate(weight):
             one = [part[index : index + 1] for part in parts]
             rows = one[0].mT if len(one) == 1 else decode_mxfp4(one[0], one[1], self.placement.dtype)
-            self.tensors.copy(names[0], unpaired(rows[0], 0) if paired else rows[0], target)
+            tensors.copy(names[0], unpaired(rows[0], 0) if paired else rows[0], target)
         for name in names:
-            self.tensors.release(name)
+            tensors.release(name)
         return weight
 
     def before(self, slots: Slots, slot: str) -> BlockInput:
@@ -204,11 +211,20 @@ class _Builder:
         weight = self.matrix(slots, f"{slot}.weight")
         return weight, self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
 
-    def matrix(self, slots: Slots, slot: str) -> Weight:
-        return self.pack(slot, self.fuse(slots, slot))
+    def matrix(self, slots: Slots, slot: str, rows: int | None = None) -> Weight:
+        """A packed matrix, or a stack of those of ``rows`` each."""
+        weight = self.tensors.weight(*slots[slot])
+        return self.pack(slot, weight if rows is None else stack(weight, rows))
 
     def fuse(self, slots: Slots, slot: str) -> Tensor:
         return self.tensors.fuse(*slots[slot])
+
+
+def stack(weight: Tensor | GroupedWeight, rows: int) -> Tensor | GroupedWeight:
+    """[X, rows, K] of matrices [X rows, K] one below the other."""
+    if isinstance(weight, GroupedWeight):
+        return weight.stacked(rows)
+    return weight.view(-1, rows, weight.shape[1])
 
 
 def unpaired(x: Tensor, axis: int) -> Tensor:

@@ -83,3 +83,14 @@ def _steps(x: Tensor, scale_G1: Tensor) -> Tensor:
     """x / scale; 0 where there is no scale."""
     scale_G1 = scale_G1.float()
     return x * torch.where(scale_G1 > 0, 1 / scale_G1, 0)
+
+
+def widen(weight: GroupedWeight, out_NK: Tensor) -> Tensor:
+    """Writes the numbers of a grouped weight, rounded to the dtype of ``out_NK``; some rows after the other, so that
+    little is held beside them."""
+    rows_XK, targets_XK = weight.stacked(1), out_NK.view(-1, 1, out_NK.shape[-1])
+    step = max(1, AT_ONCE // out_NK.shape[-1])
+    for start in range(0, len(targets_XK), step):
+        rows = slice(start, start + step)
+        targets_XK[rows] = rows_XK[rows].widened()
+    return out_NK

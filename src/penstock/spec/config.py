@@ -18,7 +18,7 @@ def option(default: Any, help: str, *, low: float | None = None, high: float | N
 class EngineConfig:
     """None means "decide from the model and the machine"; ``assemble.resolve`` fills it in."""
 
-    model: str | None = option(None, "model folder or hub id; the bundled model by default")
+    model: str | None = option(None, "model folder, GGUF file or hub id; the bundled model by default")
     served_model_name: str | None = option(None, "name clients use; by default the model's own")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
     backend: Literal["auto", "ref", "torch", "cpu"] = option(

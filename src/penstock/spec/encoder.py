@@ -15,6 +15,7 @@ from typing import Any, Literal
 from penstock.base import ModelFormatError
 from penstock.formats import read_json_object
 from penstock.spec.fields import Fields, bad_config, unsupported
+from penstock.spec.gguf import read_gguf_spec
 from penstock.spec.hf import model_spec, read_model_spec
 from penstock.spec.model import DTYPE_BYTES, Activation, Dtype, ModelSpec
 from penstock.spec.tensors import Shape
@@ -64,7 +65,9 @@ class EncoderSpec:
 
 
 def read_any_spec(folder: Path) -> ModelSpec | EncoderSpec:
-    """The spec of a model folder's config.json. Raises as ``read_model_spec``."""
+    """The spec of a folder's config.json, or of a GGUF file. Raises as ``read_model_spec`` or ``read_gguf_spec``."""
+    if folder.is_file():
+        return read_gguf_spec(folder)
     path = folder / "config.json"
     if not path.is_file():
         return read_model_spec(folder)  # says why not

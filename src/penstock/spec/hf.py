@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,12 @@ def read_model_spec(folder: Path) -> ModelSpec:
     path = folder / "config.json"
     if not path.is_file():
         why = f"it has no {path.name}" if folder.is_dir() else "no such folder"
-        raise NotFound("model_not_found", f"{folder} is not a model folder", why=why, fix="give a Hugging Face folder")
+        raise NotFound(
+            "model_not_found",
+            f"{folder} is not a model folder",
+            why=why,
+            fix="give a Hugging Face folder or a GGUF file",
+        )
     return model_spec(read_json_object(path))
 
 
@@ -127,20 +132,19 @@ def _family(config: Mapping[str, Any], also: Collection[str]) -> Family:
     if isinstance(name, str):
         family = FAMILIES.get(name) or FAMILIES.get(name.removesuffix("Model") + "ForCausalLM")
     if family is None:
-        raise _unknown_architecture(str(name)[:100], also)
+        raise unknown_architecture(str(name)[:100], [*FAMILIES, *also])
     if model_type is not None and model_type != family.name:
         raise bad_config("model_type", model_type, f"architectures says {name}, whose model_type is {family.name!r}")
     return family
 
 
-def _unknown_architecture(name: str, also: Collection[str]) -> ModelFormatError:
+def unknown_architecture(name: str, implemented: Sequence[str]) -> ModelFormatError:
     def likeness(known: str) -> list[float]:
         """As if all versions were one, then as it is."""
         plain = (known.lower(), name.lower())
         masked = (re.sub(r"\d", "#", text) for text in plain)
         return [difflib.SequenceMatcher(None, *pair).ratio() for pair in (masked, plain)]
 
-    implemented = [*FAMILIES, *also]
     nearest = max(reversed(implemented), key=likeness)  # of two equally like it the later version
     return ModelFormatError(
         "unknown_architecture",

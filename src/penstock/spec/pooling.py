@@ -86,6 +86,8 @@ def read_pooling(folder: Path, spec: ModelSpec | EncoderSpec) -> PoolingSpec:
         ModelFormatError: (unsupported_pooling) a module or mode that is not implemented; (config_invalid),
             (file_missing), (json_invalid).
     """
+    if folder.is_file():  # a GGUF file, of a decoder
+        return PoolingSpec(pooling="last")
     config = read_json_object(folder / "config.json")
     bert = folder / "sentence_bert_config.json"
     fields = Fields(read_json_object(bert) if bert.exists() else {}, f"{bert.name}: ")

@@ -37,8 +37,11 @@ PLAIN = ("router.", "shared.gate.")
 
 
 def format_of(spec: ModelSpec, slot: str, inputs: int, quantization: Quantization) -> WeightFormat | None:
-    """Of a slot's matrix (``spec.tensors``): its groups cross no segment of a sum. None if it stays plain."""
+    """Of a plain matrix of a slot (``spec.tensors``); None if it stays plain."""
     found = FORMATS[quantization]
-    if found is None or slot.startswith(PLAIN) or inputs % (slot_segments(spec, slot) * found.group):
-        return None
-    return found
+    return found if found is not None and may_be_grouped(spec, slot, inputs, found.group) else None
+
+
+def may_be_grouped(spec: ModelSpec, slot: str, inputs: int, group: int) -> bool:
+    """Whether groups of so many inputs cross no segment of the slot's sums."""
+    return not slot.startswith(PLAIN) and inputs % (slot_segments(spec, slot) * group) == 0

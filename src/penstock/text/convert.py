@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import Tokenizer as Backend
 
 from penstock.base import ModelFormatError
-from penstock.formats import GGUFFile, looks_like_sentencepiece, read_ranks, read_sentencepiece, read_tekken
+from penstock.formats import looks_like_sentencepiece, read_gguf, read_ranks, read_sentencepiece, read_tekken
 from penstock.text.added import Added, Converted, optional_json, read_added, surround
 from penstock.text.convert_bpe import merges_backend, ranks_backend, tekken_backend
 from penstock.text.convert_gguf import gguf_converted
@@ -95,7 +95,7 @@ def _from_file(path: Path, config: Mapping[str, Any], added: Added) -> Converted
     if path.suffix == ".json":
         return tekken_backend(read_tekken(path), add_bos=add_bos if isinstance(add_bos, bool) else None)
     if start == b"GGUF" or path.suffix == ".gguf":  # a damaged one is not to be taken for another kind
-        return gguf_converted(GGUFFile(path).metadata)
+        return gguf_converted(read_gguf(path).metadata)
     if not looks_like_sentencepiece(start):
         return ranks_backend(read_ranks(path), added, add_bos=add_bos if isinstance(add_bos, bool) else None)
     model = read_sentencepiece(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.base import ConfigError, InvalidRequest, ModelFormatError
-from penstock.formats import GGUFFile, read_json_object
+from penstock.formats import read_gguf, read_json_object
 from penstock.text.added import special_token_texts
 from penstock.text.metering import Budget, BudgetExceeded
 from penstock.text.sandbox import SandboxedTemplate, TemplateRefusal
@@ -304,7 +304,7 @@ def load_chat_template(folder: Path, override: str | None = None) -> ChatTemplat
 
 
 def _gguf_template(path: Path, override: str | None) -> ChatTemplate | None:
-    metadata = GGUFFile(path).metadata
+    metadata = read_gguf(path).metadata
     texts, tokens = metadata.get("tokenizer.ggml.tokens"), {}
     for role in ("bos", "eos"):
         i = metadata.get(f"tokenizer.ggml.{role}_token_id")
