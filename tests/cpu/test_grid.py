@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -72,6 +73,7 @@ class World:
     folder: Path
     backend: str
     dtype: str
+    kv_dtype: Literal["auto", "int8"] = "auto"
 
 
 def covering_array(axes: dict[str, tuple[object, ...]], seed: int = 0) -> list[Cell]:
@@ -156,13 +158,14 @@ def searches(engine: Assembled, ids: tuple[int, ...]) -> list[Ask]:
 
 
 def build(world: World, cell: Cell) -> Assembled:
-    tight = "164K" if world.dtype == "float32" else "82K"
+    tight = "52K" if world.kv_dtype == "int8" else "164K" if world.dtype == "float32" else "82K"
     return build_engine(
         EngineConfig(
             model=str(world.folder),
             device="cpu",
             backend=world.backend,
             dtype=world.dtype,
+            kv_dtype=world.kv_dtype,
             num_threads=cell.threads,
             max_model_len=96,
             max_num_seqs=8,
@@ -228,7 +231,9 @@ class Driver:
         self.now += 1.0
 
 
-WORLDS = [("ref", "float32"), *((("cpu", "float32"), ("cpu", "bfloat16")) if native() else ())]
+WORLDS = [("ref", "float32"), ("ref", "float32", "int8")]
+if native():
+    WORLDS += [("cpu", "float32"), ("cpu", "bfloat16"), ("cpu", "bfloat16", "int8")]
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids="-".join)
