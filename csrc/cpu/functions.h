@@ -27,6 +27,22 @@ INLINE F exp(F x) {
     return less(splat(-104.0f), x, less(x, splat(89.0f), result, x * splat(3.4e38f)), less(x, splat(0.0f), splat(0.0f), x));
 }
 
+// The same of x <= 0, and 0 below -87, near the smallest normal number: a weight of softmax.
+INLINE F exp_of_negative(F x) {
+    F n = round(max(x, splat(-87.0f)) * splat(1.44269504088896341f));  // max takes its second operand for a NaN
+    F clamped = max(splat(-87.0f), x);
+    F r = fma(n, splat(-0.693359375f), clamped);
+    r = fma(n, splat(2.12194440e-4f), r);
+    F p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + splat(1.0f);
+    return less(x, splat(-87.0f), splat(0.0f), p * power_of_two(n));
+}
+
 INLINE F absolute(F x) { return max(x, splat(0.0f) - x); }
 
 // Odd polynomial near 0, where 1 - 2 / (1 + e^2x) would cancel (Taylor: the next term is below 1e-9 of x at 0.25).

@@ -48,7 +48,10 @@ void heads(const Heads& a, Dtype dtype) {
     by_dtype(dtype, [&](auto t) { heads_of<decltype(t)>(a); });
 }
 void attention(const Attention& a, Dtype dtype) {
-    by_dtype(dtype, [&](auto t) { attention_of<decltype(t)>(a); });
+    by_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        a.k_scales ? attention_of<T, int8_t>(a) : attention_of<T, T>(a);
+    });
 }
 
 }  // namespace

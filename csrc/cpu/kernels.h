@@ -64,14 +64,16 @@ struct Heads {
     const float* rope;                // [positions, 2 half], cosines then sines; null rotates nothing
     int64_t half;
     const int64_t *positions, *slots;  // [T]
-    void *q_out, *k_pool, *v_pool;     // [T, N, d]; [slots, H, d]
-    int64_t rows, heads, kv_heads, width;
+    void* q_out;                       // [T, N, d]
+    void *k_pool, *v_pool;             // [blocks, H, d, B]; [blocks, H, B, d]
+    void *k_scales, *v_scales;         // null, or [blocks, H, B] in bf16: then K and V are int8
+    int64_t rows, heads, kv_heads, width, block_size;
     float eps;
 };
 
 struct Attention {
     const void* q;  // [T, N, d]
-    const void *k_pool, *v_pool;
+    const void *k_pool, *v_pool, *k_scales, *v_scales;  // as in Heads
     void* out;              // [T, N d]
     const int32_t* tables;  // [R, columns]
     int64_t columns, block_size;

@@ -287,7 +287,7 @@ constexpr int SIZE = BLOCK * BLOCK;  // of the sums of one pair
 // All of K for some pairs: sums [count][segments][BLOCK][BLOCK], of which the first segment's are the result. Inputs are
 // taken in pieces of ``deep``, so that a piece of x is in the first-level cache for all pairs.
 template <class X, class Panel>
-void whole(X x, int rows, const Linear& a, const Pair<Panel>* pairs, int count, int64_t deep, float* sums) {
+__attribute__((noinline)) void whole(X x, int rows, const Linear& a, const Pair<Panel>* pairs, int count, int64_t deep, float* sums) {
     int64_t segment = a.inputs / a.segments;
     // Pairs of inputs cross neither segments nor pieces: where segments would cut them, a segment is one piece.
     bool tiles = a.segments == 1 || segment % 2 == 0;

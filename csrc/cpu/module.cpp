@@ -128,18 +128,21 @@ NB_MODULE(_native, m) {
         kernels().norm({at(x), at(residual), at(weight), at(bias), wide_weight, centred, at(out), rows, width, eps}, (Dtype)dtype);
     }, Free());
     m.def("heads", [](Address qkv, Address q_weight, Address k_weight, bool wide_weight, bool whole_row, Address rope, int64_t half,
-                      Address positions, Address slots, Address q, Address k_pool, Address v_pool, int64_t rows, int64_t heads,
-                      int64_t kv_heads, int64_t width, float eps, int dtype) {
+                      Address positions, Address slots, Address q, Address k_pool, Address v_pool, Address k_scales,
+                      Address v_scales, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width, int64_t block_size,
+                      float eps, int dtype) {
         kernels().heads({at(qkv), at(q_weight), at(k_weight), wide_weight, whole_row, at<float>(rope), half, at<int64_t>(positions),
-                         at<int64_t>(slots), at(q), at(k_pool), at(v_pool), rows, heads, kv_heads, width, eps},
+                         at<int64_t>(slots), at(q), at(k_pool), at(v_pool), at(k_scales), at(v_scales), rows, heads, kv_heads,
+                         width, block_size, eps},
                         (Dtype)dtype);
     }, Free());
-    m.def("attention", [](Address q, Address k_pool, Address v_pool, Address out, Address tables, int64_t columns, int64_t block_size,
-                          Address starts, Address contexts, int64_t requests, int64_t heads, int64_t kv_heads, int64_t width,
-                          int64_t window, bool whole, float scale, float softcap, Address sinks, int dtype) {
-        kernels().attention({at(q), at(k_pool), at(v_pool), at(out), at<int32_t>(tables), columns, block_size, at<int64_t>(starts),
-                             at<int64_t>(contexts), requests, heads, kv_heads, width, window, whole, scale, softcap,
-                             at<float>(sinks)},
+    m.def("attention", [](Address q, Address k_pool, Address v_pool, Address k_scales, Address v_scales, Address out, Address tables,
+                          int64_t columns, int64_t block_size, Address starts, Address contexts, int64_t requests, int64_t heads,
+                          int64_t kv_heads, int64_t width, int64_t window, bool whole, float scale, float softcap, Address sinks,
+                          int dtype) {
+        kernels().attention({at(q), at(k_pool), at(v_pool), at(k_scales), at(v_scales), at(out), at<int32_t>(tables), columns,
+                             block_size, at<int64_t>(starts), at<int64_t>(contexts), requests, heads, kv_heads, width, window,
+                             whole, scale, softcap, at<float>(sinks)},
                             (Dtype)dtype);
     }, Free());
 }

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
+#include "functions.h"
 #include "kernels.h"
 #include "pool.h"
 #include "vec.h"
@@ -91,6 +93,54 @@ INLINE void rotate(float* x, const float* cosines, const float* sines, int64_t h
     }
 }
 
+// A head's numbers to codes in [-127, 127], ``step`` apart, and their scale: x = scale * code. The scale is rounded
+// before the codes are made with it. Without a finite greatest number it is NaN; below the normal numbers all is 0.
+INLINE void quantize(const float* x, int64_t width, int8_t* codes, int64_t step, bf16* scale) {
+    F top = splat(0), poison = splat(0);
+    for (int64_t i = 0; i < width; i += LANES) {
+        F v = load_upto(x + i, width - i);
+        top = max(absolute(v), top);
+        poison = fma(v, splat(0), poison);  // NaN of infinity and NaN
+    }
+    store_some(scale, splat(greatest(top) / 127.0f) + splat(sum(poison)), 1);
+    float size = value(scale);
+    if (!(size >= std::numeric_limits<float>::min())) {
+        if (size == size) store_some(scale, splat(0), 1);
+        for (int64_t i = 0; i < width; i++) codes[i * step] = 0;
+        return;
+    }
+    F inverse = splat(1.0f / size);
+    for (int64_t i = 0; i < width; i += LANES) {
+        float numbers[LANES];
+        store(numbers, round(load_upto(x + i, width - i) * inverse));
+        for (int64_t j = 0; j < LANES && i + j < width; j++) codes[(i + j) * step] = (int8_t)numbers[j];
+    }
+}
+
+// K and V of one row to their places, keys in fp32. A block holds K as [H, d, B] and V as [H, B, d].
+template <class T>
+INLINE void write_kv(const Heads& a, const float* keys, const T* values, float* scratch, int64_t slot) {
+    int64_t block = slot / a.block_size, inside = slot % a.block_size;
+    for (int64_t head = 0; head < a.kv_heads; head++, keys += a.width, values += a.width) {
+        int64_t from = (block * a.kv_heads + head) * a.block_size, k_at = from * a.width + inside, v_at = (from + inside) * a.width;
+        if (a.k_scales) {
+            for (int64_t i = 0; i < a.width; i += LANES) {
+                store_upto(scratch + i, load_upto(values + i, a.width - i), a.width - i);
+            }
+            quantize(keys, a.width, (int8_t*)a.k_pool + k_at, a.block_size, (bf16*)a.k_scales + from + inside);
+            quantize(scratch, a.width, (int8_t*)a.v_pool + v_at, 1, (bf16*)a.v_scales + from + inside);
+            continue;
+        }
+        T* k = (T*)a.k_pool + k_at;
+        for (int64_t i = 0; i < a.width; i += LANES) {
+            T stored[LANES];
+            store(stored, load_upto(keys + i, a.width - i));
+            for (int64_t j = 0; j < LANES && i + j < a.width; j++) k[(i + j) * a.block_size] = stored[j];
+        }
+        std::memcpy((T*)a.v_pool + v_at, values, (size_t)a.width * sizeof(T));
+    }
+}
+
 template <class T>
 void heads_of(const Heads& a) {
     int64_t turned = a.heads + a.kv_heads, all = turned + a.kv_heads;
@@ -111,14 +161,10 @@ void heads_of(const Heads& a) {
             }
             if (a.rope) rotate(x, angles, angles + a.half, a.half);
         }
-        auto write = [](const float* from, T* to, int64_t count) {
-            for (int64_t i = 0; i < count; i += LANES) store_upto(to + i, load_upto(from + i, count - i), count - i);
-        };
-        write(numbers, (T*)a.q_out + row * a.heads * a.width, a.heads * a.width);
-        if (slot < 0) return;
-        int64_t kv_size = a.kv_heads * a.width;
-        write(keys, (T*)a.k_pool + slot * kv_size, kv_size);
-        std::memcpy((T*)a.v_pool + slot * kv_size, qkv + size, (size_t)kv_size * sizeof(T));
+        T* q = (T*)a.q_out + row * a.heads * a.width;
+        int64_t count = a.heads * a.width;
+        for (int64_t i = 0; i < count; i += LANES) store_upto(q + i, load_upto(numbers + i, count - i), count - i);
+        if (slot >= 0) write_kv(a, keys, qkv + size, numbers, slot);  // q is out: its place is free
     });
 }
 

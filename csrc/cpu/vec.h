@@ -75,6 +75,7 @@ INLINE F load(const bf16* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
 INLINE F load(const fp16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+INLINE F load(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 INLINE void store(bf16* p, F a) {
     __m512i x = _mm512_castps_si512(a.v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
@@ -132,6 +133,10 @@ INLINE F load(const bf16* p) {
 }
 INLINE F load(const fp16* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+INLINE F load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
 }
 INLINE __m256i narrow(__m256 a) {
     __m256i x = _mm256_castps_si256(a);
@@ -252,6 +257,7 @@ INLINE void narrow(float f, fp16& out) {
 }
 INLINE F load(const bf16* p) { EACH(widen(p[i])); }
 INLINE F load(const fp16* p) { EACH(widen(p[i])); }
+INLINE F load(const int8_t* p) { EACH((float)p[i]); }
 template <class T>
 INLINE void store(T* p, F a) {
     for (int i = 0; i < LANES; i++) narrow(a.v[i], p[i]);
@@ -310,6 +316,12 @@ INLINE float value(const bf16* p) {
 
 // The sixteen lanes, as a binary tree: lane i with lane i + 8, then i + 4, i + 2, i + 1.
 INLINE float sum(F a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m256 eight = _mm256_add_ps(a.lo, a.hi);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#endif
     float lanes[LANES];
     store(lanes, a);
     for (int width = LANES / 2; width; width /= 2) {
@@ -318,39 +330,17 @@ INLINE float sum(F a) {
     return lanes[0];
 }
 INLINE float greatest(F a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m256 eight = _mm256_max_ps(a.lo, a.hi);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#endif
     float lanes[LANES];
     store(lanes, a);
     float top = lanes[0];
     for (int i = 1; i < LANES; i++) top = lanes[i] > top ? lanes[i] : top;
     return top;
-}
-
-// sums[i] = the sum of a[i]'s lanes, each by the same tree: lane l with l ^ 2, then l ^ 1, l ^ 4, l ^ 8.
-INLINE void sum16(const F* a, float* sums) {
-#if defined(__AVX512F__)
-    __m512 b[8], c[4], d[2];
-    for (int i = 0; i < 8; i++) {
-        __m512 x = a[2 * i].v, y = a[2 * i + 1].v;
-        b[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
-    }
-    for (int i = 0; i < 4; i++) {
-        __m512 x = b[2 * i], y = b[2 * i + 1];
-        c[i] = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
-    }
-    for (int i = 0; i < 2; i++) {
-        __m512 x = c[2 * i], y = c[2 * i + 1];
-        d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
-    }
-    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd)));
-#else
-    for (int j = 0; j < LANES; j++) {
-        float l[LANES];
-        store(l, a[j]);
-        float four[4];
-        for (int i = 0; i < 4; i++) four[i] = (l[4 * i] + l[4 * i + 2]) + (l[4 * i + 1] + l[4 * i + 3]);
-        sums[j] = (four[0] + four[1]) + (four[2] + four[3]);
-    }
-#endif
 }
 
 }  // namespace penstock::PENSTOCK_ISA

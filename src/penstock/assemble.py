@@ -167,6 +167,8 @@ def load_executor(
     check_weights(checkpoint, stored, device, config.quant)
     if isinstance(checkpoint, EncoderSpec):
         return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
+    if config.kv_dtype != "auto":
+        placement = replace(placement, kv_dtype=getattr(torch, config.kv_dtype))
     config = fit_context(config, checkpoint, stored, device)
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
@@ -175,13 +177,12 @@ def load_executor(
     pools = plan_pools(spec, config, stored, device)
     numerics = numerics_id(folder, spec, ops, placement, packing.recipe)
     setup = engine_setup(config, pools, numerics, vocabulary)
+    kv_stored = placement.kv_dtype or placement.dtype
     runner = Runner(
         decoder,
         ops,
         [
-            ops.allocate_kv(
-                len(g.layers), pool.blocks, config.block_size, g.kv_heads, g.head_dim, placement.dtype, device
-            )
+            ops.allocate_kv(len(g.layers), pool.blocks, config.block_size, g.kv_heads, g.head_dim, kv_stored, device)
             for g, pool in zip(spec.kv_groups(), pools, strict=True)
         ],
         max_num_seqs=config.max_num_seqs,
@@ -318,6 +319,13 @@ def resolve(
             f"backend = cpu cannot run on device = {device}",
             why="its kernels are for the processor",
             fix="use backend = auto, or device = cpu",
+        )
+    if config.kv_dtype == "int8" and backend == "torch" and isinstance(spec, ModelSpec):
+        raise ConfigError(
+            "kv_dtype_unsupported",
+            "kv_dtype = int8 cannot run on backend = torch",
+            why="its attention reads K and V in the dtype of activations only",
+            fix="use backend = cpu or ref, or kv_dtype = auto",
         )
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
         raise ConfigError(

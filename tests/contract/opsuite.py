@@ -89,14 +89,22 @@ def mixed(shape: Shape, dtype: torch.dtype) -> list[Sequence]:
 
 
 def paged(
-    ops: Ops, sequences: list[Sequence], block_size: int, window: int | None, device: torch.device, seed: int = 0
+    ops: Ops,
+    sequences: list[Sequence],
+    block_size: int,
+    window: int | None,
+    device: torch.device,
+    seed: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[Batch, KVLayer]:
     """Lays sequences out over shuffled blocks of a pool of NaN; out-of-window and absent entries are unreadable."""
     needs = [-(-s.context // block_size) for s in sequences]
     kv_heads, head_dim = sequences[0].k_TPast.shape[1:]
     total = sum(needs) + 2
-    (kv,) = ops.allocate_kv(1, total, block_size, kv_heads, head_dim, sequences[0].k_TPast.dtype, device)
-    kv.k_PBHd[:total], kv.v_PBHd[:total] = float("nan"), float("nan")
+    stored = kv_dtype or sequences[0].k_TPast.dtype
+    (kv,) = ops.allocate_kv(1, total, block_size, kv_heads, head_dim, stored, device)
+    for pool in kv.pools():
+        pool[:total] = 127 if pool.dtype == torch.int8 else float("nan")
     free = random.Random(seed).sample(range(total), total)
     positions, slots, rows, starts = [], [], [], [0]
     for sequence, need in zip(sequences, needs, strict=True):
@@ -104,9 +112,7 @@ def paged(
         first = sequence.context - sequence.count
         seen = 0 if window is None else max(0, first - window + 1)
         at = [blocks[p // block_size] * block_size + p % block_size for p in range(sequence.context)]
-        kept = list(range(seen, sequence.context))
-        for pool, past in ((kv.k_PBHd, sequence.k_TPast), (kv.v_PBHd, sequence.v_TPast)):
-            pool.flatten(0, 1)[[at[p] for p in kept]] = past[kept].to(device)
+        write(ops, kv, sequence, at, seen)
         positions += range(first, sequence.context)
         slots += at[first:]
         table = [UNREADABLE if index < seen // block_size else block for index, block in enumerate(blocks)]
@@ -126,6 +132,16 @@ def paged(
     return batch, kv
 
 
+def write(ops: Ops, kv: KVLayer, sequence: Sequence, slots: list[int], first: int) -> None:
+    """A sequence's K and V from position ``first`` on, by the op that writes them; no two backends store them alike."""
+    past = (sequence.k_TPast[first:], sequence.v_TPast[first:])
+    q_THd = torch.zeros(len(past[0]), sequence.q_TNd.shape[1], sequence.q_TNd.shape[2]).to(past[0].dtype)
+    qkv_TC = torch.cat((q_THd, *past), 1).flatten(1).to(kv.k_PBHd.device)
+    at = torch.tensor(slots[first:], device=qkv_TC.device)
+    group, none = GroupBatch(at, torch.zeros(1, 1, dtype=torch.int32, device=at.device)), torch.zeros_like(at)
+    ops.qk_norm_rope_write(qkv_TC, None, EPS, None, kv, Batch(none, [], none, [], none, kv.k_PBHd.shape[1], [group]), 0)
+
+
 def run_attention(
     ops: Ops,
     sequences: list[Sequence],
@@ -135,8 +151,9 @@ def run_attention(
     seed: int = 0,
     softcap: float | None = None,
     sinks_N: Tensor | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    batch, kv = paged(ops, sequences, block_size, window, device, seed)
+    batch, kv = paged(ops, sequences, block_size, window, device, seed, kv_dtype)
     q_TNd = torch.cat([s.q_TNd for s in sequences]).to(device)
     if sinks_N is not None:
         sinks_N = sinks_N.to(device)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsuite import DTYPES, SHAPES, Shape, agree, mixed, packed, run_attention
+from opsuite import DTYPES, SHAPES, Sequence, Shape, agree, mixed, packed, run_attention
 from penstock.kernels import SEGMENT, Ops, make_ops, native
 from test_ops import ROW_OPS, row_inputs, run
 
@@ -107,13 +107,28 @@ def test_a_query_that_is_not_contiguous(ops: Ops) -> None:
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("shape", ["odd", "wide heads", "qwen2.5-0.5b"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention(dtype: torch.dtype, shape: str, window: int | None, ops: Ops) -> None:
-    sequences = mixed(SHAPES[shape], dtype)
-    whole = run_attention(ops, sequences, 16, window)
-    for ours, ref in zip(whole, run_attention(make_ops("ref"), sequences, 16, window), strict=True):
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
+def test_attention(kv_dtype: torch.dtype | None, dtype: torch.dtype, shape: str, window: int | None, ops: Ops) -> None:
+    sequences, more = mixed(SHAPES[shape], dtype), {"kv_dtype": kv_dtype}
+    whole = run_attention(ops, sequences, 16, window, **more)
+    for ours, ref in zip(whole, run_attention(make_ops("ref"), sequences, 16, window, **more), strict=True):
         agree(ours, ref, dtype)
     for sequence, expected in zip(sequences, whole, strict=True):
-        assert torch.equal(run_attention(ops, [sequence], SEGMENT, window, seed=1)[0], expected)
+        assert torch.equal(run_attention(ops, [sequence], SEGMENT, window, seed=1, **more)[0], expected)
+
+
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("shape", ["odd", "wide heads", "qwen2.5-0.5b"])
+def test_a_long_request_is_cut_without_a_trace(shape: str, window: int | None, ops: Ops) -> None:
+    """Threads that have nothing else to do share a request's segments; a few rows, and more than fit a piece."""
+    for context, count in ((2100, 1), (1023, 2), (1800, 30)):
+        sequence = Sequence.random(SHAPES[shape], context, count, torch.bfloat16)
+        torch.set_num_threads(1)
+        (expected,) = run_attention(ops, [sequence], 16, window)
+        for threads in (2, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(run_attention(ops, [sequence], 16, window)[0], expected)
+    torch.set_num_threads(1)
 
 
 def test_special_numbers(ops: Ops) -> None:

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsuite import CPU, DTYPES, EPS, EXACT, Place, Shape, agree, mixed, on, run_attention
+from opsuite import BACKENDS, CPU, DTYPES, EPS, EXACT, Place, Shape, agree, mixed, on, run_attention
 from penstock.base import ConfigError
 from penstock.kernels import SEGMENT, Batch, GroupBatch, KVLayer, Ops, make_ops
 
+INT8 = [name for name in BACKENDS if name != "torch"]
 SCORINGS = ["plain", "capped", "sinks", "capped with sinks"]
 
 
@@ -44,6 +45,18 @@ def test_attention_with_caps_and_sinks(
         sequences = [s for s in mixed(shape, dtype) if s.context < 600]
         ref = torch.cat(run_attention(make_ops("ref"), sequences, 16, window, **more))
         agree(torch.cat(run_attention(ops, sequences, 16, window, device, **more)), ref, dtype)
+
+
+@pytest.mark.parametrize("window", [None, 1, 33, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", INT8)
+def test_attention_to_int8(backend: str, dtype: torch.dtype, window: int | None, shape: Shape) -> None:
+    """The same as ``ref``, and near attention to what was not rounded."""
+    sequences, ops = [s for s in mixed(shape, dtype) if s.context < 600], make_ops(backend)
+    ref = torch.cat(run_attention(make_ops("ref"), sequences, 16, window, kv_dtype=torch.int8))
+    agree(torch.cat(run_attention(ops, sequences, 16, window, kv_dtype=torch.int8)), ref, dtype)
+    exact = torch.cat(run_attention(make_ops("ref"), sequences, 16, window))
+    assert 0 < float((ref - exact).abs().max()) < 0.05 * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("kind", SCORINGS)
@@ -77,10 +90,13 @@ def test_one_kind_of_slice_at_a_time(shape: Shape, place: Place) -> None:
 
 
 @pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
 @pytest.mark.parametrize(("window", "kind"), [(None, "plain"), (60, "plain"), (None, "capped with sinks")])
-def test_attention_bits(window: int | None, kind: str, backend: str, shape: Shape) -> None:
+def test_attention_bits(
+    window: int | None, kind: str, kv_dtype: torch.dtype | None, backend: str, shape: Shape
+) -> None:
     """Whatever the batch, its order, the chunks, the block size and the threads: the same bytes."""
-    ops, more = make_ops(backend), scoring(kind, shape)
+    ops, more = make_ops(backend), scoring(kind, shape) | {"kv_dtype": kv_dtype}
     sequences = [s for s in mixed(shape, torch.bfloat16) if s.context < 600]
     expected = run_attention(ops, sequences, 16, window, **more)
     for threads, block_size in ((1, SEGMENT), (2, 1), (4, 16)):
@@ -154,10 +170,11 @@ def run_write(
     slots: list[int],
     first: int,
     rotated: int | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, KVLayer]:
     """``rotated``: elements of a head, all by default; 0 for none, and no table."""
     device, count = qkv_TC.device, len(qkv_TC)
-    (kv,) = ops.allocate_kv(1, 8, 16, shape.kv_heads, shape.head_dim, qkv_TC.dtype, device)
+    (kv,) = ops.allocate_kv(1, 8, 16, shape.kv_heads, shape.head_dim, kv_dtype or qkv_TC.dtype, device)
     positions = torch.arange(first, first + count, device=device)
     group = GroupBatch(torch.tensor(slots, device=device), torch.zeros(1, 1, dtype=torch.int32, device=device))
     ends, context = torch.tensor([0, count]), torch.tensor([first + count])
@@ -198,6 +215,40 @@ def test_qk_norm_rope_write(dtype: torch.dtype, norm: str, part: int, shape: Sha
     assert not kv.k_PBHd[:8].flatten(0, 1)[untouched].any() and not kv.v_PBHd[:8].flatten(0, 1)[untouched].any()
 
 
+@pytest.mark.parametrize("norm", ["none", "head", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", INT8)
+def test_write_int8(backend: str, dtype: torch.dtype, norm: str, shape: Shape) -> None:
+    """Half a step from the fp32 value, which a float32 model stores; from any value that is near it, a whole one."""
+    qkv_TC, norms, slots = (
+        torch.randn(6, shape.qkv).to(dtype),
+        norm_weights(norm, shape, dtype),
+        [5, 127, -1, 40, 0, -1],
+    )
+    wide = tuple(w.float() for w in norms) if norms else None
+    q, kv = run_write(make_ops(backend), shape, qkv_TC, norms, slots, 9, kv_dtype=torch.int8)
+    _, exact = run_write(make_ops("ref"), shape, qkv_TC.float(), wide, slots, 9)
+    agree(q, run_write(make_ops("ref"), shape, qkv_TC, norms, slots, 9)[0], dtype)
+    for codes, scales, x in zip(kv.pools()[:2], kv.pools()[2:], (exact.k_PBHd, exact.v_PBHd), strict=True):
+        step = scales.float()[..., None]
+        assert bool(((codes * step - x).abs() <= 0.5001 * step + 1e-6).all())
+        assert bool((step - x.abs().amax(-1, keepdim=True) / 127 <= 2**-8 * step).all())
+
+
+def test_int8_of_special_numbers(shape: Shape) -> None:
+    """As in ``ref``: infinity and NaN, nothing, next to nothing, ties, and numbers near the largest."""
+    qkv_TC = torch.randn(7, shape.qkv)
+    qkv_TC[0, -1], qkv_TC[1, -1], qkv_TC[2], qkv_TC[3] = float("nan"), float("-inf"), 0.0, 1e-37
+    qkv_TC[4], qkv_TC[5, ::2] = torch.arange(shape.qkv) % 128 - 0.5, 3e38
+    runs = [run_write(make_ops(b), shape, qkv_TC, None, list(range(7)), 0, 0, torch.int8)[1] for b in INT8]
+    for kv in runs:
+        for ours, ref in zip(kv.pools(), runs[0].pools(), strict=True):
+            torch.testing.assert_close(ours[0], ref[0], rtol=0, atol=0, equal_nan=True)
+    assert runs[0].v_scales_PBH is not None
+    last = runs[0].v_scales_PBH[0, :, -1]
+    assert last[:2].isnan().all() and not last[2:4].any() and last[4:7].gt(0).all()
+
+
 @pytest.mark.parametrize(("norm", "part"), [("none", 1), ("head", 1), ("all", 2), ("head", 0)])
 def test_write_is_the_textbook(norm: str, part: int, shape: Shape) -> None:
     """ref itself, in float64: complex numbers turned by their angles."""
@@ -222,31 +273,31 @@ def test_write_is_the_textbook(norm: str, part: int, shape: Shape) -> None:
     agree(kv.v_PBHd.flatten(0, 1)[:6], v.view(6, -1, shape.head_dim).float(), torch.float32)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
 @pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("norm", ["head", "all"])
-def test_write_bits(norm: str, backend: str, shape: Shape) -> None:
+def test_write_bits(norm: str, backend: str, kv_dtype: torch.dtype | None, shape: Shape) -> None:
     ops, norms = make_ops(backend), norm_weights(norm, shape, torch.float32)
     qkv_TC = torch.randn(7, shape.qkv)
-    q, kv = run_write(ops, shape, qkv_TC, norms, list(range(7)), 20)
+    q, kv = run_write(ops, shape, qkv_TC, norms, list(range(7)), 20, kv_dtype=kv_dtype)
     for row in range(7):
-        q_1, kv_1 = run_write(ops, shape, qkv_TC[row : row + 1], norms, [row], 20 + row)
+        q_1, kv_1 = run_write(ops, shape, qkv_TC[row : row + 1], norms, [row], 20 + row, kv_dtype=kv_dtype)
         assert torch.equal(q[row], q_1[0])
-        assert torch.equal(kv.k_PBHd[0, row], kv_1.k_PBHd[0, row])
-        assert torch.equal(kv.v_PBHd[0, row], kv_1.v_PBHd[0, row])
+        assert all(torch.equal(a[0, row], b[0, row]) for a, b in zip(kv.pools(), kv_1.pools(), strict=True))
 
 
-def test_copy_blocks(place: Place) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_copy_blocks(dtype: torch.dtype, place: Place) -> None:
     ops, device = place
-    layers = ops.allocate_kv(3, 6, 4, 2, 8, torch.bfloat16, device)
-    for layer in layers:
-        layer.k_PBHd.normal_()
-        layer.v_PBHd.normal_()
-    before = [(layer.k_PBHd.clone(), layer.v_PBHd.clone()) for layer in layers]
+    layers = ops.allocate_kv(3, 6, 4, 2, 8, dtype, device)
+    for pool in (pool for layer in layers for pool in layer.pools()):
+        pool.random_(-100, 100)
+    before = [[pool.clone() for pool in layer.pools()] for layer in layers]
     ops.copy_blocks(layers, [(0, 3), (0, 5), (4, 1)])
     ops.copy_blocks(layers, [])
     source = [0, 4, 2, 0, 4, 0]
-    for layer, (k, v) in zip(layers, before, strict=True):
-        assert torch.equal(layer.k_PBHd[:6], k[source]) and torch.equal(layer.v_PBHd[:6], v[source])
+    for layer, old in zip(layers, before, strict=True):
+        assert all(torch.equal(new[:6], pool[source]) for new, pool in zip(layer.pools(), old, strict=True))
 
 
 @pytest.mark.parametrize("block_size", [0, -16, 3, 48, 256])

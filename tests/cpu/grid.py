@@ -58,6 +58,8 @@ ARITHMETICS: dict[str, dict[str, Any]] = {
     "ref float32": {"backend": "ref", "dtype": "float32"},
     "cpu float32": {"backend": "cpu", "dtype": "float32"},
     "cpu bfloat16": {"backend": "cpu", "dtype": "bfloat16"},
+    "cpu int8": {"backend": "cpu", "dtype": "bfloat16", "quant": "int8", "kv_dtype": "int8"},
+    "cpu int4": {"backend": "cpu", "dtype": "bfloat16", "quant": "int4"},
 }
 """Options that choose the bits. Within each there is one answer; between two of them equality is by tolerance."""
 

@@ -121,20 +121,36 @@ class PagedRequest:
     tables: list[list[int]] = field(default_factory=list)
 
 
+def poison(layer: KVLayer | None, blocks: int | slice) -> None:
+    """NaN, and codes that a scale of NaN makes so."""
+    assert layer is not None
+    for pool in layer.pools():
+        pool[blocks] = 127 if pool.dtype == torch.int8 else float("nan")
+
+
 class PagedDriver:
     """Runs steps of many requests, as a scheduler and runner would, with no scheduler and no runner."""
 
-    def __init__(self, decoder: Decoder, ops: Ops, *, blocks: int, block_size: int, rng: random.Random) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        ops: Ops,
+        *,
+        blocks: int,
+        block_size: int,
+        rng: random.Random,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         self.decoder, self.ops, self.block_size = decoder, ops, block_size
         spec = decoder.spec
         self.kv: list[KVLayer | None] = [None] * spec.layers
         self.groups = spec.kv_groups()
         self.free: list[list[int]] = []
-        dtype = decoder.embedding.table_VD.dtype
+        dtype = kv_dtype or decoder.embedding.table_VD.dtype
         for group in self.groups:
             args = (len(group.layers), blocks, block_size, group.kv_heads, group.head_dim, dtype, CPU)
             for index, layer in zip(group.layers, ops.allocate_kv(*args), strict=True):
-                layer.k_PBHd[:blocks] = layer.v_PBHd[:blocks] = float("nan")
+                poison(layer, slice(blocks))
                 self.kv[index] = layer
             self.free.append(rng.sample(range(blocks), blocks))
 
@@ -189,7 +205,7 @@ class PagedDriver:
         for index in range(max(0, first - window + 1) // self.block_size):
             if table[index] != UNREADABLE:
                 for layer in self.groups[g].layers:
-                    self.kv[layer].k_PBHd[table[index]] = self.kv[layer].v_PBHd[table[index]] = float("nan")
+                    poison(self.kv[layer], table[index])
                 self.free[g].insert(0, table[index])
                 table[index] = UNREADABLE
 
@@ -203,13 +219,13 @@ def paged_logits(
     *,
     seed: int = 0,
     mates: Sequence[Sequence[int]] = (),
+    kv_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """fp32 [len(tokens), V], computed ``chunk`` tokens a step while ``mates`` run beside, one token a step."""
     rng = random.Random(seed)
     longest = len(tokens) + sum(map(len, mates))
-    driver = PagedDriver(
-        decoder, ops, blocks=longest // block_size + 2 + 2 * len(mates), block_size=block_size, rng=rng
-    )
+    blocks = longest // block_size + 2 + 2 * len(mates)
+    driver = PagedDriver(decoder, ops, blocks=blocks, block_size=block_size, rng=rng, kv_dtype=kv_dtype)
     request, others = driver.request(), [(driver.request(), mate) for mate in mates]
     out = []
     for start in range(0, len(tokens), chunk):

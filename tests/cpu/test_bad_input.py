@@ -84,6 +84,8 @@ OPTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"block_size": 24}, "block_size_invalid", ("24",)),
     ({"max_num_seqs": 0}, "option_invalid", ("max_num_seqs",)),
     ({"backend": "magic"}, "option_invalid", ("magic", "ref", "torch")),
+    ({"kv_dtype": "int8", "backend": "torch"}, "kv_dtype_unsupported", ("int8", "torch")),
+    ({"kv_dtype": "int4"}, "option_invalid", ("int4", "auto", "int8")),
     ({"num_threads": 10**6}, "option_invalid", ("num_threads", "4096")),
     ({"max_model_len": 10**9}, "option_invalid", ("1000000000", "134217728")),
     ({"max_model_len": "8"}, "option_invalid", ("max_model_len", "int", "str")),

@@ -22,6 +22,7 @@ from penstock.formats import SafetensorsFile, file_digest, open_checkpoint, read
 from penstock.kernels import make_ops
 from penstock.layers import Placement
 from penstock.models import numerics_id
+from penstock.spec import KVDtype
 from penstock.spec.hf import model_spec
 from penstock.spec.sizing import activation_bytes, kv_bytes_per_token, kv_request_bytes, parameters, weight_bytes
 from small_model import CONFIG, CPU, SPEC, code_of, load, write_model
@@ -250,13 +251,14 @@ def test_numerics_id_follows_all_that_decides_bits(tmp_path: Path) -> None:
         base,
         numerics_id(folder, SPEC, fast, exact),
         numerics_id(folder, SPEC, ref, Placement(torch.bfloat16, CPU)),
+        numerics_id(folder, SPEC, ref, Placement(torch.float32, CPU, torch.int8)),
         numerics_id(folder, model_spec(CONFIG | {"rope_theta": 5e5}), ref, exact),
     }
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
     ids.add(numerics_id(folder, SPEC, ref, exact))
-    assert len(ids) == 5
+    assert len(ids) == 6
     assert numerics_id(folder, dataclasses.replace(SPEC, max_positions=7), ref, exact) in ids
 
 
@@ -303,8 +305,10 @@ def test_sizing_agrees_with_what_is_loaded(tmp_path: Path) -> None:
     assert parameters(SPEC) == sum(t.numel() for t in tensors)
     rope = decoder.blocks[0].attention.rope_Pd
     assert weight_bytes(SPEC, "float32") == sum(t.nbytes for t in [*tensors, rope])
-    layers = make_ops("ref").allocate_kv(2, 3, 16, 1, 8, torch.bfloat16, torch.device("cpu"))
-    assert 3 * 16 * kv_bytes_per_token(SPEC, "bfloat16") == sum(x.k_PBHd.nbytes + x.v_PBHd.nbytes for x in layers)
+    stored: tuple[KVDtype, ...] = ("float32", "bfloat16", "int8")
+    for dtype in stored:
+        layers = make_ops("ref").allocate_kv(2, 3, 16, 1, 8, getattr(torch, dtype), torch.device("cpu"))
+        assert 3 * 16 * kv_bytes_per_token(SPEC, dtype) == sum(pool.nbytes for x in layers for pool in x.pools())
 
 
 def test_window_groups_hold_only_what_they_see() -> None:

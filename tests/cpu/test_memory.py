@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -90,14 +91,29 @@ def test_kv_memory_is_taken_at_its_word(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("spec", [FULL, MIXED])
-def test_the_smallest_pool_serves_one_request(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> None:
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_the_smallest_pool_serves_one_request(
+    monkeypatch: pytest.MonkeyPatch, kv_dtype: Literal["auto", "int8"], spec: ModelSpec
+) -> None:
     """One byte less is refused with both numbers; exactly enough is what the ledger calls enough."""
     free(monkeypatch, GIB)
-    request, chunk = memory._demand(spec, CONFIG, "float32")
-    pools = plan_pools(spec, replace(CONFIG, kv_memory=str(request + chunk)), "float32", CPU)
+    config = replace(CONFIG, kv_dtype=kv_dtype)
+    request, chunk = memory._demand(spec, config, "float32")
+    pools = plan_pools(spec, replace(config, kv_memory=str(request + chunk)), "float32", CPU)
     assert KVCache(pools, BlockNames(b"", CONFIG.block_size)).shortage(CONFIG.max_model_len or 0) is None
-    with pytest.raises(ConfigError, match=r"needs .* MiB in float32 .*max_model_len.*kv_memory_too_small"):
-        plan_pools(spec, replace(CONFIG, kv_memory=str(request + chunk - 1)), "float32", CPU)
+    stored = "int8" if kv_dtype == "int8" else "float32"
+    with pytest.raises(ConfigError, match=rf"needs .* [MK]iB in {stored} .*max_model_len.*kv_memory_too_small"):
+        plan_pools(spec, replace(config, kv_memory=str(request + chunk - 1)), "float32", CPU)
+
+
+def test_int8_holds_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 16: 32 bytes against 16 and a scale of 2."""
+    free(monkeypatch, GIB)
+    plain, int8 = (
+        plan_pools(FULL, replace(CONFIG, kv_dtype=kv, kv_memory="100M"), "bfloat16", CPU)[0].blocks
+        for kv in ("auto", "int8")
+    )
+    assert abs(int8 / plain - 32 / 18) < 1e-3
 
 
 def test_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

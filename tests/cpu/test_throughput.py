@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from penstock.assemble import BUNDLED
 from penstock.bench.job import Job
 from penstock.bench.throughput import Limits, limit_seconds, measure_throughput, table, write_checkpoint
 from penstock.cli.app import app
 from penstock.spec.hf import read_model_spec
+from penstock.spec.location import BUNDLED
 from penstock.spec.sizing import parameters
 from penstock.text import load_tokenizer
 

@@ -61,6 +61,10 @@ def test_show(stories: Path) -> None:
     assert here["fits"] and here["context"] == 256 and here["kv_pool_bytes"] <= 4 << 20
     per_request = facts["kv_bytes_per_token"] * 256
     assert here["requests"] == (4 << 20) // per_request and here["requests_in_all_memory"] > here["requests"]
+    int8 = penstock("show", "--json", "--max-model-len", "256", "--kv-memory", "4M", "--kv-dtype", "int8", stories)
+    more = json.loads(int8.stdout)["here"]
+    assert (here["kv_dtype"], more["kv_dtype"]) == (here["dtype"], "int8") and more["kv_pool_bytes"] <= 4 << 20
+    assert more["requests"] == (4 << 20) // (2 * 5 * 4 * (8 + 2) * 256) > here["requests"]
     text = penstock("show", stories).stdout.decode()
     assert "llama" in text and "per token" in text and "requests of 512 tokens" in text
 

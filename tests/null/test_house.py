@@ -23,11 +23,15 @@ EXCEPTIONS: dict[str, int] = {}
 
 ENGINE_OPTIONS = """
     model served_model_name device backend dtype quant max_model_len max_num_seqs max_num_batched_tokens block_size
-    kv_memory gpu_memory_utilization enable_prefix_caching scheduling_policy priority_age_seconds depth seed
+    kv_memory kv_dtype gpu_memory_utilization enable_prefix_caching scheduling_policy priority_age_seconds depth seed
     tensor_parallel_size pipeline_parallel_size enforce_eager num_threads chat_template generation_config
     logits_rule
 """.split()
-"""Every field of EngineConfig, so every flag. A new one is a decision: it is argued for where this list is edited."""
+"""Every field of EngineConfig, so every flag. A new one is a decision: it is argued for where this list is edited.
+
+kv_dtype: whether a KV cache may be rounded again is a choice of accuracy for memory that only the operator can make. It
+follows neither from the model nor from ``dtype``, and it is a part of the numerics id.
+"""
 
 SOURCES = package_sources()
 TABLE = import_table((ROOT / "docs" / "architecture.md").read_text("utf-8"))

@@ -24,6 +24,7 @@ from penstock.spec.sizing import (
     active_parameters,
     kv_block_bytes,
     kv_bytes_per_token,
+    kv_dtype_of,
     kv_request_blocks,
     kv_request_bytes,
     parameters,
@@ -178,11 +179,9 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
         if not absent:
             open_tensors(open_checkpoint(folder), spec, Placement(getattr(torch, dtype), device))
     free = free_memory(device)
-    facts: dict[str, Any] = {
-        "device": config.device,
-        "backend": config.backend,
+    facts: dict[str, Any] = {name: getattr(config, name) for name in ("device", "backend", "dtype")} | {
         "one_answer": make_ops(config.backend).one_answer,
-        "dtype": dtype,
+        "kv_dtype": None if isinstance(spec, EncoderSpec) else kv_dtype_of(config, dtype),
         "free_bytes": free,
         "weight_bytes": needed,
         "fits": None,
@@ -196,18 +195,18 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
     except ConfigError as error:
         return facts | {"fits": False, "why": as_dict(error)}
     length = config.max_model_len or spec.max_positions
-    size, groups = config.block_size, spec.kv_groups()
+    size, groups, stored = config.block_size, spec.kv_groups(), facts["kv_dtype"]
     working = activation_bytes(spec, config.max_num_batched_tokens, config.max_num_seqs, dtype)
     return facts | {
         "fits": True,
         "context": length,
         "kv_pool_bytes": sum(
-            pool.blocks * kv_block_bytes(group, size, dtype) for group, pool in zip(groups, pools, strict=True)
+            pool.blocks * kv_block_bytes(group, size, stored) for group, pool in zip(groups, pools, strict=True)
         ),
         "requests": min(
             pool.blocks // kv_request_blocks(group, length, size) for group, pool in zip(groups, pools, strict=True)
         ),
-        "requests_in_all_memory": max(0, free - needed - working) // kv_request_bytes(spec, length, size, dtype),
+        "requests_in_all_memory": max(0, free - needed - working) // kv_request_bytes(spec, length, size, stored),
     }
 
 
@@ -264,7 +263,8 @@ def _print_fit(facts: Mapping[str, Any]) -> None:
     }
     if facts["fits"] and "requests" in facts:
         rows["fits"] = (
-            f"{facts['requests']} requests of {facts['context']} tokens in a KV pool of {size(facts['kv_pool_bytes'])};"
+            f"{facts['requests']} requests of {facts['context']} tokens in a KV pool of {size(facts['kv_pool_bytes'])}"
+            f"{'' if facts['kv_dtype'] == facts['dtype'] else ' in ' + facts['kv_dtype']};"
             f" {facts['requests_in_all_memory']} if the pool took all that is free"
         )
     else:

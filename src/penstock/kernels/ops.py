@@ -103,6 +103,10 @@ class Ops(Protocol):
         ``rope_Pd`` holds fp32 cosines then sines of d'/2 angles for each position; the rotation pairs element i
         with i + d'/2 among the first d' <= d elements of a head and leaves the others; None rotates nothing.
         Rounded: qkv as stored by the linear, and q, k once after norm and rotation together.
+
+        With int8 pools k is rounded to codes instead, from its fp32 value, and v from its stored one, each head of a
+        row by itself: scale = max |x| / 127 rounded to bfloat16, code = x * (1 / scale) rounded to the nearest whole
+        number, ties to even. A scale below 2^-126 is 0, with zeros; that of a head which is not all finite is NaN.
         """
         ...
 
@@ -121,7 +125,8 @@ class Ops(Protocol):
         positions in (p - window, p] of its own request. With ``softcap`` a score s becomes softcap * tanh(s / softcap);
         ``sinks_N`` adds exp(sink) to each head's sum of weights, and no value.
 
-        K and V are read only as stored, those of this step's rows too (rule 5). Scores, weights and sums stay
+        K and V are read only as stored, those of this step's rows too (rule 5): of int8 pools, a score is
+        (q . codes) * k scale * scale, and a value weight * v scale times its codes. Scores, weights and sums stay
         fp32; rounded once: the output. Keys meet in absolute segments of SEGMENT positions, each with its own
         maximum; segments merge along a binary tree over their absolute index; masked keys are never read.
         """
@@ -171,6 +176,7 @@ class Ops(Protocol):
         device: torch.device,
     ) -> list[KVLayer]:
         """Zeroed K and V of one group; each tensor holds at least ``blocks`` blocks, all a backend's own extras last.
+        ``dtype`` is the one of activations or int8, which the torch backend has not.
 
         Raises:
             ConfigError: (block_size_invalid) ``block_size`` does not divide SEGMENT.

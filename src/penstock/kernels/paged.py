@@ -20,8 +20,14 @@ def allocate_layers(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    orders: tuple[str, str, str] = ("PBHd", "PBHd", "PBH"),
 ) -> list[KVLayer]:
-    """Zeros, not empty memory: an unwritten slot must not hold a NaN that some fast path multiplies by zero."""
+    """Zeros, not empty memory: an unwritten slot must not hold a NaN that some fast path multiplies by zero.
+
+    Args:
+        dtype: int8 brings scales.
+        orders: of K, V and the scales in memory, outermost axis first.
+    """
     if not 0 < block_size <= SEGMENT or SEGMENT % block_size:
         raise ConfigError(
             "block_size_invalid",
@@ -29,12 +35,19 @@ def allocate_layers(
             why=f"it must divide the attention segment of {SEGMENT} positions",
             fix="use 16, 32, 64 or 128",
         )
-    shape = (blocks, block_size, kv_heads, head_dim)
+    sizes = {"P": blocks, "B": block_size, "H": kv_heads, "d": head_dim}
 
-    def pool() -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def pool(order: str, dtype: torch.dtype) -> Tensor:
+        memory = torch.zeros([sizes[axis] for axis in order], dtype=dtype, device=device)
+        return memory.permute([order.index(axis) for axis in "PBHd" if axis in order])
 
-    return [KVLayer(pool(), pool()) for _ in range(layers)]
+    def layer() -> KVLayer:
+        k_PBHd, v_PBHd = (pool(order, dtype) for order in orders[:2])
+        if dtype != torch.int8:
+            return KVLayer(k_PBHd, v_PBHd)
+        return KVLayer(k_PBHd, v_PBHd, *(pool(orders[2], torch.bfloat16) for _ in range(2)))
+
+    return [layer() for _ in range(layers)]
 
 
 def copy_layer_blocks(layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
@@ -42,10 +55,10 @@ def copy_layer_blocks(layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]
         return
     source, target = torch.tensor(list(pairs), device=layers[0].k_PBHd.device).unbind(1)
     for layer in layers:
-        for pool_PBHd in (layer.k_PBHd, layer.v_PBHd):
-            pool_PBHd[target] = pool_PBHd[source]
+        for pool in layer.pools():
+            pool[target] = pool[source]
 
 
-def flat(pool_PBHd: Tensor) -> Tensor:
-    """The pool by slot: [P B, H, d]."""
-    return pool_PBHd.flatten(0, 1)
+def flat(pool_PBX: Tensor) -> Tensor:
+    """A pool that is contiguous, by slot: [P B, ...]."""
+    return pool_PBX.view(-1, *pool_PBX.shape[2:])

@@ -18,10 +18,22 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class KVLayer:
-    """K and V of one layer, as stored. Attention reads nothing else (ONE_ANSWER rule 5)."""
+    """K and V of one layer, as stored. Attention reads nothing else (ONE_ANSWER rule 5). The order in memory is the
+    backend's own: shapes and strides say where a number is, and a pool may not be contiguous.
+
+    Attributes:
+        k_scales_PBH, v_scales_PBH: of int8 pools, bfloat16: a number is scale * code.
+    """
 
     k_PBHd: Tensor
     v_PBHd: Tensor
+    k_scales_PBH: Tensor | None = None
+    v_scales_PBH: Tensor | None = None
+
+    def pools(self) -> list[Tensor]:
+        """All that a block is made of."""
+        every = (self.k_PBHd, self.v_PBHd, self.k_scales_PBH, self.v_scales_PBH)
+        return [pool for pool in every if pool is not None]
 
 
 @dataclass(slots=True)

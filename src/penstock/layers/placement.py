@@ -10,12 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Placement:
+    """Attributes:
+    kv_dtype: of K and V as stored, if it is not ``dtype``.
+    """
+
     dtype: torch.dtype
     device: torch.device
+    kv_dtype: torch.dtype | None = None
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def __str__(self) -> str:
         """What of it decides bits: the kind of device, not which one."""
-        return f"{self.dtype} on {self.device.type}"
+        kv = f", KV in {self.kv_dtype}" if self.kv_dtype else ""
+        return f"{self.dtype} on {self.device.type}{kv}"

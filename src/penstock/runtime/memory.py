@@ -14,7 +14,7 @@ from penstock.runtime.host import available_memory
 from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec
 from penstock.spec.encoder import encoder_weight_bytes
 from penstock.spec.quantization import Quantization
-from penstock.spec.sizing import activation_bytes, kv_block_bytes, kv_request_blocks, weight_bytes
+from penstock.spec.sizing import activation_bytes, kv_block_bytes, kv_dtype_of, kv_request_blocks, weight_bytes
 
 GIB = 1 << 30
 CPU_REQUESTS = 32
@@ -133,8 +133,9 @@ def split_budget(spec: ModelSpec, config: EngineConfig, dtype: Dtype, budget: in
         raise ConfigError(
             "kv_memory_too_small",
             f"One request of max_model_len = {_length(spec, config)} tokens does not fit in the KV pool",
-            why=f"it needs {_gib(request + chunk)} in {dtype} and the pool may take {_gib(max(0, budget))}",
-            fix="lower max_model_len, raise kv_memory or gpu_memory_utilization, or use a smaller dtype",
+            why=f"it needs {_gib(request + chunk)} in {kv_dtype_of(config, dtype)} and the pool may take "
+            f"{_gib(max(0, budget))}",
+            fix="lower max_model_len, raise kv_memory or gpu_memory_utilization, or use a smaller dtype or kv_dtype",
         )
     size = config.block_size
     return tuple(
@@ -151,7 +152,7 @@ def _demand(spec: ModelSpec, config: EngineConfig, dtype: Dtype) -> tuple[int, i
     """Bytes of one request of max_model_len, and of the blocks a chunk takes beyond the windows."""
     request = chunk = 0
     for group in spec.kv_groups():
-        block = kv_block_bytes(group, config.block_size, dtype)
+        block = kv_block_bytes(group, config.block_size, kv_dtype_of(config, dtype))
         request += kv_request_blocks(group, _length(spec, config), config.block_size) * block
         chunk += _chunk_blocks(group.window, config) * block
     return request, chunk

@@ -2,7 +2,7 @@
 
 from penstock.spec.config import EngineConfig
 from penstock.spec.encoder import EncoderSpec
-from penstock.spec.model import DTYPE_BYTES, Activation, Dtype, KVGroup, ModelSpec, MoESpec, RopeSpec
+from penstock.spec.model import DTYPE_BYTES, Activation, Dtype, KVDtype, KVGroup, ModelSpec, MoESpec, RopeSpec
 from penstock.spec.output import (
     CompletionOutput,
     EmbeddingOutput,
@@ -30,6 +30,7 @@ __all__ = [
     "EncoderSpec",
     "EngineConfig",
     "FinishReason",
+    "KVDtype",
     "KVGroup",
     "Logprob",
     "MoESpec",

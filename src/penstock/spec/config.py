@@ -35,6 +35,9 @@ class EngineConfig:
     )
     block_size: int = option(16, "tokens in one KV block", low=1, high=65536)
     kv_memory: str | None = option(None, 'memory of the KV pool, such as "2G"')
+    kv_dtype: Literal["auto", "int8"] = option(
+        "auto", "K and V as stored: auto as dtype; int8 holds about twice the tokens (kernels cpu and ref)"
+    )
     gpu_memory_utilization: float = option(0.9, "share of GPU memory the engine may use", low=0.01, high=1)
     enable_prefix_caching: bool = option(True, "reuse KV blocks of equal prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = option("fcfs", "order in which requests are served")

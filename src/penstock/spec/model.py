@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+KVDtype = Literal[Dtype, "int8"]
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+KV_SCALE_BYTES = 2
+"""Of each token's K, and V, in a KV head: int8 codes have a bfloat16 scale."""
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_clamped"]
@@ -92,9 +95,10 @@ class KVGroup:
     kv_heads: int
     head_dim: int
 
-    def bytes_per_token(self, dtype: Dtype) -> int:
-        """Bytes of K and V of one token in all layers of the group."""
-        return 2 * len(self.layers) * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+    def bytes_per_token(self, dtype: KVDtype) -> int:
+        """Bytes of K and V of one token in all layers of the group, as stored."""
+        head = self.head_dim * DTYPE_BYTES[dtype] + (KV_SCALE_BYTES if dtype == "int8" else 0)
+        return 2 * len(self.layers) * self.kv_heads * head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

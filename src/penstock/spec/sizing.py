@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from penstock.spec.model import DTYPE_BYTES, Dtype, KVGroup, ModelSpec
+from penstock.spec.config import EngineConfig
+from penstock.spec.model import DTYPE_BYTES, Dtype, KVDtype, KVGroup, ModelSpec
 from penstock.spec.quantization import Quantization, format_of
 from penstock.spec.tensors import checkpoint_tensors, layer_slots, model_slots, slot_inputs
 
@@ -62,12 +63,17 @@ def _norm_parameters(spec: ModelSpec) -> int:
     return sum(prod(shape) for tensors in norms for shape in tensors.values())
 
 
-def kv_block_bytes(group: KVGroup, block_size: int, dtype: Dtype) -> int:
+def kv_dtype_of(config: EngineConfig, dtype: Dtype) -> KVDtype:
+    """As what K and V of a model that computes in ``dtype`` are stored."""
+    return dtype if config.kv_dtype == "auto" else config.kv_dtype
+
+
+def kv_block_bytes(group: KVGroup, block_size: int, dtype: KVDtype) -> int:
     """One block of a group: K and V of ``block_size`` tokens in all the group's layers."""
     return block_size * group.bytes_per_token(dtype)
 
 
-def kv_bytes_per_token(spec: ModelSpec, dtype: Dtype) -> int:
+def kv_bytes_per_token(spec: ModelSpec, dtype: KVDtype) -> int:
     """K and V of one token in all layers, while no window has dropped it."""
     return sum(group.bytes_per_token(dtype) for group in spec.kv_groups())
 
@@ -81,7 +87,7 @@ def kv_request_blocks(group: KVGroup, tokens: int, block_size: int) -> int:
     return blocks if group.window is None else min(blocks, -(-group.window // block_size) + 1)
 
 
-def kv_request_bytes(spec: ModelSpec, tokens: int, block_size: int, dtype: Dtype) -> int:
+def kv_request_bytes(spec: ModelSpec, tokens: int, block_size: int, dtype: KVDtype) -> int:
     """KV that a request of ``tokens`` tokens holds in all groups."""
     return sum(
         kv_request_blocks(group, tokens, block_size) * kv_block_bytes(group, block_size, dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,13 +12,16 @@ from torch import Tensor
 from penstock.kernels import _native
 from penstock.kernels.ops import Activation
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks
-from penstock.kernels.types import Batch, GroupedWeight, KVLayer, PackedWeight, Weight, plain
+from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer, PackedWeight, Weight, plain
 
 PANEL, GROUPS = 16, (32, 64, 128)
 """Of ``csrc/cpu``."""
 
-VERSION = 2
+VERSION = 3
 """Raised by every change of this backend's bits."""
+
+BLOCK_WHOLE = 16
+"""Positions in a block of the cache that an encoder's sequences pass through."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_clamped": 4}
@@ -96,7 +98,6 @@ class CpuOps:
         q_weight, k_weight = norms or (None, None)
         wide = q_weight is not None and q_weight.dtype == torch.float32
         _same(qkv_TC, torch.float32 if wide else qkv_TC.dtype, q_weight, k_weight)
-        _same(qkv_TC, qkv_TC.dtype, kv.k_PBHd, kv.v_PBHd)
         _native.heads(
             qkv_TC.data_ptr(),
             _address(q_weight),
@@ -108,12 +109,12 @@ class CpuOps:
             batch.positions_T.data_ptr(),
             batch.groups[group].slots_T.data_ptr(),
             q_TNd.data_ptr(),
-            kv.k_PBHd.data_ptr(),
-            kv.v_PBHd.data_ptr(),
+            *_pools(kv, qkv_TC),
             len(qkv_TC),
             heads,
             kv_heads,
             head_dim,
+            kv.k_PBHd.shape[1],
             eps,
             DTYPES[qkv_TC.dtype],
         )
@@ -131,18 +132,23 @@ class CpuOps:
         sinks_N: Tensor | None = None,
     ) -> Tensor:
         sinks_N = None if sinks_N is None else sinks_N.float()
-        tables_RM = batch.groups[group].tables_RM
-        spans = (batch.row_starts_R1, batch.contexts_R)
-        return _attention(q_TNd, kv, tables_RM, batch.block_size, spans, scale, window or 0, softcap or 0.0, sinks_N)
+        return _attention(q_TNd, kv, batch, group, scale, window or 0, softcap or 0.0, sinks_N)
 
     def attend_whole(self, qkv_TC: Tensor, heads: int, row_starts: Sequence[int], scale: float) -> Tensor:
-        """As if each row were a block of its own."""
-        parts_T3Nd = qkv_TC.view(len(qkv_TC), 3, heads, qkv_TC.shape[1] // (3 * heads))
-        q_TNd, k_TNd, v_TNd = (x_TNd.contiguous() for x_TNd in parts_T3Nd.unbind(1))
-        kv, starts = KVLayer(k_TNd.unsqueeze(1), v_TNd.unsqueeze(1)), torch.tensor(row_starts)
-        contexts_R = starts.diff()
-        tables_RM = starts[:-1, None] + torch.arange(max((b - a for a, b in pairwise(row_starts)), default=0))
-        return _attention(q_TNd, kv, tables_RM.int(), 1, (starts, contexts_R), scale, whole=True)
+        """Through a cache of its own, where each sequence starts a block."""
+        starts_R1, head_dim = torch.tensor(row_starts), qkv_TC.shape[1] // (3 * heads)
+        contexts_R = starts_R1.diff()
+        blocks_R = (contexts_R + BLOCK_WHOLE - 1) // BLOCK_WHOLE
+        first_R, most = blocks_R.cumsum(0) - blocks_R, max(blocks_R.tolist(), default=0)
+        shift_R = first_R * BLOCK_WHOLE - starts_R1[:-1]
+        slots_T = torch.arange(len(qkv_TC)) + shift_R.repeat_interleave(contexts_R)
+        group = GroupBatch(slots_T, (first_R[:, None] + torch.arange(most)).int())
+        batch = Batch(slots_T, list(row_starts), starts_R1, contexts_R.tolist(), contexts_R, BLOCK_WHOLE, [group])
+        total = int(blocks_R.sum())
+        (kv,) = self.allocate_kv(1, total, BLOCK_WHOLE, heads, head_dim, qkv_TC.dtype, qkv_TC.device)
+        return _attention(
+            self.qk_norm_rope_write(qkv_TC, None, 0.0, None, kv, batch, 0), kv, batch, 0, scale, whole=True
+        )
 
     def route(
         self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, active: int, normalize: bool
@@ -192,7 +198,9 @@ class CpuOps:
         dtype: torch.dtype,
         device: torch.device,
     ) -> list[KVLayer]:
-        return allocate_layers(layers, blocks, block_size, kv_heads, head_dim, dtype, device)
+        """A head's block lies in one piece, K with its keys side by side (``csrc/cpu/walk.h``)."""
+        orders = ("PHdB", "PHBd", "PHB")
+        return allocate_layers(layers, blocks, block_size, kv_heads, head_dim, dtype, device, orders)
 
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         copy_layer_blocks(layers, pairs)
@@ -234,6 +242,15 @@ def _same(x: Tensor, dtype: torch.dtype, *others: Tensor | None) -> None:
             raise TypeError(f"{dtype} on a CPU beside {other.dtype} on {other.device}, strides {other.stride()}")
     if x.is_cuda:
         raise TypeError(f"native kernels cannot reach {x.device}")
+
+
+def _pools(kv: KVLayer, x: Tensor) -> tuple[int, int, int, int]:
+    """Addresses of K, V and their scales, which are of ``allocate_kv`` and go with rows like x."""
+    k_PHdB, v_PHBd = kv.k_PBHd.permute(0, 2, 3, 1), kv.v_PBHd.transpose(1, 2)
+    _same(x, x.dtype if kv.k_scales_PBH is None else torch.int8, k_PHdB, v_PHBd)
+    scales = [None if s is None else s.transpose(1, 2) for s in (kv.k_scales_PBH, kv.v_scales_PBH)]
+    _same(x, torch.bfloat16, *scales)
+    return k_PHdB.data_ptr(), v_PHBd.data_ptr(), _address(scales[0]), _address(scales[1])
 
 
 def _norm(
@@ -305,9 +322,8 @@ def _linear(
 def _attention(
     q_TNd: Tensor,
     kv: KVLayer,
-    tables_RM: Tensor,
-    block_size: int,
-    spans: tuple[Tensor, Tensor],
+    batch: Batch,
+    group: int,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
@@ -315,23 +331,20 @@ def _attention(
     *,
     whole: bool = False,
 ) -> Tensor:
-    """``spans``: where each request's rows start, and how many positions it has."""
     _share_threads()
-    q_TNd, (rows, heads, head_dim), (starts_R1, contexts_R) = q_TNd.contiguous(), q_TNd.shape, spans
-    _same(q_TNd, q_TNd.dtype, kv.k_PBHd, kv.v_PBHd)
+    q_TNd, (rows, heads, head_dim), tables_RM = q_TNd.contiguous(), q_TNd.shape, batch.groups[group].tables_RM
     _same(q_TNd, torch.int32, tables_RM)
     out_TC = q_TNd.new_empty(rows, heads * head_dim)
     _native.attention(
         q_TNd.data_ptr(),
-        kv.k_PBHd.data_ptr(),
-        kv.v_PBHd.data_ptr(),
+        *_pools(kv, q_TNd),
         out_TC.data_ptr(),
         tables_RM.data_ptr(),
         tables_RM.shape[1],
-        block_size,
-        starts_R1.data_ptr(),
-        contexts_R.data_ptr(),
-        len(contexts_R),
+        batch.block_size,
+        batch.row_starts_R1.data_ptr(),
+        batch.contexts_R.data_ptr(),
+        len(batch.contexts_R),
         heads,
         kv.k_PBHd.shape[2],
         head_dim,

@@ -96,6 +96,17 @@ def erf(x: Tensor) -> Tensor:
     return (2 / math.sqrt(math.pi) * x_64 * series).float()
 
 
+def quantize(x_Hd: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [H, d] and their bfloat16 scales [H], as ``Ops.qk_norm_rope_write`` has it."""
+    size_H1 = x_Hd.abs().amax(-1, keepdim=True) / 127
+    scale_H1 = size_H1.bfloat16()
+    codes_Hd = torch.round(x_Hd * (1 / scale_H1.float()))
+    small_H1, finite_H1 = size_H1 < torch.finfo(torch.float32).tiny, size_H1.isfinite()
+    codes_Hd = codes_Hd.masked_fill(small_H1 | ~finite_H1, 0)
+    scale_H1 = scale_H1.masked_fill(small_H1, 0).masked_fill(~finite_H1, float("nan"))
+    return codes_Hd.to(torch.int8), scale_H1.squeeze(-1)
+
+
 def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 

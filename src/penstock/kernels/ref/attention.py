@@ -57,19 +57,33 @@ def attend_segment(q_Hgd: Tensor, kv: KVLayer, row: Row, segment: int, scoring: 
     block_size = kv.k_PBHd.shape[1]
     positions_n = torch.arange(first, last + 1, device=row.table_M.device)
     slots_n = row.table_M[positions_n // block_size] * block_size + positions_n % block_size
-    return attend_keys(q_Hgd, flat(kv.k_PBHd)[slots_n], flat(kv.v_PBHd)[slots_n], scoring)
+    return attend_keys(q_Hgd, *(flat(pool)[slots_n] for pool in kv.pools()), scoring=scoring)
 
 
-def attend_keys(q_Hgd: Tensor, k_nHd: Tensor, v_nHd: Tensor, scoring: Scoring) -> Partial:
+def attend_keys(
+    q_Hgd: Tensor,
+    k_nHd: Tensor,
+    v_nHd: Tensor,
+    k_scales_nH: Tensor | None = None,
+    v_scales_nH: Tensor | None = None,
+    *,
+    scoring: Scoring,
+) -> Partial:
     k_Hnd = k_nHd.float().transpose(0, 1)
     v_Hdn = v_nHd.float().permute(1, 2, 0).contiguous()
-    scores_Hgn = (q_Hgd.unsqueeze(2) * k_Hnd.unsqueeze(1)).sum(-1) * scoring.scale
+    scores_Hgn = (q_Hgd.unsqueeze(2) * k_Hnd.unsqueeze(1)).sum(-1)
+    if k_scales_nH is not None:
+        scores_Hgn = scores_Hgn * k_scales_nH.float().t().unsqueeze(1)
+    scores_Hgn = scores_Hgn * scoring.scale
     if scoring.softcap is not None:
         scores_Hgn = scoring.softcap * torch.tanh(scores_Hgn / scoring.softcap)
     top_Hg = scores_Hgn.amax(-1)
     weights_Hgn = torch.exp(scores_Hgn - top_Hg.unsqueeze(-1))
+    weight_Hg = weights_Hgn.sum(-1)
+    if v_scales_nH is not None:
+        weights_Hgn = weights_Hgn * v_scales_nH.float().t().unsqueeze(1)
     value_Hgd = (weights_Hgn.unsqueeze(2) * v_Hdn.unsqueeze(1)).sum(-1)
-    return Partial(top_Hg, weights_Hgn.sum(-1), value_Hgd)
+    return Partial(top_Hg, weight_Hg, value_Hgd)
 
 
 def attend_whole(qkv_tC: Tensor, heads: int, scoring: Scoring) -> Tensor:
@@ -77,7 +91,7 @@ def attend_whole(qkv_tC: Tensor, heads: int, scoring: Scoring) -> Tensor:
     q_tNd, k_tNd, v_tNd = qkv_tC.view(len(qkv_tC), 3, heads, -1).unbind(1)
     out = []
     for q_Nd in q_tNd:
-        total = attend_keys(q_Nd.float().unsqueeze(1), k_tNd, v_tNd, scoring)
+        total = attend_keys(q_Nd.float().unsqueeze(1), k_tNd, v_tNd, scoring=scoring)
         out.append((total.value_Hgd / total.weight_Hg.unsqueeze(-1)).flatten())
     return torch.stack(out)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.kernels.ops import Activation
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks, flat
-from penstock.kernels.ref.arithmetic import ACTIVATIONS, gate_up, layer_norm, matvec, rms_norm, rotate
+from penstock.kernels.ref.arithmetic import ACTIVATIONS, gate_up, layer_norm, matvec, quantize, rms_norm, rotate
 from penstock.kernels.ref.attention import Row, Scoring, attend, attend_whole
 from penstock.kernels.ref.moe import experts_row, route_row
 from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Weight, plain
@@ -74,7 +74,7 @@ class RefOps:
         group: int,
     ) -> Tensor:
         kv_heads, head_dim = kv.k_PBHd.shape[2:]
-        k_slots, v_slots = flat(kv.k_PBHd), flat(kv.v_PBHd)
+        pools = [flat(pool) for pool in kv.pools()]
         slots = batch.groups[group].slots_T.tolist()
         q_rows = []
         for qkv_C, slot, position in zip(qkv_TC, slots, batch.positions_T.tolist(), strict=True):
@@ -87,7 +87,12 @@ class RefOps:
                 q_Nd, k_Hd = rotate(q_Nd, cos, sin), rotate(k_Hd, cos, sin)
             q_rows.append(q_Nd.to(qkv_C.dtype))
             if slot >= 0:
-                k_slots[slot], v_slots[slot] = k_Hd, v_Hd
+                stored: list[Tensor] = [k_Hd, v_Hd]
+                if kv.k_scales_PBH is not None:
+                    (k_Hd, k_scales_H), (v_Hd, v_scales_H) = quantize(k_Hd), quantize(v_Hd)
+                    stored = [k_Hd, v_Hd, k_scales_H, v_scales_H]
+                for pool, part in zip(pools, stored, strict=True):
+                    pool[slot] = part
         return torch.stack(q_rows)
 
     def attention(
