@@ -146,7 +146,7 @@ class PagedDriver:
         self.kv: list[KVLayer | None] = [None] * spec.layers
         self.groups = spec.kv_groups()
         self.free: list[list[int]] = []
-        dtype = kv_dtype or decoder.embedding.table_VD.dtype
+        dtype = kv_dtype or decoder.embedding.dtype
         for group in self.groups:
             args = (len(group.layers), blocks, block_size, group.kv_heads, group.head_dim, dtype, CPU)
             for index, layer in zip(group.layers, ops.allocate_kv(*args), strict=True):

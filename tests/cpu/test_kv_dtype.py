@@ -10,11 +10,12 @@ import torch
 
 from oracle import CPU, paged_logits
 from penstock import LLM, SamplingParams
-from penstock.assemble import BUNDLED, build_engine
+from penstock.assemble import build_engine
 from penstock.kernels import make_ops, native
 from penstock.models import Placement, load_decoder
 from penstock.spec import EngineConfig
 from penstock.spec.hf import read_model_spec
+from penstock.spec.location import BUNDLED
 from penstock.text import load_tokenizer
 
 TEXT = (
