@@ -34,8 +34,14 @@ def measure(work: Path, *, only: list[str], cells: list[str], rounds: int = 2, a
     return measure_peers(work, shape="tiny", bits=16, cells=cells, only=only, rounds=rounds, threads=1, again=again)
 
 
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring them takes seconds each time; test_throughput.py does it."""
+    for module in ("peers", "peers_report"):
+        monkeypatch.setattr(f"penstock.bench.{module}.measure_limits", lambda threads: LIMITS)
+
+
 def test_a_real_run_is_filed_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "measure_limits", lambda threads: LIMITS)
     report = measure(tmp_path, only=["transformers"], cells=["decode"], rounds=1)
     (standing,) = report.cells[0].standings
     assert standing.error == "" and standing.rounds == 1 and standing.each == (standing.speed,) and standing.speed > 1
@@ -66,8 +72,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Run(seconds - 0.5 * (job.options.get("flash_attn") == "on"), job.prompts * job.outputs, 1 << 30, seconds)
 
     monkeypatch.setattr(peers, "run_side", run)
-    monkeypatch.setattr(peers, "measure_limits", lambda threads: LIMITS)
-    monkeypatch.setattr("penstock.bench.peers_report.measure_limits", lambda threads: LIMITS)
     monkeypatch.setattr(Workshop, "python", lambda self, peer: Path("bin/python"))
     monkeypatch.setattr(Workshop, "model", lambda self, shape, form: _tiny(self.folder / form))
     return names
