@@ -171,6 +171,7 @@ BAD = {
         ("core/a.py", "import numpy"),
         ("runtime/a.py", "import accelerate"),
         ("serving/a.py", "import fastapi"),
+        ("bench/peers.py", "import vllm"),
     ],
     "sizes": [
         ("core/a.py", "x = 1\n" * 401),
@@ -231,7 +232,12 @@ GOOD = {
         ("kernels/__init__.py", "@backends.register('ref')\ndef ref():\n    from penstock.kernels.ref import ops"),
         ("__init__.py", "def __getattr__(name):\n    from penstock import llm"),
     ],
-    "third parties": [("kernels/a.py", "import torch"), ("wire/a.py", "import msgspec"), ("core/a.py", "import json")],
+    "third parties": [
+        ("kernels/a.py", "import torch"),
+        ("wire/a.py", "import msgspec"),
+        ("core/a.py", "import json"),
+        ("bench/side_vllm.py", "import vllm"),
+    ],
     "no mixins": [
         ("core/a.py", "from typing import Protocol\nclass P(Protocol[T]): ...\nclass A(P): ..."),
         ("base/a.py", "class A(Exception): ...\nclass B(A): ..."),

@@ -6,14 +6,19 @@ What the sides of a comparison share is here; each has a module of its own, so t
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+Prompts = list[list[int]]
+Complete = Callable[[Prompts, int], int]
+"""Completes prompts by so many tokens each, and says how many came."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +27,8 @@ class Job:
 
     Attributes:
         kv_bytes: of K and V of all these tokens.
+        shared: tokens at the head of each prompt that all have in common. If any, a cache of prefixes is on.
+        options: what one side alone understands, by its own names.
     """
 
     model: str
@@ -31,31 +38,51 @@ class Job:
     threads: int
     vocab_size: int
     kv_bytes: int
+    shared: int = 0
+    options: dict[str, str] = field(default_factory=dict)
 
-    def tokens(self) -> list[list[int]]:
-        rng = random.Random(0)
-        return [[rng.randrange(self.vocab_size) for _ in range(self.inputs)] for _ in range(self.prompts)]
+    def tokens(self, seed: int = 0) -> Prompts:
+        rng = random.Random(seed)
+        head = [rng.randrange(self.vocab_size) for _ in range(self.shared)]
+        own = range(self.inputs - self.shared)
+        return [head + [rng.randrange(self.vocab_size) for _ in own] for _ in range(self.prompts)]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """Seconds from the first prompt handed over to the last token received, loading and a warm-up before them not
-    counted; ``peak_bytes`` is the process's greatest resident memory, loading included."""
+    counted.
+
+    Attributes:
+        peak_bytes: the process's greatest resident memory, loading included.
+        ready_s: from the start of the process to the end of the warm-up: two other prompts and four tokens of each, or
+            as many as there are.
+    """
 
     seconds: float
     tokens: int
     peak_bytes: int
+    ready_s: float
 
 
-def contend(complete: Callable[[Job], Callable[[int, int], int]]) -> None:
-    """Carries out the job in argv and prints the Run. ``complete`` loads the model and returns a function that
-    completes so many prompts by so many tokens and returns how many tokens came."""
+def contend(load: Callable[[Job], Complete]) -> None:
+    """Carries out the job in argv and prints the Run."""
     job = Job(**json.loads(sys.argv[1]))
-    go = complete(job)
-    go(2, 4)
+    complete = load(job)
+    complete(job.tokens(seed=1)[:2], min(4, job.outputs))
+    ready, prompts = age(), job.tokens()
     started = time.perf_counter()
-    tokens = go(job.prompts, job.outputs)
-    print(json.dumps(asdict(Run(time.perf_counter() - started, tokens, peak_memory()))))  # noqa: T201
+    tokens = complete(prompts, job.outputs)
+    print(json.dumps(asdict(Run(time.perf_counter() - started, tokens, peak_memory(), ready))), flush=True)  # noqa: T201
+
+
+def age() -> float:
+    """Seconds since this process was started, which was a while before its first line of Python."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return time.process_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_memory() -> int:

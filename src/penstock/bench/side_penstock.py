@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
-from penstock.bench.job import Job, contend
+from penstock.bench.job import Complete, Job, Prompts, contend
 from penstock.llm import LLM, TokensPrompt
 from penstock.spec import SamplingParams
 
 
-def penstock(job: Job) -> Callable[[int, int], int]:
+def penstock(job: Job) -> Complete:
+    options: dict[str, Any] = dict(job.options)
     llm = LLM(
         job.model,
         max_model_len=job.inputs + job.outputs,
         max_num_seqs=job.prompts,
         kv_memory=str(job.kv_bytes),
         num_threads=job.threads,
-        enable_prefix_caching=False,
+        enable_prefix_caching=job.shared > 0,
+        **options,
     )
-    prompts = [TokensPrompt(prompt_token_ids=tokens) for tokens in job.tokens()]
 
-    def complete(count: int, outputs: int) -> int:
+    def complete(prompts: Prompts, outputs: int) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True)
-        done = llm.generate(prompts[:count], params, use_tqdm=False)
+        done = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False)
         return sum(len(request.outputs[0].token_ids) for request in done)
 
     return complete

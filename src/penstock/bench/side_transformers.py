@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from penstock.bench.job import Job, contend
+from penstock.bench.job import Complete, Job, Prompts, contend
 
 
-def transformers(job: Job) -> Callable[[int, int], int]:
+def transformers(job: Job) -> Complete:
     torch.set_num_threads(job.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
-    prompts = torch.tensor(job.tokens())
+    model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.options.get("dtype", "auto"))
 
-    def complete(count: int, outputs: int) -> int:
-        ids = prompts[:count]
+    def complete(prompts: Prompts, outputs: int) -> int:
+        ids = torch.tensor(prompts)
         with torch.inference_mode():
             out = model.generate(
                 ids,

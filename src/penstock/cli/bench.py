@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -130,9 +131,10 @@ def throughput(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Tokens a second of a batch, beside a peer and beside what this machine's memory and arithmetic allow."""
-    from penstock.bench.throughput import SIDES, measure_throughput, table
+    from penstock.bench.sides import HERE
+    from penstock.bench.throughput import measure_throughput, table
 
-    peers = [name for name in SIDES if name != "penstock"]
+    peers = [name for name in HERE if name != "penstock"]
     if peer is not None and peer not in peers:
         why = f"it must be one of {', '.join(peers)}"
         raise InvalidRequest("invalid_parameter", f"--peer {peer!r} cannot be used", why=why)
@@ -140,6 +142,50 @@ def throughput(
         model, peer=peer, prompts=prompts, inputs=inputs, outputs=outputs, threads=threads, rounds=rounds
     )
     emit(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
+
+
+@app.command("peers")
+@guarded
+def peers(
+    shape: Annotated[str, typer.Option(help="of the model: qwen3-0.6b, llama-3.2-1b, moe-64, tiny")] = "qwen3-0.6b",
+    work: Annotated[Path, typer.Option(help="folder for the peers' venvs, models and results; kept")] = Path("peers"),
+    only: Annotated[str | None, typer.Option(help="contenders, with commas between; all by default")] = None,
+    cells: Annotated[str | None, typer.Option(help="what is measured, with commas between; all by default")] = None,
+    bits: Annotated[int, typer.Option(help="of the weights: 16, 8 or 4")] = 16,
+    threads: Annotated[int, typer.Option(min=1, help="compute threads")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="runs of ours and of the two best peers, in turn")] = 5,
+    again: Annotated[bool, typer.Option("--again", help="measure anew what was measured already")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Beside llama.cpp, OpenVINO GenAI, vLLM and transformers: one model, the same requests, in turn."""
+    from penstock.bench.checkpoints import SHAPES
+    from penstock.bench.contenders import CELLS
+    from penstock.bench.peers_report import measure_peers, table
+    from penstock.bench.sides import SIDES
+
+    _among("--shape", [shape], SHAPES)
+    _among("--bits", [str(bits)], ("16", "8", "4"))
+    report = measure_peers(
+        work,
+        shape=shape,
+        bits=bits,
+        cells=_among("--cells", cells.split(",") if cells else list(CELLS), CELLS),
+        only=_among("--only", only.split(","), SIDES) if only else None,
+        rounds=rounds,
+        threads=threads,
+        again=again,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    emit(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
+
+
+def _among(option: str, given: list[str], known: Collection[str]) -> list[str]:
+    """Raises InvalidRequest: invalid_parameter."""
+    for name in given:
+        if name not in known:
+            why = f"it must be of {', '.join(known)}"
+            raise InvalidRequest("invalid_parameter", f"{option} {name!r} cannot be used", why=why)
+    return given
 
 
 @app.command("structured")

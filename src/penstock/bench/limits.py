@@ -1,0 +1,125 @@
+"""What the machine allows: bytes read and products made in a second, and the least time a job can take with them."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from penstock.bench.job import Job
+from penstock.spec import ModelSpec
+from penstock.spec.sizing import active_parameters, kv_bytes_per_token, parameters
+
+STREAMED = 1 << 28
+"""Bytes read by one measurement of the memory's rate."""
+SQUARE = 2048
+"""Largest side of the matrices multiplied by one measurement of the arithmetic's rate."""
+LONG_ENOUGH = 0.05
+"""Seconds of a product that need no larger matrices: bf16 without instructions of its own is a hundred times slower."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the machine gave: bytes read a second, and operations a second of square products of each type.
+
+    Attributes:
+        int8: unsigned by signed bytes.
+    """
+
+    read_rate: float
+    fp32: float
+    bf16: float
+    int8: float
+
+    def matmul_rate(self, bits: int) -> float:
+        """The fastest type that weights of so many bits may be multiplied in."""
+        return max(self.fp32, self.bf16, self.int8 if bits <= 8 else 0.0)
+
+    def at_best(self, other: Limits) -> Limits:
+        pairs = [(getattr(self, name), getattr(other, name)) for name in self.__slots__]
+        return Limits(*(max(pair) for pair in pairs))
+
+
+def measure_limits(threads: int) -> Limits:
+    """The best of a few tries each, with as many threads as the contenders have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        reading = _best_seconds(torch.ones(STREAMED // 4).sum)
+        rates = [_product_rate(product) for product in (_of_type(torch.float32), _of_type(torch.bfloat16), _of_bytes)]
+    finally:
+        torch.set_num_threads(before)
+    return Limits(STREAMED / reading, *rates)
+
+
+def limit_seconds(spec: ModelSpec, job: Job, limits: Limits, bits: int = 16) -> float:
+    """Least seconds for a job with weights of ``bits`` bits, and K and V of as many but 8 at least.
+
+    The prompts' rows are multiplied with all weights but the head's. Each step of decoding reads the weights and the KV
+    known by then, those of a shared prefix once, and multiplies its rows, whichever takes longer. Causal attention
+    counts; scales of weights, norms and rope tables do not. Of experts, those are read that a step can expect to need.
+    """
+    table = spec.vocab_size * spec.hidden
+    active, everything = active_parameters(spec), parameters(spec)
+    idle = 0.0
+    if spec.moe is not None:
+        idle = (everything - active) * (1 - spec.moe.active / spec.moe.experts) ** (job.prompts - 1)
+    untied = 0 if spec.tied else table
+    weights = (everything - untied - idle) * bits / 8
+    kv = kv_bytes_per_token(spec, spec.dtype) * min(1.0, max(bits, 8) / 16)
+    rate = limits.matmul_rate(bits)
+
+    rows = job.shared + job.prompts * (job.inputs - job.shared)
+    seen = _attended(spec, 0, job.shared) + job.prompts * _attended(spec, job.shared, job.inputs)
+    seconds = (2 * (active - table - untied) * rows + seen) / rate
+    for length in range(job.inputs + 1, job.inputs + job.outputs):
+        known = job.shared + job.prompts * (length - job.shared)
+        flops = job.prompts * (2 * (active - untied) + _attended(spec, length - 1, length))
+        seconds += max((weights + known * kv) / limits.read_rate, flops / rate)
+    return seconds
+
+
+def _attended(spec: ModelSpec, start: int, end: int) -> int:
+    """Operations of causal attention for the rows of these positions, windows included."""
+    total = 0
+    for group in spec.kv_groups():
+        keys = sum(min(n, group.window or n) for n in range(start + 1, end + 1))
+        total += 4 * spec.heads * group.head_dim * len(group.layers) * keys
+    return total
+
+
+def _of_type(dtype: torch.dtype) -> Callable[[int], Callable[[], object]]:
+    def product(side: int) -> Callable[[], object]:
+        square = torch.ones(side, side, dtype=dtype)
+        return lambda: square @ square
+
+    return product
+
+
+def _of_bytes(side: int) -> Callable[[], object]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantized tensors are deprecated, and without another fast product of bytes
+        weight = torch.quantize_per_tensor(torch.ones(side, side), 0.1, 0, torch.qint8)
+        square = torch.quantize_per_tensor(torch.ones(side, side), 0.1, 64, torch.quint8)
+        packed = torch.ops.quantized.linear_prepack(weight, None)
+    return lambda: torch.ops.quantized.linear(square, packed, 1.0, 64)
+
+
+def _product_rate(product: Callable[[int], Callable[[], object]]) -> float:
+    side, seconds = 64, 0.0
+    while seconds < LONG_ENOUGH and side < SQUARE:
+        side *= 2
+        seconds = _best_seconds(product(side))
+    return 2 * side**3 / seconds
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
