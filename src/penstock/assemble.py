@@ -22,6 +22,7 @@ from penstock.spec.encoder import read_any_spec
 from penstock.spec.generation import read_recommended
 from penstock.spec.location import BUNDLED_NAME, locate
 from penstock.spec.pooling import read_pooling
+from penstock.spec.quantization import check_formats
 from penstock.spec.rule_places import invalid_option, rule_places
 from penstock.spec.sizing import weight_bytes
 from penstock.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
@@ -164,6 +165,7 @@ def load_executor(
         keep_freed_memory()
     device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
     placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
+    config = as_stored(config, folder, ops)
     check_weights(checkpoint, stored, device, config.quant)
     if isinstance(checkpoint, EncoderSpec):
         return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
@@ -193,6 +195,13 @@ def load_executor(
     )
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
     return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
+
+
+def as_stored(config: EngineConfig, folder: Path, ops: Ops) -> EngineConfig:
+    """``quant`` of a quantized file is what it holds, where the backend computes with it."""
+    from penstock.quant import stored_quantization
+
+    return replace(config, quant=stored_quantization(folder, config.quant)) if ops.grouped else config
 
 
 def _rule_kit(
@@ -320,13 +329,7 @@ def resolve(
             why="its kernels are for the processor",
             fix="use backend = auto, or device = cpu",
         )
-    if config.kv_dtype == "int8" and backend == "torch" and isinstance(spec, ModelSpec):
-        raise ConfigError(
-            "kv_dtype_unsupported",
-            "kv_dtype = int8 cannot run on backend = torch",
-            why="its attention reads K and V in the dtype of activations only",
-            fix="use backend = cpu or ref, or kv_dtype = auto",
-        )
+    check_formats(config, backend, decoder=isinstance(spec, ModelSpec))
     if config.max_model_len is not None and config.max_model_len > spec.max_positions:
         raise ConfigError(
             "context_too_long",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opsuite import agree
+from penstock.base import ModelFormatError
 from penstock.kernels import GroupedWeight, Ops, Weight, make_ops, native
 from penstock.quant import quantize
 
@@ -155,3 +156,22 @@ def test_quantize(bits: int) -> None:
         float((again.widened() - weight.widened()).abs().max()) <= float(weight.widened().abs().max()) * 2e-3
         or bits == 4
     )
+
+
+def test_ref_rounds_a_sum_once() -> None:
+    """An fp64 sum in between would fall on a tie of fp32 and then to the even side."""
+    own = (2**22 - 2**11 + 1) * 2.0**-57
+    x_TK, codes_NK = torch.zeros(1, 64), torch.zeros(1, 64, dtype=torch.int8)
+    for k, x, code in ((0, 127.0, 0), (1, 1.0, 1), (32, 127 * own, 16), (33, 17 * own, 1)):
+        x_TK[0, k], codes_NK[0, k] = x, code
+    weight = GroupedWeight(codes_NK, torch.ones(1, 2, dtype=torch.float16))
+    assert float(make_ops("ref").logits(x_TK, weight)) == 1 + 2.0**-23
+    if SETS and SETS[0] != "portable":
+        assert torch.equal(
+            make_ops("cpu").logits(x_TK, make_ops("cpu").pack(weight)), make_ops("ref").logits(x_TK, weight)
+        )
+
+
+def test_weights_beyond_the_scales_are_refused() -> None:
+    with pytest.raises(ModelFormatError, match="65504"):
+        quantize(torch.full((2, 32), 1e8), 8, 32)

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from oracle import CPU, paged_logits
+from penstock import LLM
+from penstock.base import ConfigError
 from penstock.kernels import GroupedWeight, Ops, PackedWeight, make_ops, native
 from penstock.layers import Packing
 from penstock.models import Decoder, Placement, load_decoder, numerics_id
+from penstock.spec import EngineConfig
 from penstock.spec.hf import read_model_spec
 from penstock.spec.location import BUNDLED
-from penstock.spec.quantization import Quantization
+from penstock.spec.quantization import Quantization, check_formats
 from penstock.spec.sizing import weight_bytes
 from penstock.text import load_tokenizer
 from test_kv_dtype import TEXT
@@ -77,3 +80,10 @@ def test_each_recipe_has_a_numerics_id_of_its_own() -> None:
     ops = make_ops("ref")
     recipes = [Packing(ops, SPEC, PLACEMENT, q).recipe for q in ("none", "int8", "int4")]  # type: ignore[arg-type]
     assert len({numerics_id(BUNDLED, SPEC, ops, PLACEMENT, recipe) for recipe in recipes}) == 3
+
+
+def test_who_has_no_integers_refuses_them() -> None:
+    with pytest.raises(ConfigError, match="quant_unsupported"):
+        LLM(quant="int8", backend="torch")
+    with pytest.raises(ConfigError, match="quant_unsupported"):
+        check_formats(EngineConfig(quant="int4"), "cpu", decoder=False)

@@ -162,7 +162,7 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
     """
     import torch
 
-    from penstock.assemble import fit_context, resolve_here
+    from penstock.assemble import as_stored, fit_context, resolve_here
     from penstock.formats import open_checkpoint
     from penstock.kernels import make_ops
     from penstock.models import Placement
@@ -171,6 +171,8 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
 
     spec = read_any_spec(folder)
     config = resolve_here(config, spec)
+    ops = make_ops(config.backend)
+    config = as_stored(config, folder, ops)
     device, dtype = torch.device(config.device), cast(Dtype, config.dtype)
     if isinstance(spec, EncoderSpec):
         needed = encoder_weight_bytes(spec, dtype)
@@ -180,7 +182,7 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
             open_tensors(open_checkpoint(folder), spec, Placement(getattr(torch, dtype), device))
     free = free_memory(device)
     facts: dict[str, Any] = {name: getattr(config, name) for name in ("device", "backend", "dtype")} | {
-        "one_answer": make_ops(config.backend).one_answer,
+        "one_answer": ops.one_answer,
         "kv_dtype": None if isinstance(spec, EncoderSpec) else kv_dtype_of(config, dtype),
         "free_bytes": free,
         "weight_bytes": needed,

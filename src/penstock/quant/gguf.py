@@ -12,12 +12,15 @@ A block's numbers are scale * code + offset, with a scale (and an offset) for 16
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from penstock.formats import open_checkpoint
 from penstock.kernels import GroupedWeight
+from penstock.spec.quantization import Quantization
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 GROUP = 32
@@ -35,6 +38,17 @@ class Affine(NamedTuple):
     codes_XE: Tensor
     scales_XG: Tensor
     offsets_XG: Tensor | None = None
+
+
+def stored_quantization(path: Path, asked: Quantization) -> Quantization:
+    """What the matrices of a quantized file are: the widest of its integers; of any other, what is asked for."""
+    if not path.is_file():
+        return asked
+    checkpoint = open_checkpoint(path)
+    kinds = {entry.dtype for entry in map(checkpoint.entry, checkpoint.names) if len(entry.shape) > 1}
+    if not kinds <= BITS.keys():
+        return asked
+    return "int8" if max(BITS[kind] for kind in kinds) == 8 else "int4"
 
 
 def decode_rows(data_RB: Tensor, kind: str) -> Tensor:

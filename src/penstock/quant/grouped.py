@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from penstock.base import ModelFormatError
 from penstock.kernels import GroupedWeight
 
 AT_ONCE = 1 << 18
@@ -30,6 +31,13 @@ def quantize(weight: Tensor, bits: int, group: int) -> GroupedWeight:
         coded = _eight(source_Gg.float()) if bits == 8 else _four(source_Gg.float())
         for target, made in zip(targets, coded, strict=True):
             target.copy_(made)
+        if not coded[1].isfinite().all():
+            raise ModelFormatError(
+                "weights_too_large",
+                "The weights cannot become small integers",
+                why=f"one of them is {float(source_Gg.float().abs().max()):.3g}, and fp16 scales end at 65504",
+                fix="load the model without --quant",
+            )
     return GroupedWeight(codes_XK, scales_XG, zeros_XG)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from penstock.base import ConfigError
+from penstock.spec.config import EngineConfig
 from penstock.spec.model import ModelSpec
 from penstock.spec.tensors import slot_segments
 
@@ -43,5 +45,25 @@ def format_of(spec: ModelSpec, slot: str, inputs: int, quantization: Quantizatio
 
 
 def may_be_grouped(spec: ModelSpec, slot: str, inputs: int, group: int) -> bool:
-    """Whether groups of so many inputs cross no segment of the slot's sums."""
-    return not slot.startswith(PLAIN) and inputs % (slot_segments(spec, slot) * group) == 0
+    """Whether a slot's groups of so many inputs cross no segment of its sums."""
+    if slot.startswith(PLAIN) or slot.endswith(".bias"):
+        return False
+    return inputs % (slot_segments(spec, slot) * group) == 0
+
+
+def check_formats(config: EngineConfig, backend: str, *, decoder: bool) -> None:
+    """Raises ConfigError: (quant_unsupported), (kv_dtype_unsupported) the backend or the model has no such integers."""
+    if config.quant != "none" and (backend == "torch" or not decoder):
+        raise ConfigError(
+            "quant_unsupported",
+            f"quant = {config.quant} cannot be used",
+            why="backend torch has no kernels for small integers" if decoder else "encoders keep their dtype",
+            fix="use backend = cpu or ref, or quant = none" if decoder else "use quant = none",
+        )
+    if config.kv_dtype == "int8" and backend == "torch" and decoder:
+        raise ConfigError(
+            "kv_dtype_unsupported",
+            "kv_dtype = int8 cannot run on backend = torch",
+            why="its attention reads K and V in the dtype of activations only",
+            fix="use backend = cpu or ref, or kv_dtype = auto",
+        )

@@ -50,8 +50,19 @@ def grouped_sums(x_K: Tensor, weight_NK: GroupedWeight, segments: int) -> Tensor
     sums_NS = torch.zeros(terms[0].shape[:2], dtype=torch.float32, device=x_K.device)
     for addends in zip(*(term_NSh.unbind(-1) for term_NSh in terms), strict=True):
         for addend_NS in addends:
-            sums_NS = (sums_NS + addend_NS).float()
+            sums_NS = rounded_once(sums_NS.double(), addend_NS)
     return sums_NS
+
+
+def rounded_once(a: Tensor, b: Tensor) -> Tensor:
+    """a + b of fp64 in fp32. The fp64 sum is made odd where it is not exact, so that rounding it again loses nothing
+    (Boldo and Melquiond 2008)."""
+    total = a + b
+    part = total - a
+    lost = (a - (total - part)) + (b - part)  # Knuth's exact error of the sum
+    even = total.view(torch.int64) & 1 == 0
+    odd = torch.nextafter(total, torch.copysign(torch.full_like(total, math.inf), lost))
+    return torch.where(even & (lost != 0) & lost.isfinite(), odd, total).float()
 
 
 def coded(x_K: Tensor, group: int) -> tuple[Tensor, Tensor]:
