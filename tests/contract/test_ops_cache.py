@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,3 +307,21 @@ def test_block_sizes_divide_the_segment(block_size: int, place: Place) -> None:
     with pytest.raises(ConfigError) as error:
         ops.allocate_kv(1, 2, block_size, 1, 8, torch.float32, device)
     assert error.value.code == "block_size_invalid"
+
+
+def test_pools_start_as_zeros_and_take_memory_when_they_are_written(place: Place) -> None:
+    ops, device = place
+    before, gigabyte = resident(), 1 << 30
+    (kv,) = ops.allocate_kv(1, gigabyte // (16 * 64 * 2 * 2), 16, 1, 64, torch.bfloat16, device)
+    for pool in kv.pools():
+        assert pool[-1].count_nonzero() == 0
+        pool[0], pool[-1] = 1, 2
+        assert pool[0].unique().tolist() == [1] and pool[-1].unique().tolist() == [2] and not pool[1].any()
+    assert device.type != "cpu" or resident() - before < gigabyte // 8
+
+
+def resident() -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("only Linux says what is resident")
+    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmRSS"))

@@ -17,6 +17,9 @@ from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer, Pa
 PANEL, GROUPS = 16, (32, 64, 128)
 """Of ``csrc/cpu``."""
 
+ORDERS = ("PHdB", "PHBd", "PHB")
+"""A head's block lies in one piece, K with its keys side by side (``csrc/cpu/walk.h``)."""
+
 VERSION = 3
 """Raised by every change of this backend's bits."""
 
@@ -145,7 +148,8 @@ class CpuOps:
         group = GroupBatch(slots_T, (first_R[:, None] + torch.arange(most)).int())
         batch = Batch(slots_T, list(row_starts), starts_R1, contexts_R.tolist(), contexts_R, BLOCK_WHOLE, [group])
         total = int(blocks_R.sum())
-        (kv,) = self.allocate_kv(1, total, BLOCK_WHOLE, heads, head_dim, qkv_TC.dtype, qkv_TC.device)
+        sizes = (1, total, BLOCK_WHOLE, heads, head_dim)
+        (kv,) = allocate_layers(*sizes, qkv_TC.dtype, qkv_TC.device, ORDERS, brief=True)
         return _attention(
             self.qk_norm_rope_write(qkv_TC, None, 0.0, None, kv, batch, 0), kv, batch, 0, scale, whole=True
         )
@@ -198,9 +202,7 @@ class CpuOps:
         dtype: torch.dtype,
         device: torch.device,
     ) -> list[KVLayer]:
-        """A head's block lies in one piece, K with its keys side by side (``csrc/cpu/walk.h``)."""
-        orders = ("PHdB", "PHBd", "PHB")
-        return allocate_layers(layers, blocks, block_size, kv_heads, head_dim, dtype, device, orders)
+        return allocate_layers(layers, blocks, block_size, kv_heads, head_dim, dtype, device, ORDERS)
 
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         copy_layer_blocks(layers, pairs)
