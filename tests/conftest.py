@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(slow)]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_weight_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of the processes that tests start, too: nobody's own cache is written to."""
+    os.environ["PENSTOCK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def one_compute_thread() -> Iterator[None]:
     """Keeps a test that changes the thread count from changing it for its neighbours. Never imports torch."""

@@ -11,12 +11,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from penstock.base import ConfigError
+from penstock.base import ConfigError, env, parse_size
 from penstock.core.admission import Limits
 from penstock.core.engine import Journal
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import Executor
 from penstock.core.setup import EngineSetup
+from penstock.formats import WeightCache, file_digest
 from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec, PoolingSpec, Vocabulary
 from penstock.spec.encoder import read_any_spec
 from penstock.spec.generation import read_recommended
@@ -24,7 +25,6 @@ from penstock.spec.location import BUNDLED_NAME, locate
 from penstock.spec.pooling import read_pooling
 from penstock.spec.quantization import check_formats
 from penstock.spec.rule_places import invalid_option, rule_places
-from penstock.spec.sizing import weight_bytes
 from penstock.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from penstock.models import Placement
     from penstock.runtime.service import LocalService
     from penstock.sampling import LogitsRule, RuleFactory, RuleKit
-
-MIN_CONTEXT = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,10 +150,11 @@ def load_executor(
 
     from penstock.kernels import make_ops
     from penstock.layers import Packing
-    from penstock.models import Placement, load_decoder, numerics_id
+    from penstock.models import Placement, numerics_id
     from penstock.runtime.host import keep_freed_memory
     from penstock.runtime.local import LocalExecutor
-    from penstock.runtime.memory import check_weights, plan_pools
+    from penstock.runtime.memory import check_weights, fit_context, plan_pools
+    from penstock.runtime.packed import load_kept
     from penstock.runtime.runner import Runner
 
     checkpoint = read_any_spec(folder)
@@ -172,12 +171,11 @@ def load_executor(
     if config.kv_dtype != "auto":
         placement = replace(placement, kv_dtype=getattr(torch, config.kv_dtype))
     config = fit_context(config, checkpoint, stored, device)
-    assert config.max_model_len is not None
-    spec = replace(checkpoint, max_positions=config.max_model_len)
-    packing = Packing(ops, spec, placement, config.quant)
-    decoder = load_decoder(folder, spec, ops, placement, packing)
-    pools = plan_pools(spec, config, stored, device)
-    numerics = numerics_id(folder, spec, ops, placement, packing.recipe)
+    spec = replace(checkpoint, max_positions=cast(int, config.max_model_len))
+    packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config)
+    decoder, mapped = load_kept(folder, spec, ops, placement, packing, store)
+    pools = plan_pools(spec, config, stored, device, reserved=mapped)
+    numerics = numerics_id(folder, spec, ops, placement, packing.recipe, store.digest if store else file_digest)
     setup = engine_setup(config, pools, numerics, vocabulary)
     kv_stored = placement.kv_dtype or placement.dtype
     runner = Runner(
@@ -195,6 +193,11 @@ def load_executor(
     )
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
     return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
+
+
+def weight_cache(config: EngineConfig) -> WeightCache | None:
+    """Raises ConfigError: (size_invalid) PENSTOCK_CACHE_SIZE is no size."""
+    return WeightCache(env.cache_folder(), parse_size(env.cache_size())) if config.weight_cache else None
 
 
 def as_stored(config: EngineConfig, folder: Path, ops: Ops) -> EngineConfig:
@@ -265,7 +268,9 @@ def _load_encoder(
     budget = max(config.max_num_batched_tokens, longest)
     config = replace(config, max_model_len=longest, max_num_batched_tokens=budget)
     encoder = load_encoder(folder, spec, ops, placement)
-    setup = engine_setup(config, (), numerics_id(folder, spec, ops, placement), vocabulary, whole=True)
+    store = weight_cache(config)
+    numerics = numerics_id(folder, spec, ops, placement, digest=store.digest if store else file_digest)
+    setup = engine_setup(config, (), numerics, vocabulary, whole=True)
     runner = EncoderRunner(encoder, separator=separator, device=placement.device)
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
     return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
@@ -348,26 +353,6 @@ def resolve(
         num_threads=config.num_threads or cpus,
         depth=config.depth or (1 if device == "cpu" else 2),
     )
-
-
-def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: torch.device) -> EngineConfig:
-    """Fills in max_model_len: the model's own context, halved until one request of it fits in the KV pool."""
-    from penstock.runtime.memory import plan_pools
-
-    if config.max_model_len is not None:
-        return config
-    length = spec.max_positions
-    weights = weight_bytes(spec, dtype, config.quant)
-    while length > MIN_CONTEXT:
-        try:
-            plan_pools(spec, replace(config, max_model_len=length), dtype, device, reserved=weights)
-            break
-        except ConfigError as error:
-            if error.code != "kv_memory_too_small":
-                raise
-            length //= 2
-            log.warning("max_model_len lowered to %d: %s", length, error.why)
-    return replace(config, max_model_len=length)
 
 
 def engine_setup(

@@ -9,10 +9,10 @@ from typing import Literal
 import pytest
 import torch
 
-from penstock.base import ConfigError
+from penstock.base import ConfigError, parse_size
 from penstock.core.kv.groups import KVCache
 from penstock.core.kv.prefix import BlockNames
-from penstock.runtime import available_memory, check_weights, cpu_count, memory, parse_size, plan_pools
+from penstock.runtime import available_memory, check_weights, cpu_count, memory, plan_pools
 from penstock.spec import EngineConfig, ModelSpec
 from penstock.spec.sizing import kv_block_bytes, weight_bytes
 

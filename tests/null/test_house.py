@@ -22,15 +22,18 @@ EXCEPTIONS: dict[str, int] = {}
 """Files, functions and classes over their limit, and their size today. This list may only shrink."""
 
 ENGINE_OPTIONS = """
-    model served_model_name device backend dtype quant max_model_len max_num_seqs max_num_batched_tokens block_size
-    kv_memory kv_dtype gpu_memory_utilization enable_prefix_caching scheduling_policy priority_age_seconds depth seed
-    tensor_parallel_size pipeline_parallel_size enforce_eager num_threads chat_template generation_config
+    model served_model_name device backend dtype quant weight_cache max_model_len max_num_seqs max_num_batched_tokens
+    block_size kv_memory kv_dtype gpu_memory_utilization enable_prefix_caching scheduling_policy priority_age_seconds
+    depth seed tensor_parallel_size pipeline_parallel_size enforce_eager num_threads chat_template generation_config
     logits_rule
 """.split()
 """Every field of EngineConfig, so every flag. A new one is a decision: it is argued for where this list is edited.
 
 kv_dtype: whether a KV cache may be rounded again is a choice of accuracy for memory that only the operator can make. It
 follows neither from the model nor from ``dtype``, and it is a part of the numerics id.
+
+weight_cache: a start that writes gigabytes to a disk must be possible to forbid, engine by engine; where they go and
+how much is kept belongs to the machine and is in the environment.
 """
 
 SOURCES = package_sources()

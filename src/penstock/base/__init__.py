@@ -10,6 +10,7 @@ from penstock.base.errors import (
     Unavailable,
 )
 from penstock.base.registry import Registry
+from penstock.base.units import parse_size
 
 __all__ = [
     "ConfigError",
@@ -20,4 +21,5 @@ __all__ = [
     "PenstockError",
     "Registry",
     "Unavailable",
+    "parse_size",
 ]

@@ -162,12 +162,12 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
     """
     import torch
 
-    from penstock.assemble import as_stored, fit_context, resolve_here
+    from penstock.assemble import as_stored, resolve_here
     from penstock.formats import open_checkpoint
     from penstock.kernels import make_ops
     from penstock.models import Placement
     from penstock.models.weights import open_tensors
-    from penstock.runtime.memory import check_weights, free_memory, plan_pools
+    from penstock.runtime.memory import check_weights, fit_context, free_memory, plan_pools
 
     spec = read_any_spec(folder)
     config = resolve_here(config, spec)

@@ -6,6 +6,7 @@ from penstock.formats.digest import file_digest
 from penstock.formats.files import read_bytes
 from penstock.formats.gguf import GGUFFile, gguf_file, read_gguf
 from penstock.formats.jsonfile import parse_json_object, read_json_object
+from penstock.formats.packed import PackedFile, PackedTensor, damaged
 from penstock.formats.safetensors import SafetensorsFile, TensorEntry
 from penstock.formats.sentencepiece import (
     Algorithm,
@@ -19,19 +20,25 @@ from penstock.formats.sentencepiece import (
 )
 from penstock.formats.tekken import Tekken, parse_tekken, read_tekken
 from penstock.formats.tiktoken import parse_ranks, read_ranks
+from penstock.formats.weightcache import Kept, WeightCache
 
 __all__ = [
     "Algorithm",
     "Charsmap",
     "Checkpoint",
     "GGUFFile",
+    "Kept",
+    "PackedFile",
+    "PackedTensor",
     "Piece",
     "PieceKind",
     "SafetensorsFile",
     "SentencePieceModel",
     "Tekken",
     "TensorEntry",
+    "WeightCache",
     "check_pieces",
+    "damaged",
     "file_digest",
     "gguf_file",
     "looks_like_sentencepiece",

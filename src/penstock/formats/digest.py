@@ -2,22 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import re
+import time
 from pathlib import Path
 
-_known: dict[tuple[str, int, int, int], str] = {}
+from penstock.base import ModelFormatError
+from penstock.formats.files import written_whole
+from penstock.formats.jsonfile import read_json_object
+
+REMEMBERED = 256
+"""Files whose digests are kept, the latest of them."""
+
+SETTLED_NS = 2_000_000_000
+"""A file changed so lately may change again within the same tick of its file system's clock."""
+
+_known: dict[str, str] = {}
 
 
-def file_digest(path: Path) -> str:
-    """sha256 in hex, computed once per (path, size, mtime, inode). A hub cache names its files by just that."""
-    stat = path.stat()
-    key = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+def file_digest(path: Path, memory: Path | None = None) -> str:
+    """sha256 in hex. A hub cache names its files by just that; of others it is computed once while place, size, times
+    and inode stay the same.
+
+    Args:
+        memory: a file that remembers digests beyond this process. One that is damaged or cannot be written is none.
+    """
+    name = path.resolve().name if path.is_symlink() else ""
+    if re.fullmatch("[0-9a-f]{64}", name):
+        return name
+    key, settled = _state(path)
+    if key not in _known and memory is not None:
+        _known.update(_read(memory))
     if key not in _known:
-        name = path.resolve().name if path.is_symlink() else ""
-        if re.fullmatch("[0-9a-f]{64}", name):
-            _known[key] = name
-        else:
-            with path.open("rb") as file:
-                _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not settled or _state(path)[0] != key:
+            return digest
+        _known[key] = digest
+        if memory is not None:
+            _write(memory, key, digest)
     return _known[key]
+
+
+def _state(path: Path) -> tuple[str, bool]:
+    """All that would be another if the file were; and whether its last change is long enough ago to show."""
+    stat = path.stat()
+    times = (stat.st_mtime_ns, stat.st_ctime_ns)  # the latter cannot be set
+    numbers = (stat.st_size, *times, stat.st_ino, stat.st_dev)
+    return f"{' '.join(map(str, numbers))} {path.resolve()}", time.time_ns() - max(times) > SETTLED_NS
+
+
+def _read(memory: Path) -> dict[str, str]:
+    with contextlib.suppress(ModelFormatError):
+        return {
+            key: digest
+            for key, digest in read_json_object(memory).items()
+            if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
+        }
+    return {}
+
+
+def _write(memory: Path, key: str, digest: str) -> None:
+    """Whoever writes at the same time may win; what is lost is computed again."""
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A file that changed has one entry, its latest.
+        place = key.split(" ", 5)[5]
+        others = [item for item in _read(memory).items() if item[0].split(" ", 5)[5:] != [place]]
+        with written_whole(memory) as file:
+            file.write(json.dumps(dict([*others, (key, digest)][-REMEMBERED:]), indent=0).encode())

@@ -1,9 +1,14 @@
-"""Whole files, read with a size limit and errors that name them; and pages of mapped ones."""
+"""Whole files, read with a size limit and errors that name them, or written; and pages of mapped ones."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from penstock.base import ModelFormatError
 
@@ -31,6 +36,27 @@ def read_bytes(path: Path, limit: int, invalid: str) -> bytes:
     if len(data) > limit:
         raise ModelFormatError(invalid, f"{path} is not usable", why=f"it is larger than {limit} bytes")
     return data
+
+
+UNFINISHED = ".unfinished"
+"""Of the names of files that are being written, or were when something stopped it."""
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when all of it is on the disk: readers find all of it or none, whoever else writes the
+    same. After an error nothing is left."""
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=UNFINISHED)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
 
 
 def release_pages(mapped: mmap.mmap, start: int, end: int) -> None:

@@ -42,6 +42,8 @@ class Ops(Protocol):
     """Whether ``pack`` takes grouped weights."""
     numerics: str
     """All that decides the backend's bits: its name, the version of its arithmetic, library and ISA class."""
+    layout: str
+    """What decides the order in which ``pack`` puts numbers; empty where it leaves them as they are."""
 
     def pack(self, weight: Tensor | GroupedWeight) -> Weight:
         """Puts matrices [..., N, K] into the order in which this backend reads them, perhaps in place.

@@ -7,7 +7,7 @@ from penstock.layers.linear import FeedForward, GateUp, Linear, RowLinear
 from penstock.layers.moe import Experts, Router, SharedExpert, SparseFeedForward
 from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormAfter, Scaled, as_it_is, not_normed
 from penstock.layers.packing import Pack, Packing
-from penstock.layers.placement import Placement
+from penstock.layers.placement import Placement, frozen_bytes
 from penstock.layers.rope import rope_table
 from penstock.quant import AT_ONCE, BITS, FLOATS, decode_mxfp4, decode_rows, group_rows, widen
 
@@ -44,6 +44,7 @@ __all__ = [
     "as_it_is",
     "decode_mxfp4",
     "decode_rows",
+    "frozen_bytes",
     "group_rows",
     "not_normed",
     "rope_table",

@@ -13,8 +13,9 @@ from penstock.quant import quantize, widen
 from penstock.spec import ModelSpec
 from penstock.spec.quantization import VERSION, Quantization, format_of, may_be_grouped
 
-Pack = Callable[[str, "Tensor | GroupedWeight"], Weight]
-"""Of a slot (``spec.tensors``) and its matrix or stack of matrices."""
+Pack = Callable[[str, str, Callable[[], "Tensor | GroupedWeight"]], Weight]
+"""Of a slot (``spec.tensors``), a name that no other weight of the model has, and what reads the matrix or stack of
+matrices: a pack that knows what becomes of it need not read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,13 @@ class Packing:
         """All of it that decides bits."""
         return "" if self.quantization == "none" else f"{self.quantization}/{VERSION}"
 
-    def __call__(self, slot: str, weight: Tensor | GroupedWeight) -> Weight:
+    @property
+    def name(self) -> str:
+        """For people: what most numbers of the model are."""
+        return str(self.placement.dtype).removeprefix("torch.") if self.quantization == "none" else self.quantization
+
+    def __call__(self, slot: str, name: str, source: Callable[[], Tensor | GroupedWeight]) -> Weight:
+        weight = source()
         if isinstance(weight, Tensor):
             found = format_of(self.spec, slot, weight.shape[-1], self.quantization)
             if found is None:

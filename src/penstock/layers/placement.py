@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -25,3 +26,10 @@ class Placement:
         """What of it decides bits: the kind of device, not which one."""
         kv = f", KV in {self.kv_dtype}" if self.kv_dtype else ""
         return f"{self.dtype} on {self.device.type}{kv}"
+
+
+def frozen_bytes(view: memoryview) -> Tensor:
+    """The bytes of a file as uint8, not copied. It must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(view, dtype=torch.uint8)

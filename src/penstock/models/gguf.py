@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from penstock.formats import Checkpoint
-from penstock.layers import AT_ONCE, BITS, FLOATS, GroupedWeight, Placement, decode_rows, group_rows
-from penstock.models.tensors import check_tensors, frozen_bytes, not_finite
+from penstock.layers import (
+    AT_ONCE,
+    BITS,
+    FLOATS,
+    GroupedWeight,
+    Placement,
+    decode_rows,
+    frozen_bytes,
+    group_rows,
+)
+from penstock.models.tensors import check_tensors, not_finite
 from penstock.spec import ModelSpec
 from penstock.spec.gguf_tensors import gguf_shapes, gguf_tensors, is_ignored
 from penstock.spec.tensors import checkpoint_tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from penstock.base import ModelFormatError
 from penstock.formats import Checkpoint, TensorEntry
-from penstock.layers import Placement
+from penstock.layers import Placement, frozen_bytes
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PACKED = {"U8": torch.uint8}
@@ -77,13 +76,6 @@ class Tensors:
         """The file's bytes as a tensor, not copied. It must not be written to."""
         entry = self.checkpoint.entry(self.stored_as[name])
         return frozen_bytes(self.checkpoint.view(entry.name)).view((STORED | PACKED)[entry.dtype]).view(entry.shape)
-
-
-def frozen_bytes(view: memoryview) -> Tensor:
-    """The bytes of a file as uint8, not copied. It must not be written to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(view, dtype=torch.uint8)
 
 
 def check_tensors(

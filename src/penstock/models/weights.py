@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,7 +169,8 @@ class _Builder:
             bias = self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
             return weight, None if bias is None else bias.view(-1, rows)
         assert isinstance(self.tensors, Tensors)  # no GGUF file of such a family is read
-        packed = self.pack(f"{slot}.weight", self.stacked(self.tensors, list(slots[f"{slot}.weight"]), paired))
+        tensors, names = self.tensors, list(slots[f"{slot}.weight"])
+        packed = self.pack(f"{slot}.weight", names[0], lambda: self.stacked(tensors, names, paired))
         (name,) = slots[f"{slot}.bias"]
         stored = self.tensors.stored(name)
         bias = self.placement.empty(tuple(stored.shape))
@@ -213,8 +215,13 @@ class _Builder:
 
     def matrix(self, slots: Slots, slot: str, rows: int | None = None) -> Weight:
         """A packed matrix, or a stack of those of ``rows`` each."""
-        weight = self.tensors.weight(*slots[slot])
-        return self.pack(slot, weight if rows is None else stack(weight, rows))
+        names = list(slots[slot])
+
+        def source() -> Tensor | GroupedWeight:
+            weight = self.tensors.weight(*names)
+            return weight if rows is None else stack(weight, rows)
+
+        return self.pack(slot, names[0], source)
 
     def fuse(self, slots: Slots, slot: str) -> Tensor:
         return self.tensors.fuse(*slots[slot])
@@ -239,15 +246,17 @@ def numerics_id(
     ops: Ops,
     placement: Placement,
     recipe: str = "",
+    digest: Callable[[Path], str] = file_digest,
 ) -> bytes:
     """16 bytes that agree exactly where bits may be shared: same weights, arithmetic and KV dtype.
 
     It roots every KV block hash (ONE_ANSWER, "Where the promise holds"). How long a context is served does not enter,
-    but for the rope that follows from it. ``recipe`` names what became of the checkpoint's matrices.
+    but for the rope that follows from it. ``recipe`` names what became of the checkpoint's matrices,
+    ``digest`` what a file holds.
     """
     parts = [ops.numerics, str(placement), f"segment={SEGMENT}", f"sum_group={SUM_GROUP}", recipe]
     if isinstance(spec, ModelSpec):
         spec = replace(spec, max_positions=0, rope=spec.rope.settled(spec.max_positions))
     parts.append(repr(spec))
-    parts += [f"{file.path.name}={file_digest(file.path)}" for file in open_checkpoint(folder).files]
+    parts += [f"{file.path.name}={digest(file.path)}" for file in open_checkpoint(folder).files]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).digest()

@@ -3,7 +3,7 @@
 from penstock.runtime.encoder import EncoderRunner
 from penstock.runtime.host import available_memory, cpu_count
 from penstock.runtime.local import LocalExecutor
-from penstock.runtime.memory import check_weights, free_memory, parse_size, plan_pools
+from penstock.runtime.memory import check_weights, free_memory, plan_pools
 from penstock.runtime.runner import Runner
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "check_weights",
     "cpu_count",
     "free_memory",
-    "parse_size",
     "plan_pools",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from penstock.base import ConfigError
+from penstock.base import ConfigError, parse_size
 from penstock.core.kv.groups import PoolSpec
 from penstock.runtime.host import available_memory
 from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec
@@ -16,25 +17,14 @@ from penstock.spec.encoder import encoder_weight_bytes
 from penstock.spec.quantization import Quantization
 from penstock.spec.sizing import activation_bytes, kv_block_bytes, kv_dtype_of, kv_request_blocks, weight_bytes
 
+log = logging.getLogger(__name__)
+
 GIB = 1 << 30
+MIN_CONTEXT = 256
 CPU_REQUESTS = 32
 """Requests of max_model_len that the KV pool holds by default on a CPU, memory permitting."""
 CPU_SHARE = 4
 """The default pool takes at most one part in so many of the free memory on a CPU."""
-
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "2G", "512M", "1.5 GiB" or "1000000"; units are powers of 1024.
-
-    Raises:
-        ConfigError: (size_invalid).
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
-    if match is None or (size := int(float(match[1]) * UNITS[match[2]])) < 1:
-        raise ConfigError("size_invalid", f"{text!r} is not a size of memory", fix='write it like "512M" or "2G"')
-    return size
 
 
 def free_memory(device: torch.device) -> int:
@@ -100,6 +90,24 @@ def plan_pools(
             cannot hold one request of max_model_len; (size_invalid).
     """
     return split_budget(spec, config, dtype, kv_budget(spec, config, dtype, device, reserved))
+
+
+def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: torch.device) -> EngineConfig:
+    """Fills in max_model_len: the model's own context, halved until one request of it fits in the KV pool."""
+    if config.max_model_len is not None:
+        return config
+    length = spec.max_positions
+    weights = weight_bytes(spec, dtype, config.quant)
+    while length > MIN_CONTEXT:
+        try:
+            plan_pools(spec, replace(config, max_model_len=length), dtype, device, reserved=weights)
+            break
+        except ConfigError as error:
+            if error.code != "kv_memory_too_small":
+                raise
+            length //= 2
+            log.warning("max_model_len lowered to %d: %s", length, error.why)
+    return replace(config, max_model_len=length)
 
 
 def kv_budget(spec: ModelSpec, config: EngineConfig, dtype: Dtype, device: torch.device, reserved: int = 0) -> int:

@@ -28,6 +28,10 @@ class EngineConfig:
     quant: Literal["none", "int8", "int4"] = option(
         "none", "weights as small integers with a scale for each 32 inputs, made when the model is loaded"
     )
+    weight_cache: bool = option(
+        True,
+        "keep weights on disk as the kernels read them, so that the next start maps them (PENSTOCK_CACHE says where)",
+    )
     max_model_len: int | None = option(None, "longest prompt plus completion, in tokens", low=1, high=134217728)
     max_num_seqs: int = option(64, "most requests in one step", low=1, high=65536)
     max_num_batched_tokens: int = option(

@@ -3,8 +3,11 @@ fixed segments, and rows never see each other. The bits are those of an instruct
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,6 +41,7 @@ class CpuOps:
     def __init__(self) -> None:
         machine, capability = platform.machine(), torch.backends.cpu.get_cpu_capability()  # torch weighs the experts
         self.numerics = f"cpu/{VERSION} {_native.chosen()} {machine} torch/{torch.__version__} {capability}"
+        self.layout = f"panels of {PANEL} by {_binary()}"
 
     def pack(self, weight: Tensor | GroupedWeight) -> Weight:
         """Panels of 16 outputs, inputs in pairs, in place; grouped weights in quads (``csrc/cpu/kernels.h``)."""
@@ -206,6 +210,12 @@ class CpuOps:
 
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         copy_layer_blocks(layers, pairs)
+
+
+@cache
+def _binary() -> str:
+    """The native kernels that are installed, by their content."""
+    return hashlib.blake2b(Path(_native.__file__).read_bytes(), digest_size=16).hexdigest()
 
 
 def _share_threads() -> None:

@@ -27,6 +27,7 @@ class RefOps:
     name = "ref"
     one_answer = True
     grouped = True
+    layout = ""
 
     def __init__(self) -> None:
         self.numerics = f"ref/{VERSION} torch/{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"

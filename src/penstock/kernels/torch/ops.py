@@ -27,6 +27,7 @@ class TorchOps:
     name = "torch"
     one_answer = False
     grouped = False
+    layout = ""
 
     def __init__(self) -> None:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
