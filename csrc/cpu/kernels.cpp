@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "quantize.h"
 #include "quantized.h"
 #include "rows.h"
 
@@ -30,6 +31,9 @@ void unpack_rows(
         using T = decltype(t);
         unpack_rows_of((const T*)weight, ids, (T*)out, rows, outputs, inputs);
     });
+}
+void quantize(const Plain& a, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) { quantize_of<decltype(t)>(a); });
 }
 void pack_grouped(const Grouped& a, uint8_t* out) { pack_groups_of(a, out); }
 void unpack_grouped_rows(const Grouped& a, const int64_t* ids, void* out, int64_t rows, Dtype dtype) {
@@ -59,6 +63,7 @@ void attention(const Attention& a, Dtype dtype) {
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)
 extern const Table table;
-const Table table{NAME(PENSTOCK_ISA), pack, unpack_rows, pack_grouped, unpack_grouped_rows, linear, norm, heads, attention};
+const Table table{
+    NAME(PENSTOCK_ISA), pack, unpack_rows, quantize, pack_grouped, unpack_grouped_rows, linear, norm, heads, attention};
 
 }  // namespace penstock::PENSTOCK_ISA

@@ -33,6 +33,16 @@ struct Grouped {
     Format format;
 };
 
+// Groups of plain numbers, one after the other, to become such integers.
+struct Plain {
+    const void* weight;
+    int64_t groups;
+    Format format;
+    void* codes;
+    uint16_t* scales;  // [groups], fp16
+    uint8_t* zeros;    // the same, with 4 bits
+};
+
 struct Linear {
     const void* x;       // [T, K]
     const void* weight;  // [N, K], packed
@@ -90,6 +100,7 @@ struct Table {
     const char* name;
     void (*pack)(void* weight, int64_t outputs, int64_t inputs, Dtype);  // in place
     void (*unpack_rows)(const void* weight, const int64_t* ids, void* out, int64_t rows, int64_t outputs, int64_t inputs, Dtype);
+    void (*quantize)(const Plain&, Dtype);
     void (*pack_grouped)(const Grouped&, uint8_t* out);
     void (*unpack_grouped_rows)(const Grouped&, const int64_t* ids, void* out, int64_t rows, Dtype);  // codes: packed
     void (*linear)(const Linear&, Dtype);

@@ -108,6 +108,9 @@ NB_MODULE(_native, m) {
         kernels().unpack_rows(at(table), at<int64_t>(ids), at(out), rows, outputs, inputs, (Dtype)dtype);
     }, Free());
     m.def("panel_bytes", [](int64_t inputs, int bits, int group) { return Format{bits, group}.panel_bytes(inputs); });
+    m.def("quantize", [](Address weight, Address codes, Address scales, Address zeros, int64_t groups, int bits, int group, int dtype) {
+        kernels().quantize({at(weight), groups, {bits, group}, at(codes), at<uint16_t>(scales), at<uint8_t>(zeros)}, (Dtype)dtype);
+    }, Free());
     m.def("pack_grouped", [](Address codes, Address scales, Address zeros, Address out, int64_t outputs, int64_t inputs, int bits,
                              int group) {
         kernels().pack_grouped({at(codes), at<uint16_t>(scales), at<uint8_t>(zeros), outputs, inputs, {bits, group}}, at<uint8_t>(out));

@@ -372,10 +372,11 @@ inline void pack_groups_of(const Grouped& a, uint8_t* out) {
             uint8_t* to = out + (index * groups + g) * bytes;
             for (int lane = 0; lane < std::min<int64_t>(PANEL, a.outputs - index * PANEL); lane++) {
                 int64_t at = (index * PANEL + lane) * groups + g;
-                const uint8_t* from = (const uint8_t*)a.codes + at * a.format.group;
-                for (int k = 0; k < a.format.group; k++) {
-                    CodePlace place = code_place(a.format, lane, k);
-                    to[place.byte] |= (uint8_t)(from[k] << place.shift);
+                const auto* from = (const int8_t*)a.codes + at * a.format.group;
+                for (int k = 0; k < a.format.group; k += a.format.bits == 8 ? 4 : 8) {
+                    int32_t quad = quad_at(from + k);
+                    if (a.format.bits == 4) quad |= quad_at(from + k + 4) << 4;
+                    std::memcpy(to + code_place(a.format, lane, k).byte, &quad, 4);
                 }
                 std::memcpy(to + codes + lane * 2, a.scales + at, 2);
                 if (a.format.bits == 4) to[codes + 2 * PANEL + lane] = a.zeros[at];

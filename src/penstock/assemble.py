@@ -171,12 +171,13 @@ def load_executor(
     if config.kv_dtype != "auto":
         placement = replace(placement, kv_dtype=getattr(torch, config.kv_dtype))
     config = fit_context(config, checkpoint, stored, device)
-    spec = replace(checkpoint, max_positions=cast(int, config.max_model_len))
+    assert config.max_model_len is not None
+    spec = replace(checkpoint, max_positions=config.max_model_len)
     packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config)
     decoder, mapped = load_kept(folder, spec, ops, placement, packing, store)
     pools = plan_pools(spec, config, stored, device, reserved=mapped)
-    numerics = numerics_id(folder, spec, ops, placement, packing.recipe, store.digest if store else file_digest)
-    setup = engine_setup(config, pools, numerics, vocabulary)
+    digest = store.digest if store else file_digest
+    setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement, packing.recipe, digest), vocabulary)
     kv_stored = placement.kv_dtype or placement.dtype
     runner = Runner(
         decoder,

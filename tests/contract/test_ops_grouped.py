@@ -3,7 +3,7 @@ bit where the processor has a fused multiply-add."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from opsuite import agree
 from penstock.base import ModelFormatError
 from penstock.kernels import GroupedWeight, Ops, Weight, make_ops, native
-from penstock.quant import quantize
+from penstock.quant import check_scales, quantize, widen
 
 if native():
     from penstock.kernels import _native
@@ -158,6 +158,39 @@ def test_quantize(bits: int) -> None:
     )
 
 
+WEIGHTS: dict[str, Callable[[], Tensor]] = {
+    "normal": lambda: torch.randn(37, 512),
+    "a stack": lambda: torch.randn(3, 5, 128),
+    "one group": lambda: torch.randn(1, 128),
+    "of one sign": lambda: torch.rand(20, 256) + 1,
+    "mostly zeros": lambda: torch.randn(20, 256) * (torch.rand(20, 256) < 0.1),
+    "ties": lambda: torch.randint(-3, 4, (20, 256)).float(),
+    "equal": lambda: torch.full((3, 256), -0.25),
+    "zeros": lambda: torch.zeros(3, 256),
+    "outliers": lambda: torch.randn(20, 256).pow(7),
+    "down to nothing": lambda: torch.randn(60, 256) * 10 ** (torch.rand(60, 1) * -45),
+    "up to the scales' end": lambda: torch.randn(60, 256).clamp(-4, 4) * 10 ** (torch.rand(60, 1) * 4.2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_native_integers_are_those_of_the_reference(
+    kind: str, dtype: torch.dtype, form: tuple[int, int], ops: Ops
+) -> None:
+    w_NK = WEIGHTS[kind]().to(dtype)
+    if w_NK.isfinite().all():
+        assert ops.quantize is not None
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            ours = ops.quantize(w_NK, *form)
+        ref = quantize(w_NK, *form)
+        assert torch.equal(ours.codes_NK, ref.codes_NK) and ours.codes_NK.dtype == ref.codes_NK.dtype
+        assert torch.equal(ours.scales_NG.view(torch.int16), ref.scales_NG.view(torch.int16))
+        assert ours.bits == 8 or torch.equal(ours.zeros_NG, ref.zeros_NG)  # type: ignore[arg-type]
+        assert torch.equal(widen(ours, torch.empty(w_NK.shape)), widen(ref, torch.empty(w_NK.shape)))
+
+
 def test_ref_rounds_a_sum_once() -> None:
     """An fp64 sum in between would fall on a tie of fp32 and then to the even side."""
     own = (2**22 - 2**11 + 1) * 2.0**-57
@@ -172,6 +205,12 @@ def test_ref_rounds_a_sum_once() -> None:
         )
 
 
-def test_weights_beyond_the_scales_are_refused() -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_beyond_the_scales_are_refused(bits: int) -> None:
+    w_NK = torch.full((2, 32), 1e8)
     with pytest.raises(ModelFormatError, match="65504"):
-        quantize(torch.full((2, 32), 1e8), 8, 32)
+        quantize(w_NK, bits, 32)
+    for ops in (make_ops("cpu") for _ in SETS[:1]):
+        assert ops.quantize is not None
+        with pytest.raises(ModelFormatError, match="65504"):
+            check_scales(w_NK, ops.quantize(w_NK, bits, 32))

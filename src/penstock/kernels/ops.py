@@ -23,7 +23,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Weight
+from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Quantize, Weight
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_clamped"]
 """How ``gate_up`` joins gate g and up u: act(g) * u; "swiglu_clamped" (gpt-oss) is (u + 1) * g * sigmoid(1.702 g) with
@@ -42,6 +42,8 @@ class Ops(Protocol):
     """Whether ``pack`` takes grouped weights."""
     numerics: str
     """All that decides the backend's bits: its name, the version of its arithmetic, library and ISA class."""
+    quantize: Quantize | None
+    """``quant.quantize`` done faster, with the same bits; None where nothing does."""
     layout: str
     """What decides the order in which ``pack`` puts numbers; empty where it leaves them as they are."""
 

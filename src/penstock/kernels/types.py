@@ -10,6 +10,7 @@ Shape suffixes used throughout the device wing:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,9 @@ class PackedWeight:
         """One matrix of a stack."""
         return PackedWeight(self.data[index], self.shape[1:], self.bits, self.group)
 
+
+Quantize = Callable[[Tensor, int, int], GroupedWeight]
+"""Of a plain weight, bits and group."""
 
 Weight = Tensor | GroupedWeight | PackedWeight
 """A matrix or a stack of them as an op takes it: what ``Ops.pack`` returned."""

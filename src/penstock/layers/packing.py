@@ -9,9 +9,9 @@ from torch import Tensor
 
 from penstock.kernels import GroupedWeight, Ops, Weight
 from penstock.layers.placement import Placement
-from penstock.quant import quantize, widen
+from penstock.quant import check_scales, quantize, widen
 from penstock.spec import ModelSpec
-from penstock.spec.quantization import VERSION, Quantization, format_of, may_be_grouped
+from penstock.spec.quantization import VERSION, Quantization, WeightFormat, format_of, may_be_grouped
 
 Pack = Callable[[str, str, Callable[[], "Tensor | GroupedWeight"]], Weight]
 """Of a slot (``spec.tensors``), a name that no other weight of the model has, and what reads the matrix or stack of
@@ -44,7 +44,15 @@ class Packing:
             found = format_of(self.spec, slot, weight.shape[-1], self.quantization)
             if found is None:
                 return self.ops.pack(weight)
-            weight = quantize(weight, found.bits, found.group)
+            weight = self.quantized(weight, found)
         if self.ops.grouped and may_be_grouped(self.spec, slot, weight.shape[-1], weight.group):
             return self.ops.pack(weight)
         return self.ops.pack(widen(weight, self.placement.empty(tuple(weight.shape))))
+
+    def quantized(self, weight: Tensor, format: WeightFormat) -> GroupedWeight:
+        """The same bits whoever makes them."""
+        if self.ops.quantize is None:
+            return quantize(weight, format.bits, format.group)
+        made = self.ops.quantize(weight, format.bits, format.group)
+        check_scales(weight, made)
+        return made

@@ -18,8 +18,15 @@ SHRINKS = tuple(1 - step / 32 for step in range(12))
 def quantize(weight: Tensor, bits: int, group: int) -> GroupedWeight:
     """The codes nearest to a plain weight [..., N, K]; K is a multiple of ``group``.
 
-    8 bits: the scale is the group's greatest size over 127. 4 bits: several spans around the group's middle give codes,
-    to which scale and zero are fitted by least squares; the one with the least squared error is kept.
+    8 bits: the scale is the group's greatest size over 127. 4 bits: several spans around the group's middle give
+    codes, to which scale and zero are fitted by least squares; the one with the least squared error is kept. Sums have
+    an order of their own: the same weights become the same integers on every processor.
+
+    Args:
+        group: with 4 bits a power of two.
+
+    Raises:
+        ModelFormatError: (weights_too_large).
     """
     *rows, inputs = weight.shape
     codes_XK = torch.empty(weight.shape, dtype=torch.int8 if bits == 8 else torch.uint8)
@@ -31,14 +38,20 @@ def quantize(weight: Tensor, bits: int, group: int) -> GroupedWeight:
         coded = _eight(source_Gg.float()) if bits == 8 else _four(source_Gg.float())
         for target, made in zip(targets, coded, strict=True):
             target.copy_(made)
-        if not coded[1].isfinite().all():
-            raise ModelFormatError(
-                "weights_too_large",
-                "The weights cannot become small integers",
-                why=f"one of them is {float(source_Gg.float().abs().max()):.3g}, and fp16 scales end at 65504",
-                fix="load the model without --quant",
-            )
-    return GroupedWeight(codes_XK, scales_XG, zeros_XG)
+    grouped = GroupedWeight(codes_XK, scales_XG, zeros_XG)
+    check_scales(weight, grouped)
+    return grouped
+
+
+def check_scales(weight: Tensor, grouped: GroupedWeight) -> None:
+    """Raises ModelFormatError: (weights_too_large) the scales of a weight are beyond fp16."""
+    if not grouped.scales_NG.isfinite().all():
+        raise ModelFormatError(
+            "weights_too_large",
+            "The weights cannot become small integers",
+            why=f"one of them is {float(weight.abs().max()):.3g}, and fp16 scales end at 65504",
+            fix="load the model without --quant",
+        )
 
 
 def _eight(w_Gg: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +68,8 @@ def _four(w_Gg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes_Gg = _codes(w_Gg, *_stored(scale_G1, middle_G1 - span_G1 * (shrink / 2)))
         tried = [*_stored(*_fit(w_Gg, codes_Gg, scale_G1))]
         codes_Gg = _codes(w_Gg, *tried)
-        error_G1 = (_value(codes_Gg, *tried) - w_Gg).square_().sum(-1, keepdim=True)
+        error_Gg = (_value(codes_Gg, *tried) - w_Gg).square_()
+        error_G1 = _total(error_Gg)
         tried = [error_G1, codes_Gg, *tried]
         better_G1 = error_G1 < best[0] if best else None
         best = tried if better_G1 is None else [torch.where(better_G1, a, b) for a, b in zip(tried, best, strict=True)]
@@ -65,12 +79,20 @@ def _four(w_Gg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fit(w_Gg: Tensor, codes_Gg: Tensor, scale_G1: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and lowest value of the straight line from codes to weights, by least squares."""
-    mean_w_G1, mean_code_G1 = w_Gg.mean(-1, keepdim=True), codes_Gg.mean(-1, keepdim=True)
+    group = w_Gg.shape[-1]
+    mean_w_G1, mean_code_G1 = _total(w_Gg) / group, _total(codes_Gg) / group
     spread_Gg = codes_Gg - mean_code_G1
-    variance_G1 = spread_Gg.square().sum(-1, keepdim=True)
-    slope_G1 = (spread_Gg * (w_Gg - mean_w_G1)).sum(-1, keepdim=True) / variance_G1
+    variance_G1 = _total(spread_Gg.square())
+    slope_G1 = _total(spread_Gg * (w_Gg - mean_w_G1)) / variance_G1
     slope_G1 = torch.where((variance_G1 > 0) & (slope_G1 > 0), slope_G1, scale_G1)
     return slope_G1, mean_w_G1 - slope_G1 * mean_code_G1
+
+
+def _total(x_Gg: Tensor) -> Tensor:
+    """Sums of groups [G, 1], along a binary tree, neighbours first."""
+    while x_Gg.shape[-1] > 1:
+        x_Gg = x_Gg[:, 0::2] + x_Gg[:, 1::2]
+    return x_Gg
 
 
 def _stored(scale_G1: Tensor, lowest_G1: Tensor) -> tuple[Tensor, Tensor]:

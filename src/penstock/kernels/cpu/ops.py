@@ -15,7 +15,7 @@ from torch import Tensor
 from penstock.kernels import _native
 from penstock.kernels.ops import Activation
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks
-from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer, PackedWeight, Weight, plain
+from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer, PackedWeight, Quantize, Weight, plain
 
 PANEL, GROUPS = 16, (32, 64, 128)
 """Of ``csrc/cpu``."""
@@ -41,6 +41,7 @@ class CpuOps:
     def __init__(self) -> None:
         machine, capability = platform.machine(), torch.backends.cpu.get_cpu_capability()  # torch weighs the experts
         self.numerics = f"cpu/{VERSION} {_native.chosen()} {machine} torch/{torch.__version__} {capability}"
+        self.quantize: Quantize | None = _quantize
         self.layout = f"panels of {PANEL} by {_binary()}"
 
     def pack(self, weight: Tensor | GroupedWeight) -> Weight:
@@ -225,6 +226,21 @@ def _share_threads() -> None:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _quantize(weight: Tensor, bits: int, group: int) -> GroupedWeight:
+    """Raises ValueError if no kernel has such groups."""
+    _share_threads()
+    if group not in GROUPS:
+        raise ValueError(f"groups of {group} inputs; the kernels know {GROUPS}")
+    weight, (*rows, inputs) = weight.contiguous(), weight.shape
+    codes_NK = torch.empty(weight.shape, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales_NG = torch.empty(*rows, inputs // group, dtype=torch.float16)
+    zeros_NG = None if bits == 8 else torch.empty(scales_NG.shape, dtype=torch.uint8)
+    _same(weight, weight.dtype, weight)
+    places = (weight.data_ptr(), codes_NK.data_ptr(), scales_NG.data_ptr(), _address(zeros_NG))
+    _native.quantize(*places, scales_NG.numel(), bits, group, DTYPES[weight.dtype])
+    return GroupedWeight(codes_NK, scales_NG, zeros_NG)
 
 
 def _pack_grouped(weight: GroupedWeight) -> PackedWeight:

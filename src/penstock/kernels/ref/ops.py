@@ -17,7 +17,7 @@ from penstock.kernels.paged import allocate_layers, copy_layer_blocks, flat
 from penstock.kernels.ref.arithmetic import ACTIVATIONS, gate_up, layer_norm, matvec, quantize, rms_norm, rotate
 from penstock.kernels.ref.attention import Row, Scoring, attend, attend_whole
 from penstock.kernels.ref.moe import experts_row, route_row
-from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Weight, plain
+from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Quantize, Weight, plain
 
 VERSION = 2
 """Raised by every change of this backend's bits."""
@@ -27,6 +27,7 @@ class RefOps:
     name = "ref"
     one_answer = True
     grouped = True
+    quantize: Quantize | None = None
     layout = ""
 
     def __init__(self) -> None:

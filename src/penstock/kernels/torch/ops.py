@@ -17,7 +17,7 @@ from penstock.kernels.torch.attention import attend, attend_whole
 from penstock.kernels.torch.linear import few_rows, left_product, linear, product, rms_norm_, tiles
 from penstock.kernels.torch.plan import GroupPlan, make_plan
 from penstock.kernels.torch.scored import Scoring
-from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Weight, plain
+from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Quantize, Weight, plain
 
 VERSION = 2
 """Raised by every change of this backend's arithmetic."""
@@ -27,6 +27,7 @@ class TorchOps:
     name = "torch"
     one_answer = False
     grouped = False
+    quantize: Quantize | None = None
     layout = ""
 
     def __init__(self) -> None:
