@@ -178,12 +178,11 @@ def load_executor(
     pools = plan_pools(spec, config, stored, device, reserved=mapped)
     digest = store.digest if store else file_digest
     setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement, packing.recipe, digest), vocabulary)
-    kv_stored = placement.kv_dtype or placement.dtype
     runner = Runner(
         decoder,
         ops,
         [
-            ops.allocate_kv(len(g.layers), pool.blocks, config.block_size, g.kv_heads, g.head_dim, kv_stored, device)
+            ops.allocate_kv(len(g.layers), pool.blocks, config.block_size, g.kv_heads, g.head_dim, placement.kv, device)
             for g, pool in zip(spec.kv_groups(), pools, strict=True)
         ],
         max_num_seqs=config.max_num_seqs,

@@ -35,7 +35,8 @@ CLI_HEAD = f"""# Command line
 
 `penstock COMMAND --help` says the same. Exit codes: 0 done; 1 the fault is ours or the machine's; 2 the request was
 wrong; 3 the model or the configuration was wrong; 130 interrupted; 141 whoever read the output went away. With `--json`
-an error is one JSON object on stderr. `PENSTOCK_DEBUG=1` shows the traceback of an error.
+an error is one JSON object on stderr. `PENSTOCK_DEBUG=1` shows the traceback of an error. `PENSTOCK_CACHE` is where
+[packed weights](../how-to/start.md) are kept, and `PENSTOCK_CACHE_SIZE` how much of them.
 
 Commands that run a model also take every [option of the engine](../configuration.md).
 

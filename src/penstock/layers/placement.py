@@ -19,6 +19,11 @@ class Placement:
     device: torch.device
     kv_dtype: torch.dtype | None = None
 
+    @property
+    def kv(self) -> torch.dtype:
+        """Of K and V as stored."""
+        return self.kv_dtype or self.dtype
+
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 

@@ -23,12 +23,14 @@ def rope_table(rope: RopeSpec, head_dim: int, positions: int, placement: Placeme
     """
     rope, rotated = rope.settled(positions), rope.dims or head_dim
     inverse = inverse_frequencies(rope, rotated)
-    table_Pd = torch.empty(positions, rotated)
+    table_Pd, threads = torch.empty(positions, rotated), torch.get_num_threads()
+    torch.set_num_threads(1)  # so few numbers take longer to share than to compute
     for start in range(0, positions, POSITIONS_AT_ONCE):
         at = torch.arange(start, start + POSITIONS_AT_ONCE, dtype=torch.float32)
         angles = (at[:, None] * inverse).double()
         rows_Pd = (torch.cat((angles.cos(), angles.sin()), 1) * rope.amplitude).float()
         table_Pd[start : start + POSITIONS_AT_ONCE] = rows_Pd[: positions - start]
+    torch.set_num_threads(threads)
     return table_Pd.to(placement.device)
 
 
