@@ -178,6 +178,14 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
 #endif
 }
 
+constexpr int64_t AHEAD = 1024;  // bytes
+
+// Asks for a group's weights early: the processor looks ahead by itself, but not past the end of a page.
+template <int64_t bytes>
+INLINE void fetch_ahead(const uint8_t* w) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + AHEAD + line);
+}
+
 #if defined(__AVX512VNNI__)
 constexpr int GROUPED_TALL = 8;  // rows whose sums fit in the registers
 #else
@@ -210,6 +218,7 @@ inline void some_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g
     if (fresh) each<R>([&](auto r) { store(out + r * BLOCK, splat(0)); });
     const uint8_t* w = panel + g0 * format.group_bytes();
     for (int64_t g = g0; g < g1; g++, w += format.group_bytes()) {
+        if (row == 0) fetch_ahead<format.group_bytes()>(w);
         I products[R];
         const int32_t* totals = x.totals + row * x.groups + g;
         dots<BITS, R>(w, x.codes + row * x.stride + g * GROUP, x.stride, GROUP, totals, x.groups, products);
