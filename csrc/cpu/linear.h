@@ -35,6 +35,14 @@ struct PanelOf {
     }
 };
 
+constexpr int64_t AHEAD = 1024;  // bytes
+
+// Asks early for weights of one row's products: the processor looks ahead by itself, but not past the end of a page.
+template <int64_t bytes = 64>
+INLINE void fetch_ahead(const void* weights) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)weights + AHEAD + line);
+}
+
 // The weights of input k in a panel: k's own for fp32.
 INLINE F column(PanelOf<float> p, int64_t k, int64_t) { return load_upto(p.weight + k * p.width, p.width); }
 template <class T>
@@ -78,6 +86,7 @@ INLINE void accumulate(const T* x, int64_t inputs, const PanelOf<T>* p, int64_t 
     F a0, a1, b0, b1;
     b0 = b1 = splat(0);
     auto pair = [&](int64_t index) {
+        for (int i = 0; R == 1 && i < 2; i++) fetch_ahead(p[i].weight + index * 2 * PANEL);
         pair_of_columns(p[0], index, a0, a1);
         if (p[1].width) pair_of_columns(p[1], index, b0, b1);
     };

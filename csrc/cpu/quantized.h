@@ -178,14 +178,6 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
 #endif
 }
 
-constexpr int64_t AHEAD = 1024;  // bytes
-
-// Asks for a group's weights early: the processor looks ahead by itself, but not past the end of a page.
-template <int64_t bytes>
-INLINE void fetch_ahead(const uint8_t* w) {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + AHEAD + line);
-}
-
 #if defined(__AVX512VNNI__)
 constexpr int GROUPED_TALL = 8;  // rows whose sums fit in the registers
 #else
