@@ -476,15 +476,14 @@ void pack_of(T* weight, int64_t outputs, int64_t inputs) {
 }
 
 template <class T>
-void unpack_rows_of(const T* weight, const int64_t* ids, T* out, int64_t rows, int64_t outputs, int64_t inputs) {
+void embed_of(const Embed& a) {
     constexpr bool pairs = sizeof(T) == 2;
-    parallel(rows, [&](int64_t row, int) {
-        int64_t first = ids[row] / PANEL * PANEL;
-        int width = (int)std::min<int64_t>(PANEL, outputs - first);
-        const T* panel = weight + first * inputs;
-        for (int64_t k = 0; k < inputs; k++) {
-            out[row * inputs + k] = panel[packed_at(ids[row] - first, k, width, inputs, pairs)];
-        }
+    parallel(a.rows, [&](int64_t row, int) {
+        int64_t first = a.ids[row] / PANEL * PANEL;
+        int width = (int)std::min<int64_t>(PANEL, a.outputs - first);
+        const T* panel = (const T*)a.table + first * a.inputs;
+        T* out = (T*)a.out + row * a.inputs;
+        for (int64_t k = 0; k < a.inputs; k++) out[k] = panel[packed_at(a.ids[row] - first, k, width, a.inputs, pairs)];
     });
 }
 
