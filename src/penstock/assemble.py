@@ -168,8 +168,7 @@ def load_executor(
     check_weights(checkpoint, stored, device, config.quant)
     if isinstance(checkpoint, EncoderSpec):
         return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
-    if config.kv_dtype != "auto":
-        placement = replace(placement, kv_dtype=getattr(torch, config.kv_dtype))
+    placement = replace(placement, kv_dtype=None if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype))
     config = fit_context(config, checkpoint, stored, device)
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
@@ -190,6 +189,7 @@ def load_executor(
         block_size=config.block_size,
         device=device,
         kit=_rule_kit(config, grammars, vocabulary, device),
+        eager=config.enforce_eager,
     )
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
     return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)

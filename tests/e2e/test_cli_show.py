@@ -13,6 +13,7 @@ import pytest
 
 from commands import argv, penstock
 from penstock.cli.show import architecture
+from penstock.kernels import native
 from penstock.spec import ModelSpec, MoESpec, RopeSpec
 
 
@@ -126,3 +127,28 @@ def test_facts_come_before_torch_does(stories: Path) -> None:
         first = time.perf_counter() - started
         process.communicate()
     assert first < (time.perf_counter() - started) / 2 + 0.2
+
+
+def test_cache(tmp_path: Path) -> None:
+    """What a first start leaves behind can be seen and removed; asking leaves nothing."""
+    folder = tmp_path / "new"
+
+    def cache(*arguments: str) -> str:
+        done = penstock("cache", *arguments, PENSTOCK_CACHE=str(folder), PENSTOCK_CACHE_SIZE="1G")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode()
+
+    assert cache() == f"0.0 KiB of at most 1.00 GiB in {folder}\n" and cache("--json") == "" and not folder.exists()
+    for options in ((), ("--no-weight-cache", "--quant", "int4"), ("--quant", "int8")):
+        run = penstock("run", "--max-tokens", "1", *options, "x", PENSTOCK_CACHE=str(folder))
+        assert run.returncode == 0, run.stderr
+    kept = [json.loads(line) for line in cache("--json").splitlines()]
+    if native():
+        assert [Path(one["model"]).name for one in kept] == ["bundled", "bundled"]
+        assert {one["weights"] for one in kept} == {"int8", "bfloat16"}
+        assert all(Path(one["path"]).stat().st_size == one["bytes"] for one in kept)
+        assert "int8" in cache()
+    assert f"removed from {folder}" in cache("--clear")
+    assert not list(folder.iterdir()) and cache("--json") == ""
+    wrong = penstock("cache", PENSTOCK_CACHE=str(folder), PENSTOCK_CACHE_SIZE="much")
+    assert wrong.returncode == 3 and b"size_invalid" in wrong.stderr
