@@ -19,6 +19,7 @@ from penstock.formats.sentencepiece import (
 )
 from penstock.formats.tekken import Tekken, parse_tekken, read_tekken
 from penstock.formats.tiktoken import parse_ranks, read_ranks
+from penstock.formats.write import tensor_bytes, write_safetensors
 
 __all__ = [
     "Algorithm",
@@ -46,5 +47,7 @@ __all__ = [
     "read_ranks",
     "read_sentencepiece",
     "read_tekken",
+    "tensor_bytes",
     "weight_files",
+    "write_safetensors",
 ]
