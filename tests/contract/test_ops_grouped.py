@@ -177,6 +177,15 @@ def test_ref_rounds_a_sum_once() -> None:
         )
 
 
+def test_the_lowest_code(ops: Ops) -> None:
+    """No quantizer of ours makes it, and files of others have it; beside the greatest inputs sums stay exact."""
+    codes_NK = torch.randint(-128, 128, (32, 128), dtype=torch.int8)
+    codes_NK[0], codes_NK[1, ::2] = -128, -128
+    weight = GroupedWeight(codes_NK, torch.ones(32, 4, dtype=torch.float16))
+    for x_TK in (torch.full((3, 128), 1.0), torch.full((3, 128), -1.0), torch.randn(3, 128)):
+        same(ops.logits(x_TK, ops.pack(weight)), make_ops("ref").logits(x_TK, weight), ops)
+
+
 def test_weights_beyond_the_scales_are_refused() -> None:
     with pytest.raises(ModelFormatError, match="65504"):
         quantize(torch.full((2, 32), 1e8), 8, 32)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from penstock.base import InvalidRequest
+from penstock.base import InvalidRequest, NotFound
 from penstock.cli.complete import complete_model
 from penstock.cli.exits import emit
 from penstock.cli.options import MODEL_HELP
@@ -51,7 +51,7 @@ def quantize(
     try:
         ids = load_tokenizer(folder, spec.vocab_size).encode(source.read_text("utf-8"))[:tokens]
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest("input_unreadable", f"The text {source} cannot be read", why=str(error)) from None
+        raise NotFound("input_unreadable", f"The text {source} cannot be read", why=str(error)) from None
     recipe = Recipe(quant, int(group_size), OUTER if plain_embedding else ())
     before, after = write_quantized(folder, out, spec, recipe)
     quality = _compare(folder, out, spec, ids, num_threads)
@@ -79,8 +79,7 @@ def _compare(folder: Path, out: Path, spec: ModelSpec, ids: list[int], num_threa
     from penstock.models import Placement, load_decoder
 
     config = resolve_here(EngineConfig(model=str(folder), num_threads=num_threads), spec)
-    if config.device == "cpu":
-        torch.set_num_threads(config.num_threads or 1)
+    torch.set_num_threads(config.num_threads or 1)
     ops = make_ops(config.backend)
     placement = Placement(getattr(torch, config.dtype), torch.device(config.device))
     plain, quantized = (load_decoder(path, spec, ops, placement) for path in (folder, out))

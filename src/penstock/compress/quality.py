@@ -26,7 +26,7 @@ class Quality:
     """Over every position of a text, in windows that know nothing of each other.
 
     Attributes:
-        tokens, window: of the text that was read, and of a window; a rest that fills none is left out.
+        tokens, window: of the text, and of a window; the last one may be shorter.
         perplexity, quantized_perplexity: of each window's tokens but the first.
         kl_mean, kl_p99: KL(model || quantized) of the next token, nats.
         same_top: share of positions at which both find the same token likeliest.
@@ -58,10 +58,10 @@ def measure_quality(
     if window < 2:
         raise InvalidRequest("text_too_short", "There is no text to compare on", why=f"it has {len(ids)} tokens of 2")
     divergences, same, surprise = list[Tensor](), 0, torch.zeros(2, dtype=torch.float64)
-    windows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    windows = torch.split(torch.tensor(ids), window)
     for ids_T in windows:
         hidden = [_read(decoder, ops, placement, ids_T) for decoder in (model, quantized)]
-        for start in range(0, window, ROWS):
+        for start in range(0, len(ids_T), ROWS):
             rows = slice(start, start + ROWS)
             p_RV, q_RV = (d.logits(h[rows]).log_softmax(-1) for d, h in zip((model, quantized), hidden, strict=True))
             divergences.append((p_RV.exp() * (p_RV - q_RV)).sum(-1))
@@ -69,15 +69,15 @@ def measure_quality(
             next_R1 = ids_T[start + 1 : start + 1 + ROWS, None]
             for i, of_RV in enumerate((p_RV, q_RV)):
                 surprise[i] -= of_RV[: len(next_R1)].gather(-1, next_R1).double().sum()
-    kl, foretold = torch.cat(divergences).double(), len(windows) * (window - 1)
+    kl, foretold = torch.cat(divergences).double(), len(ids) - len(windows)
     return Quality(
-        tokens=windows.numel(),
+        tokens=len(ids),
         window=window,
         perplexity=math.exp(surprise[0] / foretold),
         quantized_perplexity=math.exp(surprise[1] / foretold),
         kl_mean=float(kl.mean()),
         kl_p99=float(kl.sort().values[math.ceil(0.99 * len(kl)) - 1]),
-        same_top=same / windows.numel(),
+        same_top=same / len(ids),
     )
 
 
