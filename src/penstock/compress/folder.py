@@ -189,7 +189,9 @@ def _config(tensors: Tensors, formats: Mapping[str, WeightFormat], spec: ModelSp
     kept = [modules[name] for name in matrices if name not in formats and not name.endswith("embed_tokens.weight")]
     if spec.tied:
         kept.append("lm_head")
-    outer = [modules[name] for name in matrices if name in outside & formats.keys()]
+    integers = [name for name in matrices if name in outside & formats.keys()]
+    # The embedding goes by its class: that is how vLLM finds it.
+    outer = ["Embedding" if name.endswith("embed_tokens.weight") else modules[name] for name in integers]
     return compressed_config(recipe.quantization, recipe.group, outer, sorted(kept))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,38 @@ class Quality:
     same_top: float
 
 
+class Tally:
+    """Sums up rows of both as they come."""
+
+    def __init__(self) -> None:
+        self.divergences, self.same = list[Tensor](), 0
+        self.surprise, self.foretold = torch.zeros(2, dtype=torch.float64), 0
+
+    def add(self, logits_RV: Tensor, quantized_RV: Tensor, next_r: Tensor) -> None:
+        """Args:
+        logits_RV, quantized_RV: fp32.
+        next_r: the tokens that come after the rows; the last row's may be missing.
+        """
+        p_RV, q_RV = logits_RV.log_softmax(-1), quantized_RV.log_softmax(-1)
+        self.divergences.append((p_RV.exp() * (p_RV - q_RV)).sum(-1).double())
+        self.same += int((p_RV.argmax(-1) == q_RV.argmax(-1)).sum())
+        self.foretold += len(next_r)
+        for i, of_RV in enumerate((p_RV, q_RV)):
+            self.surprise[i] -= of_RV[: len(next_r)].gather(-1, next_r[:, None]).double().sum()
+
+    def quality(self, window: int) -> Quality:
+        kl = torch.cat(self.divergences)
+        return Quality(
+            tokens=len(kl),
+            window=window,
+            perplexity=math.exp(self.surprise[0] / self.foretold),
+            quantized_perplexity=math.exp(self.surprise[1] / self.foretold),
+            kl_mean=float(kl.mean()),
+            kl_p99=float(kl.sort().values[math.ceil(0.99 * len(kl)) - 1]),
+            same_top=self.same / len(kl),
+        )
+
+
 @torch.inference_mode()
 def measure_quality(
     model: Decoder, quantized: Decoder, ops: Ops, placement: Placement, ids: Sequence[int], window: int = 512
@@ -57,31 +89,22 @@ def measure_quality(
     window = min(window, len(ids), model.spec.max_positions)
     if window < 2:
         raise InvalidRequest("text_too_short", "There is no text to compare on", why=f"it has {len(ids)} tokens of 2")
-    divergences, same, surprise = list[Tensor](), 0, torch.zeros(2, dtype=torch.float64)
-    windows = torch.split(torch.tensor(ids), window)
-    for ids_T in windows:
-        hidden = [_read(decoder, ops, placement, ids_T) for decoder in (model, quantized)]
-        for start in range(0, len(ids_T), ROWS):
-            rows = slice(start, start + ROWS)
-            p_RV, q_RV = (d.logits(h[rows]).log_softmax(-1) for d, h in zip((model, quantized), hidden, strict=True))
-            divergences.append((p_RV.exp() * (p_RV - q_RV)).sum(-1))
-            same += int((p_RV.argmax(-1) == q_RV.argmax(-1)).sum())
-            next_R1 = ids_T[start + 1 : start + 1 + ROWS, None]
-            for i, of_RV in enumerate((p_RV, q_RV)):
-                surprise[i] -= of_RV[: len(next_R1)].gather(-1, next_R1).double().sum()
-    kl, foretold = torch.cat(divergences).double(), len(ids) - len(windows)
-    return Quality(
-        tokens=len(ids),
-        window=window,
-        perplexity=math.exp(surprise[0] / foretold),
-        quantized_perplexity=math.exp(surprise[1] / foretold),
-        kl_mean=float(kl.mean()),
-        kl_p99=float(kl.sort().values[math.ceil(0.99 * len(kl)) - 1]),
-        same_top=same / len(ids),
-    )
+    tally = Tally()
+    for ids_T in torch.split(torch.tensor(ids), window):
+        pairs = zip(*(read(decoder, ops, placement, ids_T) for decoder in (model, quantized)), strict=True)
+        for start, (logits_RV, quantized_RV) in zip(range(0, len(ids_T), ROWS), pairs, strict=True):
+            tally.add(logits_RV, quantized_RV, ids_T[start + 1 : start + 1 + ROWS])
+    return tally.quality(window)
 
 
-def _read(decoder: Decoder, ops: Ops, placement: Placement, ids_T: Tensor) -> Tensor:
+@torch.inference_mode()
+def read(decoder: Decoder, ops: Ops, placement: Placement, ids_T: Tensor) -> Iterator[Tensor]:
+    """Logits [R, V] of ROWS rows after the other, of a text by itself."""
+    for hidden_RD in torch.split(_hidden(decoder, ops, placement, ids_T), ROWS):
+        yield decoder.logits(hidden_RD)
+
+
+def _hidden(decoder: Decoder, ops: Ops, placement: Placement, ids_T: Tensor) -> Tensor:
     """Final hidden states [T, D] of a text by itself."""
     spec, count = decoder.spec, len(ids_T)
     rows_T, blocks = torch.arange(count), -(-count // BLOCK)

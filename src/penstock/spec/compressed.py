@@ -76,7 +76,7 @@ def compressed_config(quantization: str, group: int, outer: Sequence[str], ignor
     """``quantization_config`` of a folder.
 
     Args:
-        outer: modules outside the layers that have 8 bits: embedding, head.
+        outer: targets outside the layers that have 8 bits: embedding, head.
         ignored: linears that stay as they are.
     """
     targets: dict[int, list[str]] = {4 if quantization == "int4" else 8: ["Linear"]}
