@@ -1,5 +1,5 @@
-// Plain weights to small integers, with the bits of penstock/quant/grouped.py. With 4 bits lanes run over groups, so that
-// a group's sums have the order written there on every instruction set.
+// Plain weights to small integers, with the bits of penstock/quant/grouped.py. Lanes run over groups, so that a group's
+// sums have the order written there on every instruction set.
 #pragma once
 
 #if defined(__x86_64__)
@@ -60,88 +60,95 @@ INLINE F tree_sum(int group, const Get& get) {
     return parts[0];
 }
 
-struct FourBits {
-    F scale, zero;
+// Of sixteen groups: their scales as stored, whole zeros, and the squared error that they leave.
+struct Tried {
+    F scale, zero, error;
 };
-
-INLINE FourBits stored(F scale, F lowest) {
-    scale = halved(scale);
-    return {scale, clamp(round(splat(-16) * lowest * inverse(scale)), 0, 255)};
+INLINE Tried better(Tried next, Tried best) {
+    return {less(next.error, best.error, next.scale, best.scale), less(next.error, best.error, next.zero, best.zero),
+            less(next.error, best.error, next.error, best.error)};
 }
 
-// The codes of sixteen groups, [group].
-INLINE void four_codes(int group, const F* w, FourBits by, F* codes) {
-    F factor = inverse(by.scale), offset = by.zero * splat(SIXTEENTH);
-    for (int k = 0; k < group; k++) codes[k] = clamp(round(w[k] * factor + offset), 0, 15);
+INLINE F four_code(F w, F factor, F zero) { return clamp(round(w * factor + zero), 0, 15); }
+
+// The scale that fits best the codes made with this one, and what it leaves.
+INLINE Tried fitted(int group, const F* w, F scale, F zero) {
+    F codes[MAX_GROUP], factor = inverse(halved(scale));
+    for (int k = 0; k < group; k++) codes[k] = four_code(w[k], factor, zero) - zero;
+    F square = tree_sum(group, [&](int k) { return codes[k] * codes[k]; });
+    F slope = tree_sum(group, [&](int k) { return w[k] * codes[k]; }) / square;
+    scale = halved(less(splat(0), square, slope, scale));
+    factor = inverse(scale);
+    F error = tree_sum(group, [&](int k) {
+        F wrong = (four_code(w[k], factor, zero) - zero) * scale - w[k];
+        return wrong * wrong;
+    });
+    return {scale, zero, error};
 }
 
-INLINE FourBits best_four(int group, const F* w) {
-    F low = splat(0), high = splat(0), codes[MAX_GROUP], away[MAX_GROUP];
+INLINE Tried best_four(int group, const F* w) {
+    F low = splat(0), high = splat(0);
     for (int k = 0; k < group; k++) low = min(low, w[k]), high = max(high, w[k]);
-    F middle = (low + high) * splat(0.5f), span = high - low, share = splat(1.0f / (float)group);
-    F mean = tree_sum(group, [&](int k) { return w[k]; }) * share;
-    for (int k = 0; k < group; k++) away[k] = w[k] - mean;
-    FourBits best{};
-    F least{};
-    for (int step = 0; step < 12; step++) {
-        double shrink = 1 - step / 32.0;
-        F scale = span * splat((float)(shrink / 15));
-        four_codes(group, w, stored(scale, middle - span * splat((float)(shrink / 2))), codes);
-        F middle_code = tree_sum(group, [&](int k) { return codes[k]; }) * share;
-        F variance = tree_sum(group, [&](int k) {
-            F spread = codes[k] - middle_code;
-            return spread * spread;
-        });
-        F slope = tree_sum(group, [&](int k) { return (codes[k] - middle_code) * away[k]; }) / variance;
-        slope = less(splat(0), variance, less(splat(0), slope, slope, scale), scale);
-        FourBits tried = stored(slope, mean - slope * middle_code);
-        four_codes(group, w, tried, codes);
-        F offset = tried.zero * splat(SIXTEENTH);
-        F error = tree_sum(group, [&](int k) {
-            F wrong = (codes[k] - offset) * tried.scale - w[k];
-            return wrong * wrong;
-        });
-        if (step == 0) {
-            best = tried, least = error;
-            continue;
-        }
-        best = {less(error, least, tried.scale, best.scale), less(error, least, tried.zero, best.zero)};
-        least = less(error, least, error, least);
+    F middle = (low + high) * splat(0.5f), range = high - low;
+    Tried best{};
+    for (int step = 0; step < 8; step++) {
+        F scale = range * splat((float)((25 - step) / 24.0 / 15));
+        F zero = clamp(round(splat(7.5f) - middle * inverse(scale)), 0, 15);
+        Tried next = fitted(group, w, scale, zero);
+        best = step ? better(next, best) : next;
     }
+    for (int refit = 0; refit < 2; refit++) best = better(fitted(group, w, best.scale, best.zero), best);
     return best;
 }
 
-// At most sixteen groups, one after the other.
+INLINE F best_eight(int group, const F* w) {
+    F most = splat(0);
+    for (int k = 0; k < group; k++) most = max(most, absolute(w[k]));
+    Tried best{};
+    for (int steps = 127; steps > 119; steps--) {
+        F scale = halved(most / splat((float)steps)), factor = inverse(scale);
+        F error = tree_sum(group, [&](int k) {
+            F wrong = clamp(round(w[k] * factor), -127, 127) * scale - w[k];
+            return wrong * wrong;
+        });
+        best = steps < 127 ? better({scale, scale, error}, best) : Tried{scale, scale, error};
+    }
+    return best.scale;
+}
+
+// Number k of each of at most sixteen groups side by side.
 template <class T>
-__attribute__((noinline)) void four_bits(const T* from, int groups, int group, uint8_t* codes, fp16* scales, uint8_t* zeros) {
-    F w[MAX_GROUP] = {}, coded[MAX_GROUP];
-    float row[MAX_GROUP], column[LANES];
+INLINE void side_by_side(const T* from, int groups, int group, F* w) {
+    float row[MAX_GROUP];
     auto* lanes = (float*)w;
     for (int lane = 0; lane < groups; lane++) {
         for (int k = 0; k < group; k += LANES) store(row + k, load(from + lane * group + k));
         for (int k = 0; k < group; k++) lanes[k * LANES + lane] = row[k];
     }
-    FourBits best = best_four(group, w);
-    four_codes(group, w, best, coded);
+}
+
+template <class T>
+__attribute__((noinline)) void four_bits(const T* from, int groups, int group, uint8_t* codes, fp16* scales, uint8_t* zeros) {
+    F w[MAX_GROUP] = {};
+    float column[LANES];
+    side_by_side(from, groups, group, w);
+    Tried best = best_four(group, w);
+    F factor = inverse(best.scale);
     for (int k = 0; k < group; k++) {
-        store(column, coded[k]);
+        store(column, four_code(w[k], factor, best.zero));
         for (int lane = 0; lane < groups; lane++) codes[lane * group + k] = (uint8_t)column[lane];
     }
     store_some(scales, best.scale, groups);
-    store(column, best.zero);
+    store(column, best.zero * splat(16));
     for (int lane = 0; lane < groups; lane++) zeros[lane] = (uint8_t)column[lane];
 }
 
 template <class T>
 __attribute__((noinline)) void eight_bits(const T* from, int groups, int group, int8_t* codes, fp16* scales) {
-    float most[LANES] = {}, factors[LANES];
-    F v[MAX_GROUP / LANES];
-    for (int lane = 0; lane < groups; lane++) {
-        for (int i = 0; i < group / LANES; i++) v[i] = load(from + lane * group + i * LANES);
-        int32_t bits = greatest_bits(v, group / LANES);
-        std::memcpy(most + lane, &bits, 4);
-    }
-    F scale = halved(load(most) / splat(127));
+    F w[MAX_GROUP] = {};
+    float factors[LANES];
+    side_by_side(from, groups, group, w);
+    F scale = best_eight(group, w);
     store_some(scales, scale, groups);
     store(factors, inverse(scale));
     for (int lane = 0; lane < groups; lane++) {

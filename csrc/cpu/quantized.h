@@ -108,7 +108,7 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
     const __m256i ones = _mm256_set1_epi16(1);
     if constexpr (BITS == 8) {
         each<R>([&](auto r) { sums[r] = none(); });
-        // |w| times x with w's sign: two products are below 2^15, since no code is -128.
+        // |w|, which may be 128, times x with w's sign: two products are below 2^15, since no x is -128.
         for (int k = 0; k < group; k += 4) {
             __m256i w0 = _mm256_loadu_si256((const __m256i*)(w + k * PANEL)), w1 = _mm256_loadu_si256((const __m256i*)(w + k * PANEL) + 1);
             __m256i size0 = _mm256_abs_epi8(w0), size1 = _mm256_abs_epi8(w1);

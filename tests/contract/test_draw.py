@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from penstock.core.plan import NewRequest
-from penstock.kernels import UNDECIDED, make_ops, native
+from penstock.kernels import UNDECIDED, Draw, make_ops, native
 from penstock.sampling import Sampler
 from penstock.spec import SamplingParams
 
 pytestmark = pytest.mark.skipif(not native(), reason="installed without a compiler")
+
+
+def kernel() -> Draw:
+    draw = make_ops("cpu").draw
+    assert draw is not None
+    return draw
 
 
 class Watched:
@@ -23,11 +29,10 @@ class Watched:
     """
 
     def __init__(self) -> None:
-        self.ops, self.drawn, self.left = make_ops("cpu"), 0, 0
+        self.kernel, self.drawn, self.left = kernel(), 0, 0
 
-    def __call__(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> Tensor | None:
-        tokens_R = self.ops.draw(logits_RV, limits_R4, sites_R5)
-        assert tokens_R is not None
+    def __call__(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> Tensor:
+        tokens_R = self.kernel(logits_RV, limits_R4, sites_R5)
         self.drawn += len(tokens_R)
         self.left += int((tokens_R == UNDECIDED).sum())
         return tokens_R
@@ -78,16 +83,16 @@ def draw(sampler: Sampler, logits_RV: Tensor, asked: list[SamplingParams], rng: 
 
 @torch.inference_mode()
 def test_draws_are_those_of_the_sampler() -> None:
-    rng, kernel = random.Random(0), Watched()
+    rng, watched = random.Random(0), Watched()
     for case in range(300):
         logits_RV = rows_of_logits(rng, rng.randint(1, 6))
         size, asked = logits_RV.shape[1], [params(rng) for _ in logits_RV]
         answers = [
             draw(Sampler(8, size, torch.device("cpu"), **options), logits_RV, asked, random.Random(case))  # type: ignore[arg-type]
-            for options in ({"kernel": kernel}, {})
+            for options in ({"kernel": watched}, {})
         ]
         assert answers[0] == answers[1], asked
-    assert kernel.left < 0.15 * kernel.drawn, (kernel.left, kernel.drawn)
+    assert watched.left < 0.15 * watched.drawn, (watched.left, watched.drawn)
 
 
 @torch.inference_mode()
@@ -104,13 +109,13 @@ def test_draws_are_those_of_the_sampler() -> None:
 )
 def test_a_large_vocabulary_is_decided(asked: SamplingParams) -> None:
     """As models make them: a few hundred likely tokens before a long tail."""
-    generator, kernel = torch.Generator().manual_seed(1), Watched()
+    generator, watched = torch.Generator().manual_seed(1), Watched()
     logits_RV = torch.randn(40, 50_000, generator=generator) * 2
     logits_RV[:, ::200] += 12
-    sampler, exact = (Sampler(40, 50_000, torch.device("cpu"), **k) for k in ({"kernel": kernel}, {}))  # type: ignore[arg-type]
+    sampler, exact = (Sampler(40, 50_000, torch.device("cpu"), **k) for k in ({"kernel": watched}, {}))  # type: ignore[arg-type]
     everyone = [asked] * len(logits_RV)
     assert draw(sampler, logits_RV, everyone, random.Random(2)) == draw(exact, logits_RV, everyone, random.Random(2))
-    assert kernel.left == 0
+    assert watched.left == 0
 
 
 @torch.inference_mode()
@@ -118,6 +123,5 @@ def test_rows_without_a_finite_maximum_are_left() -> None:
     logits_RV = torch.zeros(3, 70)
     logits_RV[0], logits_RV[1, 5] = -torch.inf, torch.inf
     limits_R4 = torch.tensor([[1.0, -torch.inf, torch.inf, 70.0]] * 3, dtype=torch.float64)
-    tokens_R = make_ops("cpu").draw(logits_RV, limits_R4, torch.ones(3, 5, dtype=torch.int64))
-    assert tokens_R is not None
+    tokens_R = kernel()(logits_RV, limits_R4, torch.ones(3, 5, dtype=torch.int64))
     assert tokens_R[:2].tolist() == [UNDECIDED] * 2 and tokens_R[2] >= 0

@@ -43,7 +43,7 @@ def drive(
     rng = random.Random(3)
     driver = PagedDriver(decoder, ops, blocks=400, block_size=8, rng=rng, kv_dtype=kv_dtype)
     if captured:
-        driver.forward = ops.captured(driver.forward)
+        driver.forward = Captured(driver.forward)
     requests = [driver.request() for _ in range(9)]
     logits = []
     for counts in ([1], [3, 1, 1], [1] * 9, [40, 1, 1, 17], [MOST_ROWS, 1], [1] * 9, [MOST_ROWS - 8] + [1] * 8, [2]):
@@ -107,7 +107,7 @@ def test_a_recording_that_fails_is_made_anew(tmp_path: Path) -> None:
         broken.append(False)
         return ends
 
-    captured = driver.forward = ops.captured(flaky)
+    captured = driver.forward = Captured(flaky)
     with pytest.raises(ValueError, match="cosmic"):
         driver.step([(driver.request(), [1, 2, 3])])
     broken.append(False)

@@ -29,6 +29,13 @@ def command(name: str, job: Job, head: tuple[str, ...] = (sys.executable,)) -> t
 
 def run_side(argv: tuple[str, ...], timeout: float | None = None) -> Run:
     """Raises EngineError: (bench_run_failed) its own message is the cause."""
+    output = run_program(argv, timeout, said='{"seconds"')
+    answers = [line for line in output.splitlines() if line.startswith('{"seconds"')]
+    return Run(**json.loads(answers[-1]))
+
+
+def run_program(argv: tuple[str, ...], timeout: float | None = None, said: str = "") -> str:
+    """What it printed, in which a line begins with ``said``. Raises EngineError: (bench_run_failed)."""
     fix = f"run it by itself: {shlex.join(argv)}"
     try:
         done = subprocess.run(
@@ -43,8 +50,7 @@ def run_side(argv: tuple[str, ...], timeout: float | None = None) -> Run:
     except subprocess.TimeoutExpired:
         why = f"it took longer than {timeout:.0f} s"
         raise EngineError("bench_run_failed", "A measured run failed", why=why, fix=fix) from None
-    answers = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
-    if done.returncode != 0 or not answers:
+    if done.returncode != 0 or (said and f"\n{said}" not in f"\n{done.stdout}"):
         why = f"exit code {done.returncode}; {done.stderr.strip()[-2000:]}"
         raise EngineError("bench_run_failed", "A measured run failed", why=why, fix=fix)
-    return Run(**json.loads(answers[-1]))
+    return done.stdout

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from penstock.base import InvalidRequest
-from penstock.cli import bench, cache, chat, embed, models, run, serve, show, version
+from penstock.cli import bench, cache, chat, embed, models, quantize, run, serve, show, version
 from penstock.cli.exits import explain, guarded
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ app.command("chat")(guarded(chat.chat))
 app.command("run")(guarded(run.run))
 app.command("serve")(guarded(serve.serve))
 app.command("embed")(guarded(embed.embed))
+app.command("quantize")(guarded(quantize.quantize))
 app.command("models")(guarded(models.models))
 app.command("show")(guarded(show.show))
 app.command("cache")(guarded(cache.cache))

@@ -179,6 +179,28 @@ def peers(
     emit(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
 
 
+@app.command("quality")
+@guarded
+def quality(
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="a file of text: what is read")],
+    work: Annotated[Path, typer.Option(help="folder for llama.cpp's venv and the models; kept")] = Path("peers"),
+    models: Annotated[str, typer.Option(help="with commas between")] = "bundled,padded,outliers",
+    tokens: Annotated[int, typer.Option(min=2, help="of the text, the first ones")] = 4096,
+    threads: Annotated[int, typer.Option(min=1, help="compute threads")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """What small integers cost in answers, beside llama.cpp: divergence from the same weights computed in fp32."""
+    from penstock.bench.quality import MODELS, measure_models, table
+    from penstock.spec.hf import read_model_spec
+    from penstock.spec.location import BUNDLED
+    from penstock.text import load_tokenizer
+
+    ids = load_tokenizer(BUNDLED, read_model_spec(BUNDLED).vocab_size).encode(text.read_text("utf-8"))[:tokens]
+    names = _among("--models", models.split(","), MODELS)
+    rows = measure_models(work, names, ids, threads, say=lambda line: typer.echo(line, err=True))
+    emit(json.dumps([dataclasses.asdict(row) for row in rows]) if as_json else table(rows))
+
+
 def _among(option: str, given: list[str], known: Collection[str]) -> list[str]:
     """Raises InvalidRequest: invalid_parameter."""
     for name in given:

@@ -21,6 +21,7 @@ from penstock.formats.sentencepiece import (
 from penstock.formats.tekken import Tekken, parse_tekken, read_tekken
 from penstock.formats.tiktoken import parse_ranks, read_ranks
 from penstock.formats.weightcache import Kept, WeightCache
+from penstock.formats.write import tensor_bytes, write_safetensors
 
 __all__ = [
     "Algorithm",
@@ -53,5 +54,7 @@ __all__ = [
     "read_ranks",
     "read_sentencepiece",
     "read_tekken",
+    "tensor_bytes",
     "weight_files",
+    "write_safetensors",
 ]

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from penstock.base import ConfigError, Registry
-from penstock.kernels.ops import SEGMENT, UNDECIDED, Activation, Forward, Ops
+from penstock.kernels.ops import SEGMENT, UNDECIDED, Activation, Draw, Forward, Ops
 from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer, PackedWeight, Weight
 
 __all__ = [
     "SEGMENT",
     "UNDECIDED",
     "Activation",
+    "Draw",
     "Forward",
     "Batch",
     "GroupBatch",

@@ -32,6 +32,14 @@ g clamped to at most 7 and u to [-7, 7]."""
 Forward = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
 """From a step's token ids and batch to what its rows have become, [T, D] twice."""
 
+Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A token of each row, int64 [R], or UNDECIDED, from
+
+logits_RV   float32
+limits_R4   float64: temperature (0: greedy), the least gap of min_p, top_p and top_k; off are -inf, inf, V
+sites_R5    int64: where the token stands, as ``sampling.philox`` has it
+"""
+
 UNDECIDED = -5
 """In place of a token that ``draw`` left to the sampler."""
 
@@ -50,6 +58,11 @@ class Ops(Protocol):
     """All that decides the backend's bits: its name, the version of its arithmetic, library and ISA class."""
     quantize: Quantize | None
     """``quant.quantize`` done faster, with the same bits; None where nothing does."""
+    draw: Draw | None
+    """Draws as ``sampling`` does, where exact numbers are not needed to tell."""
+    captured: Callable[[Forward], Forward] | None
+    """The same function without the time that Python takes between ops: recorded once and replayed. Its results have the
+    same bits and hold until the next call."""
     layout: str
     """What decides the order in which ``pack`` puts numbers; empty where it leaves them as they are."""
 
@@ -196,19 +209,4 @@ class Ops(Protocol):
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         """Copies block ``src`` to block ``dst`` in each of a group's layers, for each (src, dst). No block is
         both a source and a target in one call."""
-        ...
-
-    def draw(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> Tensor | None:
-        """A token of each row of fp32 logits, int64 [R], as ``sampling`` draws it; UNDECIDED where exact numbers may be
-        needed to tell. None: this backend leaves all rows to the sampler.
-
-        Args:
-            limits_R4: float64; temperature (0: greedy), the least gap of min_p, top_p and top_k; off are -inf, inf, V.
-            sites_R5: int64; where the token stands, as ``sampling.philox`` has it.
-        """
-        ...
-
-    def captured(self, forward: Forward) -> Forward:
-        """The same function without the time that Python takes between ops, where this backend can record and replay
-        it: results have the same bits and hold until the next call. Or ``forward`` itself."""
         ...

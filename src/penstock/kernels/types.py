@@ -43,7 +43,7 @@ class GroupedWeight:
     w = scale * code with 8 bits, w = scale * (code - zero / 16) with 4.
 
     Attributes:
-        codes_NK: int8 in [-127, 127]; with zeros uint8 below 16.
+        codes_NK: int8; with zeros uint8 below 16.
         scales_NG: float16 [..., N, K / group].
         zeros_NG: uint8 sixteenths of a step, for 4 bits only.
     """

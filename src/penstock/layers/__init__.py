@@ -9,13 +9,32 @@ from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormA
 from penstock.layers.packing import Pack, Packing
 from penstock.layers.placement import Placement, frozen_bytes
 from penstock.layers.rope import rope_table
-from penstock.quant import AT_ONCE, BITS, FLOATS, decode_mxfp4, decode_rows, group_rows, widen
+from penstock.quant import (
+    AT_ONCE,
+    BITS,
+    FLOATS,
+    PACKED,
+    SCALE,
+    SHAPE,
+    ZERO,
+    decode_mxfp4,
+    decode_rows,
+    group_rows,
+    in_eight,
+    to_grouped,
+    unpack,
+    widen,
+)
 
 __all__ = [
     "AT_ONCE",
     "BITS",
     "FLOATS",
+    "PACKED",
+    "SCALE",
     "SEGMENT",
+    "SHAPE",
+    "ZERO",
     "Attention",
     "Batch",
     "BlockInput",
@@ -46,7 +65,10 @@ __all__ = [
     "decode_rows",
     "frozen_bytes",
     "group_rows",
+    "in_eight",
     "not_normed",
     "rope_table",
+    "to_grouped",
+    "unpack",
     "widen",
 ]

@@ -70,12 +70,12 @@ class GGUFTensors:
         bits, each = max(BITS[kind] for kind in kinds), []
         for name in names:
             parts = [group_rows(part_RB, self._kind(name), bits) for part_RB in self._parts(name)]
-            whole = _one_below_the_other(parts)
+            whole = one_below_the_other(parts)
             self._check(name, whole.scales_NG)
             codes_NK, scales_NG = self._in_order(name, whole.codes_NK), self._in_order(name, whole.scales_NG)
             zeros_NG = None if whole.zeros_NG is None else self._in_order(name, whole.zeros_NG)
             each.append(GroupedWeight(codes_NK, scales_NG, zeros_NG))
-        return _one_below_the_other(each)
+        return one_below_the_other(each)
 
     def _kind(self, name: str) -> str:
         return self.checkpoint.entry(self.stored[name].name).dtype
@@ -101,7 +101,7 @@ class GGUFTensors:
             raise not_finite(self.checkpoint.path, self.stored[name].name, bad, x)
 
 
-def _one_below_the_other(parts: list[GroupedWeight]) -> GroupedWeight:
+def one_below_the_other(parts: list[GroupedWeight]) -> GroupedWeight:
     if len(parts) == 1:
         return parts[0]
     zeros = [part.zeros_NG for part in parts if part.zeros_NG is not None]

@@ -91,22 +91,22 @@ def check_tensors(
         ModelFormatError: weights_missing, weights_unexpected, weights_shape, weights_dtype.
     """
     if missing := sorted(expected.keys() - entries.keys()):
-        raise _mismatch(path, "weights_missing", f"{len(missing)} tensors are missing: {some(missing)}")
+        raise mismatch(path, "weights_missing", f"{len(missing)} tensors are missing: {some(missing)}")
     if unexpected := sorted(entries.keys() - expected.keys()):
         what = f"{len(unexpected)} tensors are not part of a {family} model of this configuration"
-        raise _mismatch(path, "weights_unexpected", f"{what}: {some(unexpected)}")
+        raise mismatch(path, "weights_unexpected", f"{what}: {some(unexpected)}")
     for name, shape in expected.items():
         entry, dtypes = entries[name], dtypes_of(name)
         if entry.shape != shape:
             why = f"tensor {name} is {list(entry.shape)}, the configuration calls for {list(shape)}"
-            raise _mismatch(path, "weights_shape", why)
+            raise mismatch(path, "weights_shape", why)
         if entry.dtype not in dtypes:
-            raise _mismatch(
+            raise mismatch(
                 path, "weights_dtype", f"tensor {name} is {entry.dtype}, not one of {', '.join(sorted(dtypes))}"
             )
 
 
-def _mismatch(path: Path, code: str, why: str) -> ModelFormatError:
+def mismatch(path: Path, code: str, why: str) -> ModelFormatError:
     return ModelFormatError(
         code,
         f"The weights in {path} do not fit their configuration",

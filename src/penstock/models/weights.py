@@ -13,6 +13,7 @@ from torch import Tensor
 from penstock.base.segments import SUM_GROUP
 from penstock.formats import Checkpoint, file_digest, open_checkpoint
 from penstock.layers import (
+    SCALE,
     SEGMENT,
     Attention,
     BlockInput,
@@ -42,11 +43,14 @@ from penstock.layers import (
     not_normed,
     rope_table,
 )
+from penstock.models.compressed import CompressedTensors
 from penstock.models.decoder import Block, Decoder
 from penstock.models.gguf import GGUFTensors
 from penstock.models.tensors import Tensors
 from penstock.spec import EncoderSpec, ModelSpec, MoESpec, RopeSpec
 from penstock.spec.tensors import Slots, checkpoint_tensors, layer_slots, model_slots, names_of, slot_segments
+
+Source = Tensors | GGUFTensors | CompressedTensors
 
 
 def load_decoder(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack | None = None) -> Decoder:
@@ -63,7 +67,7 @@ def load_decoder(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement, 
     return _Builder(tensors, spec, ops, placement, pack or Packing(ops, spec, placement)).decoder()
 
 
-def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Tensors | GGUFTensors:
+def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Source:
     """A checkpoint whose names, shapes and dtypes are those that the spec calls for."""
     if checkpoint.path.is_file():
         return GGUFTensors(checkpoint, spec, placement)
@@ -74,11 +78,13 @@ def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) 
     def rename(name: str) -> str | None:
         name = names.own(name)
         # Some exports keep a buffer that follows from the configuration, or the tied head a second time.
-        tied_head = spec.tied and name == f"{names.head}.weight"
+        tied_head = spec.tied and name.startswith(f"{names.head}.weight")
         unused = tied_head or name.startswith(names.ignored) or name.endswith("rotary_emb.inv_freq")
         return None if unused else prefix + name
 
     tensors = Tensors(checkpoint, placement, rename)
+    if any(name.endswith(f".{SCALE}") for name in checkpoint.names):
+        return CompressedTensors(tensors, expected, spec.family)
     packed = [name for name in expected if name.endswith(("_blocks", "_scales"))]
     tensors.check(expected, spec.family, packed)
     return tensors
@@ -87,9 +93,7 @@ def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) 
 class _Builder:
     """Makes a slot's tensor (``spec.tensors``) when a layer asks for it."""
 
-    def __init__(
-        self, tensors: Tensors | GGUFTensors, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack
-    ) -> None:
+    def __init__(self, tensors: Source, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack) -> None:
         self.tensors, self.spec, self.ops, self.placement, self.pack = tensors, spec, ops, placement, pack
         self.tables: dict[RopeSpec, Tensor] = {}
 
@@ -168,7 +172,7 @@ class _Builder:
             weight = self.matrix(slots, f"{slot}.weight", rows)
             bias = self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
             return weight, None if bias is None else bias.view(-1, rows)
-        assert isinstance(self.tensors, Tensors)  # no GGUF file of such a family is read
+        assert isinstance(self.tensors, Tensors)  # no quantized file of such a family is read
         tensors, names = self.tensors, list(slots[f"{slot}.weight"])
         packed = self.pack(f"{slot}.weight", names[0], lambda: self.stacked(tensors, names, paired))
         (name,) = slots[f"{slot}.bias"]

@@ -12,13 +12,12 @@ A block's numbers are scale * code + offset, with a scale (and an offset) for 16
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from penstock.formats import open_checkpoint
+from penstock.formats import Checkpoint
 from penstock.kernels import GroupedWeight
 from penstock.spec.quantization import Quantization
 
@@ -40,14 +39,11 @@ class Affine(NamedTuple):
     offsets_XG: Tensor | None = None
 
 
-def stored_quantization(path: Path, asked: Quantization) -> Quantization:
-    """What the matrices of a quantized file are: the widest of its integers; of any other, what is asked for."""
-    if not path.is_file():
-        return asked
-    checkpoint = open_checkpoint(path)
+def gguf_recipe(checkpoint: Checkpoint) -> Quantization | None:
+    """The widest of a file's integers; None if some matrices are numbers."""
     kinds = {entry.dtype for entry in map(checkpoint.entry, checkpoint.names) if len(entry.shape) > 1}
     if not kinds <= BITS.keys():
-        return asked
+        return None
     return "int8" if max(BITS[kind] for kind in kinds) == 8 else "int4"
 
 

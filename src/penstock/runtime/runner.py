@@ -85,7 +85,7 @@ class Runner:
         def forward(ids_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             return decoder.forward(ids_T, batch, layers)
 
-        self.forward = forward if eager else ops.captured(forward)
+        self.forward = forward if eager or ops.captured is None else ops.captured(forward)
         self.inputs = Inputs(max_num_seqs, max_model_len, block_size, len(self.pools), device)
         self.sampler = Sampler(max_num_seqs, decoder.spec.vocab_size, device, working_set(device), kit, ops.draw)
         self.reporter = Reporter(decoder.logits, decoder.spec.vocab_size, working_set(device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from penstock.base import EngineError, PenstockError
 from penstock.core.plan import NewRequest
-from penstock.kernels import UNDECIDED
+from penstock.kernels import UNDECIDED, Draw
 from penstock.sampling import blocks, candidates, exact, gumbel, philox
 from penstock.sampling.candidates import Candidates, Filters
 from penstock.sampling.logprobs import RawLogprobs, raw_logprobs
@@ -26,14 +25,6 @@ a logit NaN or infinite."""
 
 RANDOM, LIMITED, ORDERED, TYPICAL = 1, 2, 4, 8
 """What a request's draw takes, added up: noise; min_p; top_k or top_p; typical_p. 0 is greedy."""
-
-
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor | None]
-
-
-def nobody(logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> None:
-    """No kernel."""
-    return None
 
 
 @dataclass(slots=True)
@@ -70,7 +61,7 @@ class Sampler:
         device: torch.device,
         chunk: int = 1 << 17,
         kit: RuleKit | None = None,
-        kernel: Kernel = nobody,
+        kernel: Draw | None = None,
     ) -> None:
         self.kernel = kernel
         self.vocab_size, self.device, self.chunk, self.kit = vocab_size, device, chunk, kit or RuleKit()
@@ -158,22 +149,22 @@ class Sampler:
 
     def _choose(self, logits_RV: Tensor, maxima_RB: Tensor, rows: Ints, positions: Ints) -> Tensor:
         """The token of each row, or MASKED, from logits that rules have changed."""
-        codes_R = self._draw_by_kernel(logits_RV, rows, positions)
-        if codes_R is None:
+        if self.kernel is None:
             return self._look(logits_RV, maxima_RB, rows, positions)
+        codes_R = self._draw_by(self.kernel, logits_RV, rows, positions)
         left = np.flatnonzero(codes_R.numpy() == UNDECIDED)
         if left.size:
             some = self._put(left)
             codes_R[some] = self._look(logits_RV[some], maxima_RB[some], rows[left], positions[left])
         return codes_R
 
-    def _draw_by_kernel(self, logits_RV: Tensor, rows: Ints, positions: Ints) -> Tensor | None:
+    def _draw_by(self, kernel: Draw, logits_RV: Tensor, rows: Ints, positions: Ints) -> Tensor:
         kinds = self.kind[rows]
         temperature = np.where(kinds == 0, 0.0, self.temperature[rows])
         limits = (temperature, self.min_gap[rows], self.top_p[rows], self.top_k[rows])
         sites_R5 = self._sites(rows, positions)
-        codes_R = self.kernel(logits_RV, self._put(np.stack(limits, axis=1)), sites_R5)
-        if codes_R is not None and (kinds & TYPICAL).any():
+        codes_R = kernel(logits_RV, self._put(np.stack(limits, axis=1)), sites_R5)
+        if (kinds & TYPICAL).any():
             codes_R[self._put(np.flatnonzero(kinds & TYPICAL))] = UNDECIDED
         return codes_R
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from penstock.base import ModelFormatError, NotFound
 from penstock.formats import read_json_object
+from penstock.spec.compressed import METHOD, check_compressed
 from penstock.spec.families import FAMILIES, Family
 from penstock.spec.fields import Fields, bad_config, unsupported
 from penstock.spec.model import Activation, Dtype, ModelSpec, MoESpec
@@ -165,14 +166,19 @@ def _text_config(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _packed(fields: Fields, family: Family) -> bool:
-    """Whether the experts are MXFP4, the only packed format read."""
-    method = fields.get("quantization_config")
-    if method is None:
+    """Whether the experts are MXFP4. What compressed-tensors packs, the loader finds by itself."""
+    config = fields.get("quantization_config")
+    if config is None:
         return False
-    method = method.get("quant_method") if isinstance(method, Mapping) else method
+    method = config.get("quant_method") if isinstance(config, Mapping) else config
+    if method == METHOD and isinstance(config, Mapping) and family.name != "gpt_oss":
+        check_compressed(config)
+        return False
     if (family.name, method) != ("gpt_oss", "mxfp4"):
         raise unsupported(
-            "quantization", f"weights quantized with {str(method)[:80]!r}", "use the unquantized checkpoint"
+            "quantization",
+            f"weights quantized with {str(method)[:80]!r}",
+            f"use the unquantized checkpoint, or one of {METHOD}",
         )
     return True
 

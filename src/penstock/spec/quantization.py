@@ -34,13 +34,18 @@ class WeightFormat:
 
 FORMATS: dict[Quantization, WeightFormat | None] = {"none": None, "int8": WeightFormat(8), "int4": WeightFormat(4)}
 
+OUTER = ("embedding", "head")
+"""With int4 they have 8 bits: an error of theirs reaches the logits as it is. With 4 they made half of the bundled
+model's divergence; GGUF's 4-bit mixtures keep them finer too."""
+OUTER_MODULES = ("embed_tokens", "lm_head")
+
 PLAIN = ("router.", "shared.gate.")
 """Linears that stay as they are: a few outputs that decide for whole layers."""
 
 
 def format_of(spec: ModelSpec, slot: str, inputs: int, quantization: Quantization) -> WeightFormat | None:
     """Of a plain matrix of a slot (``spec.tensors``); None if it stays plain."""
-    found = FORMATS[quantization]
+    found = FORMATS["int8" if quantization == "int4" and slot in OUTER else quantization]
     return found if found is not None and may_be_grouped(spec, slot, inputs, found.group) else None
 
 

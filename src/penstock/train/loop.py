@@ -155,7 +155,7 @@ class Trainer:
         self.adam.load_state(state)
 
     def go_on_from(self, model: Llama, step: int, progress: float) -> None:
-        """Take the weights of a model that such a run has brought to ``step``. Its moments are lost and start at zero."""
+        """Take the weights of a model that such a run brought to ``step``. Its moments are lost and start at zero."""
         self.model.load_state_dict(model.state_dict())
         every = self.cfg.chunks_per_step
         self.position = Position(step, step * every, tokens=step * every * self.cfg.chunk, progress=progress)

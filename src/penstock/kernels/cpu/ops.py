@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.kernels import _native
 from penstock.kernels.cpu.capture import Captured, share_threads
-from penstock.kernels.ops import Activation, Forward
+from penstock.kernels.ops import Activation, Draw, Forward
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks
 from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer, PackedWeight, Quantize, Weight, plain
 
@@ -43,6 +43,8 @@ class CpuOps:
         machine, capability = platform.machine(), torch.backends.cpu.get_cpu_capability()  # torch weighs the experts
         self.numerics = f"cpu/{VERSION} {_native.chosen()} {machine} torch/{torch.__version__} {capability}"
         self.quantize: Quantize | None = _quantize
+        self.draw: Draw | None = _draw
+        self.captured: Callable[[Forward], Forward] | None = Captured
         self.layout = f"panels of {PANEL} by {_binary()}"
 
     def pack(self, weight: Tensor | GroupedWeight) -> Weight:
@@ -211,19 +213,6 @@ class CpuOps:
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         copy_layer_blocks(layers, pairs)
 
-    def draw(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> Tensor | None:
-        share_threads()
-        _same(logits_RV, torch.float32, logits_RV)
-        _same(logits_RV, torch.float64, limits_R4)
-        _same(logits_RV, torch.int64, sites_R5)
-        tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
-        places = (logits_RV.data_ptr(), limits_R4.data_ptr(), sites_R5.data_ptr(), tokens_R.data_ptr())
-        _native.draw(*places, *logits_RV.shape)
-        return tokens_R
-
-    def captured(self, forward: Forward) -> Forward:
-        return Captured(forward)
-
 
 @cache
 def _binary() -> str:
@@ -233,6 +222,17 @@ def _binary() -> str:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _draw(logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> Tensor:
+    share_threads()
+    _same(logits_RV, torch.float32, logits_RV)
+    _same(logits_RV, torch.float64, limits_R4)
+    _same(logits_RV, torch.int64, sites_R5)
+    tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
+    places = (logits_RV.data_ptr(), limits_R4.data_ptr(), sites_R5.data_ptr(), tokens_R.data_ptr())
+    _native.draw(*places, *logits_RV.shape)
+    return tokens_R
 
 
 def _quantize(weight: Tensor, bits: int, group: int) -> GroupedWeight:

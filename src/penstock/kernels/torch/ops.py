@@ -5,13 +5,13 @@ the order of sums by shape. Rounding points are those of ``kernels.ops``; where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.kernels.ops import Activation, Forward
+from penstock.kernels.ops import Activation, Draw, Forward
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks, flat
 from penstock.kernels.torch.attention import attend, attend_whole
 from penstock.kernels.torch.linear import few_rows, left_product, linear, product, rms_norm_, tiles
@@ -28,6 +28,8 @@ class TorchOps:
     one_answer = False
     grouped = False
     quantize: Quantize | None = None
+    draw: Draw | None = None
+    captured: Callable[[Forward], Forward] | None = None
     layout = ""
 
     def __init__(self) -> None:
@@ -172,12 +174,6 @@ class TorchOps:
 
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         copy_layer_blocks(layers, pairs)
-
-    def draw(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> None:
-        return None
-
-    def captured(self, forward: Forward) -> Forward:
-        return forward
 
 
 def norm_heads_(qk_TXd: Tensor, heads: int, q_weight: Tensor, k_weight: Tensor, eps: float) -> None:
