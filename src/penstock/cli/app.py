@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from penstock.base import InvalidRequest
-from penstock.cli import bench, chat, embed, models, run, serve, show, version
+from penstock.cli import bench, chat, doctor, embed, models, run, serve, show, version
 from penstock.cli.exits import explain, guarded
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ app.command("embed")(guarded(embed.embed))
 app.command("models")(guarded(models.models))
 app.command("show")(guarded(show.show))
 app.add_typer(bench.app, name="bench")
+app.command("doctor")(guarded(doctor.doctor))
 app.command("version")(guarded(version.version))
 
 
