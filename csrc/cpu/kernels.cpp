@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "draw.h"
 #include "linear.h"
 #include "quantized.h"
 #include "rows.h"
@@ -24,16 +25,12 @@ void by_dtype(Dtype dtype, const Run& run) {
 void pack(void* weight, int64_t outputs, int64_t inputs, Dtype dtype) {
     by_dtype(dtype, [&](auto t) { pack_of((decltype(t)*)weight, outputs, inputs); });
 }
-void unpack_rows(
-    const void* weight, const int64_t* ids, void* out, int64_t rows, int64_t outputs, int64_t inputs, Dtype dtype) {
+void pack_grouped(const Grouped& a, uint8_t* out) { pack_groups_of(a, out); }
+void embed(const Embed& a, Dtype dtype) {
     by_dtype(dtype, [&](auto t) {
         using T = decltype(t);
-        unpack_rows_of((const T*)weight, ids, (T*)out, rows, outputs, inputs);
+        a.format.bits ? grouped_embed_of<T>(a) : embed_of<T>(a);
     });
-}
-void pack_grouped(const Grouped& a, uint8_t* out) { pack_groups_of(a, out); }
-void unpack_grouped_rows(const Grouped& a, const int64_t* ids, void* out, int64_t rows, Dtype dtype) {
-    by_dtype(dtype, [&](auto t) { unpack_group_rows_of(a, ids, (decltype(t)*)out, rows); });
 }
 void linear(const Linear& a, Dtype dtype) {
     by_dtype(dtype, [&](auto t) {
@@ -54,11 +51,13 @@ void attention(const Attention& a, Dtype dtype) {
     });
 }
 
+void draw(const Draws& a) { draw_rows(a); }
+
 }  // namespace
 
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)
 extern const Table table;
-const Table table{NAME(PENSTOCK_ISA), pack, unpack_rows, pack_grouped, unpack_grouped_rows, linear, norm, heads, attention};
+const Table table{NAME(PENSTOCK_ISA), pack, pack_grouped, embed, linear, norm, heads, attention, draw};
 
 }  // namespace penstock::PENSTOCK_ISA

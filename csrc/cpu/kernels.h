@@ -33,6 +33,15 @@ struct Grouped {
     Format format;
 };
 
+// Rows of a packed table.
+struct Embed {
+    const void* table;  // [V, D]
+    const int64_t* ids;  // [T]
+    void* out;           // [T, D]
+    int64_t rows, outputs, inputs;
+    Format format;
+};
+
 struct Linear {
     const void* x;       // [T, K]
     const void* weight;  // [N, K], packed
@@ -86,16 +95,33 @@ struct Attention {
     const float* sinks;    // [N] or null
 };
 
+// How a row's token is drawn. What is off: min_gap = -inf, top_p = inf, top_k = size; temperature 0 is greedy.
+struct DrawLimits {
+    double temperature, min_gap, top_p, top_k;
+};
+// Where it stands, for its noise: words of the seed, sample and position.
+struct DrawSite {
+    int64_t low, middle, high, sample, position;
+};
+constexpr int64_t UNDECIDED = -5;
+struct Draws {
+    const float* logits;  // [R, size]
+    const DrawLimits* limits;
+    const DrawSite* sites;
+    int64_t* tokens;  // [R], or UNDECIDED
+    int64_t rows, size;
+};
+
 struct Table {
     const char* name;
     void (*pack)(void* weight, int64_t outputs, int64_t inputs, Dtype);  // in place
-    void (*unpack_rows)(const void* weight, const int64_t* ids, void* out, int64_t rows, int64_t outputs, int64_t inputs, Dtype);
     void (*pack_grouped)(const Grouped&, uint8_t* out);
-    void (*unpack_grouped_rows)(const Grouped&, const int64_t* ids, void* out, int64_t rows, Dtype);  // codes: packed
+    void (*embed)(const Embed&, Dtype);
     void (*linear)(const Linear&, Dtype);
     void (*norm)(const Norm&, Dtype);
     void (*heads)(const Heads&, Dtype);
     void (*attention)(const Attention&, Dtype);
+    void (*draw)(const Draws&);
 };
 
 // Keys of one attention segment (ops.py).

@@ -35,6 +35,14 @@ struct PanelOf {
     }
 };
 
+constexpr int64_t AHEAD = 1024;  // bytes
+
+// Asks early for weights of one row's products: the processor looks ahead by itself, but not past the end of a page.
+template <int64_t bytes = 64>
+INLINE void fetch_ahead(const void* weights) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)weights + AHEAD + line);
+}
+
 // The weights of input k in a panel: k's own for fp32.
 INLINE F column(PanelOf<float> p, int64_t k, int64_t) { return load_upto(p.weight + k * p.width, p.width); }
 template <class T>
@@ -78,6 +86,7 @@ INLINE void accumulate(const T* x, int64_t inputs, const PanelOf<T>* p, int64_t 
     F a0, a1, b0, b1;
     b0 = b1 = splat(0);
     auto pair = [&](int64_t index) {
+        for (int i = 0; R == 1 && i < 2; i++) fetch_ahead(p[i].weight + index * 2 * PANEL);
         pair_of_columns(p[0], index, a0, a1);
         if (p[1].width) pair_of_columns(p[1], index, b0, b1);
     };
@@ -467,15 +476,14 @@ void pack_of(T* weight, int64_t outputs, int64_t inputs) {
 }
 
 template <class T>
-void unpack_rows_of(const T* weight, const int64_t* ids, T* out, int64_t rows, int64_t outputs, int64_t inputs) {
+void embed_of(const Embed& a) {
     constexpr bool pairs = sizeof(T) == 2;
-    parallel(rows, [&](int64_t row, int) {
-        int64_t first = ids[row] / PANEL * PANEL;
-        int width = (int)std::min<int64_t>(PANEL, outputs - first);
-        const T* panel = weight + first * inputs;
-        for (int64_t k = 0; k < inputs; k++) {
-            out[row * inputs + k] = panel[packed_at(ids[row] - first, k, width, inputs, pairs)];
-        }
+    parallel(a.rows, [&](int64_t row, int) {
+        int64_t first = a.ids[row] / PANEL * PANEL;
+        int width = (int)std::min<int64_t>(PANEL, a.outputs - first);
+        const T* panel = (const T*)a.table + first * a.inputs;
+        T* out = (T*)a.out + row * a.inputs;
+        for (int64_t k = 0; k < a.inputs; k++) out[k] = panel[packed_at(a.ids[row] - first, k, width, a.inputs, pairs)];
     });
 }
 

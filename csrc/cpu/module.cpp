@@ -1,10 +1,12 @@
 // Python's way to the kernels: addresses and sizes go in, nothing comes out. Every call gives up the interpreter's lock.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -19,6 +21,7 @@
 #include "kernels.h"
 #include "pool.h"
 #include "tables.h"
+#include "tape.h"
 
 namespace nb = nanobind;
 using namespace penstock;
@@ -93,6 +96,69 @@ T* at(uintptr_t address) {
 using Address = uintptr_t;
 using Free = nb::call_guard<nb::gil_scoped_release>;
 
+void run(const Call<Embed>& call) { kernels().embed(call.args, call.dtype); }
+void run(const Call<Linear>& call) { kernels().linear(call.args, call.dtype); }
+void run(const Call<Norm>& call) { kernels().norm(call.args, call.dtype); }
+void run(const Call<Heads>& call) { kernels().heads(call.args, call.dtype); }
+void run(const Call<Attention>& call) { kernels().attention(call.args, call.dtype); }
+
+thread_local Tape* tape = nullptr;  // what this thread runs is noted on it
+
+// A function for Python: it makes a call of what it is given, runs it, and notes it if a tape is running.
+template <class Args, class... Given>
+auto runs_and_notes(Call<Args> (*make)(Given...)) {
+    return [make](Given... given) {
+        Call<Args> call = make(given...);
+        run(call);
+        if (tape) tape->note(call);
+    };
+}
+
+Call<Embed> embed(Address table, Address ids, Address out, int64_t rows, int64_t outputs, int64_t inputs, int bits, int group,
+                  int dtype) {
+    return {{at(table), at<int64_t>(ids), at(out), rows, outputs, inputs, {bits, group}}, (Dtype)dtype};
+}
+Call<Linear> linear(Address x, Address weight, Address bias, Address out, int64_t rows, int64_t outputs, int64_t inputs,
+                    int segments, int activation, bool gated, bool wide, int bits, int group, int dtype) {
+    return {{at(x), at(weight), at(bias), at(out), rows, outputs, inputs, segments, (Activation)activation, gated, wide,
+             {bits, group}},
+            (Dtype)dtype};
+}
+Call<Norm> norm(Address x, Address residual, Address weight, Address bias, bool wide_weight, bool centred, Address out,
+                int64_t rows, int64_t width, float eps, int dtype) {
+    return {{at(x), at(residual), at(weight), at(bias), wide_weight, centred, at(out), rows, width, eps}, (Dtype)dtype};
+}
+Call<Heads> heads(Address qkv, Address q_weight, Address k_weight, bool wide_weight, bool whole_row, Address rope, int64_t half,
+                  Address positions, Address slots, Address q, Address k_pool, Address v_pool, Address k_scales,
+                  Address v_scales, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width, int64_t block_size, float eps,
+                  int dtype) {
+    return {{at(qkv), at(q_weight), at(k_weight), wide_weight, whole_row, at<float>(rope), half, at<int64_t>(positions),
+             at<int64_t>(slots), at(q), at(k_pool), at(v_pool), at(k_scales), at(v_scales), rows, heads, kv_heads, width,
+             block_size, eps},
+            (Dtype)dtype};
+}
+Call<Attention> attention(Address q, Address k_pool, Address v_pool, Address k_scales, Address v_scales, Address out,
+                          Address tables, int64_t columns, int64_t block_size, Address starts, Address contexts,
+                          int64_t requests, int64_t heads, int64_t kv_heads, int64_t width, int64_t window, bool whole,
+                          float scale, float softcap, Address sinks, int dtype) {
+    return {{at(q), at(k_pool), at(v_pool), at(k_scales), at(v_scales), at(out), at<int32_t>(tables), columns, block_size,
+             at<int64_t>(starts), at<int64_t>(contexts), requests, heads, kv_heads, width, window, whole, scale, softcap,
+             at<float>(sinks)},
+            (Dtype)dtype};
+}
+
+// ``groups``: slots, tables and columns of each KV group.
+Step step(int64_t rows, int64_t requests, Address ids, Address positions, Address starts, Address contexts,
+          const std::vector<std::tuple<Address, Address, int64_t>>& groups) {
+    Step made{rows, requests, at<int64_t>(ids), at<int64_t>(positions), at<int64_t>(starts), at<int64_t>(contexts), {}, {}, {}};
+    for (auto& [slots, tables, columns] : groups) {
+        made.slots.push_back(at<int64_t>(slots));
+        made.tables.push_back(at<int32_t>(tables));
+        made.columns.push_back(columns);
+    }
+    return made;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -108,45 +174,32 @@ NB_MODULE(_native, m) {
     m.def("pack", [](Address weight, int64_t outputs, int64_t inputs, int dtype) {
         kernels().pack(at(weight), outputs, inputs, (Dtype)dtype);
     }, Free());
-    m.def("embed", [](Address table, Address ids, Address out, int64_t rows, int64_t outputs, int64_t inputs, int dtype) {
-        kernels().unpack_rows(at(table), at<int64_t>(ids), at(out), rows, outputs, inputs, (Dtype)dtype);
-    }, Free());
     m.def("panel_bytes", [](int64_t inputs, int bits, int group) { return Format{bits, group}.panel_bytes(inputs); });
     m.def("pack_grouped", [](Address codes, Address scales, Address zeros, Address out, int64_t outputs, int64_t inputs, int bits,
                              int group) {
         kernels().pack_grouped({at(codes), at<uint16_t>(scales), at<uint8_t>(zeros), outputs, inputs, {bits, group}}, at<uint8_t>(out));
     }, Free());
-    m.def("embed_grouped", [](Address table, Address ids, Address out, int64_t rows, int64_t outputs, int64_t inputs, int bits,
-                              int group, int dtype) {
-        kernels().unpack_grouped_rows({at(table), nullptr, nullptr, outputs, inputs, {bits, group}}, at<int64_t>(ids), at(out), rows,
-                                      (Dtype)dtype);
+    m.def("embed", runs_and_notes(embed), Free());
+    m.def("linear", runs_and_notes(linear), Free());
+    m.def("norm", runs_and_notes(norm), Free());
+    m.def("heads", runs_and_notes(heads), Free());
+    m.def("attention", runs_and_notes(attention), Free());
+
+    m.def("draw", [](Address logits, Address limits, Address sites, Address tokens, int64_t rows, int64_t size) {
+        kernels().draw({at<float>(logits), at<DrawLimits>(limits), at<DrawSite>(sites), at<int64_t>(tokens), rows, size});
     }, Free());
-    m.def("linear", [](Address x, Address weight, Address bias, Address out, int64_t rows, int64_t outputs, int64_t inputs,
-                       int segments, int activation, bool gated, bool wide, int bits, int group, int dtype) {
-        kernels().linear({at(x), at(weight), at(bias), at(out), rows, outputs, inputs, segments, (Activation)activation, gated, wide,
-                          {bits, group}},
-                         (Dtype)dtype);
-    }, Free());
-    m.def("norm", [](Address x, Address residual, Address weight, Address bias, bool wide_weight, bool centred, Address out,
-                     int64_t rows, int64_t width, float eps, int dtype) {
-        kernels().norm({at(x), at(residual), at(weight), at(bias), wide_weight, centred, at(out), rows, width, eps}, (Dtype)dtype);
-    }, Free());
-    m.def("heads", [](Address qkv, Address q_weight, Address k_weight, bool wide_weight, bool whole_row, Address rope, int64_t half,
-                      Address positions, Address slots, Address q, Address k_pool, Address v_pool, Address k_scales,
-                      Address v_scales, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width, int64_t block_size,
-                      float eps, int dtype) {
-        kernels().heads({at(qkv), at(q_weight), at(k_weight), wide_weight, whole_row, at<float>(rope), half, at<int64_t>(positions),
-                         at<int64_t>(slots), at(q), at(k_pool), at(v_pool), at(k_scales), at(v_scales), rows, heads, kv_heads,
-                         width, block_size, eps},
-                        (Dtype)dtype);
-    }, Free());
-    m.def("attention", [](Address q, Address k_pool, Address v_pool, Address k_scales, Address v_scales, Address out, Address tables,
-                          int64_t columns, int64_t block_size, Address starts, Address contexts, int64_t requests, int64_t heads,
-                          int64_t kv_heads, int64_t width, int64_t window, bool whole, float scale, float softcap, Address sinks,
-                          int dtype) {
-        kernels().attention({at(q), at(k_pool), at(v_pool), at(k_scales), at(v_scales), at(out), at<int32_t>(tables), columns,
-                             block_size, at<int64_t>(starts), at<int64_t>(contexts), requests, heads, kv_heads, width, window,
-                             whole, scale, softcap, at<float>(sinks)},
-                            (Dtype)dtype);
-    }, Free());
+
+    nb::class_<Step>(m, "Step");
+    m.def("step", &step);
+    nb::class_<Tape>(m, "Tape")
+        .def(nb::init<>())
+        .def("start", [](Tape& self) { tape = &self; })
+        .def("stop", [](Tape&) { tape = nullptr; })
+        .def("lay_out", [](Tape& self, const Step& then, int64_t limit, const std::vector<Address>& results) {
+            std::vector<const void*> pointers;
+            for (Address result : results) pointers.push_back(at(result));
+            return self.lay_out(then, limit, pointers);
+        })
+        .def("bind", [](Tape& self, Address memory) { self.bind(at<uint8_t>(memory)); })
+        .def("replay", [](const Tape& self, const Step& now) { self.replay(now, [](const auto& call) { run(call); }); }, Free());
 }

@@ -210,6 +210,7 @@ inline void some_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g
     if (fresh) each<R>([&](auto r) { store(out + r * BLOCK, splat(0)); });
     const uint8_t* w = panel + g0 * format.group_bytes();
     for (int64_t g = g0; g < g1; g++, w += format.group_bytes()) {
+        if (row == 0) fetch_ahead<format.group_bytes()>(w);
         I products[R];
         const int32_t* totals = x.totals + row * x.groups + g;
         dots<BITS, R>(w, x.codes + row * x.stride + g * GROUP, x.stride, GROUP, totals, x.groups, products);
@@ -386,12 +387,12 @@ inline void pack_groups_of(const Grouped& a, uint8_t* out) {
 
 // Rows of a packed table, as stored: code times scale, rounded once.
 template <class T>
-void unpack_group_rows_of(const Grouped& a, const int64_t* ids, T* out, int64_t rows) {
+void grouped_embed_of(const Embed& a) {
     int64_t groups = a.inputs / a.format.group, bytes = a.format.group_bytes();
     int64_t codes = a.format.group * PANEL * a.format.bits / 8;
-    parallel(rows, [&](int64_t row, int) {
-        int lane = (int)(ids[row] % PANEL);
-        const uint8_t* panel = (const uint8_t*)a.codes + ids[row] / PANEL * groups * bytes;
+    parallel(a.rows, [&](int64_t row, int) {
+        int lane = (int)(a.ids[row] % PANEL);
+        const uint8_t* panel = (const uint8_t*)a.table + a.ids[row] / PANEL * groups * bytes;
         for (int64_t g = 0; g < groups; g++) {
             const uint8_t* from = panel + g * bytes;
             float numbers[MAX_GROUP], scale = value((const fp16*)(from + codes) + lane);
@@ -403,7 +404,7 @@ void unpack_group_rows_of(const Grouped& a, const int64_t* ids, T* out, int64_t 
             }
             F factor = splat(a.format.bits == 8 ? scale : scale * SIXTEENTH);
             for (int k = 0; k < a.format.group; k += LANES) {
-                store(out + row * a.inputs + g * a.format.group + k, load(numbers + k) * factor);
+                store((T*)a.out + row * a.inputs + g * a.format.group + k, load(numbers + k) * factor);
             }
         }
     });

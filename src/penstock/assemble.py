@@ -192,6 +192,7 @@ def load_executor(
         block_size=config.block_size,
         device=device,
         kit=_rule_kit(config, grammars, vocabulary, device),
+        eager=config.enforce_eager,
     )
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
     return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)

@@ -51,6 +51,7 @@ AXES = {
     "policy": Axis("order of service", ("fcfs", "priority"), "scheduling_policy"),
     "faults": Axis("steps of several requests that fail once they are done", ("none", "every 5th")),
     "threads": Axis("threads of the processor", (1, 2, 4), "num_threads"),
+    "eager": Axis("steps recorded and replayed, or run op by op", (False, True), "enforce_eager"),
 }
 PLAIN: Cell = {name: axis.values[0] for name, axis in AXES.items()}
 

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from families import CONFIGS, random_config
-from penstock.kernels import Batch, GroupBatch, KVLayer, Ops
+from penstock.kernels import Batch, Forward, GroupBatch, KVLayer, Ops
 from penstock.layers import Placement
 from penstock.models import Decoder, load_decoder
 from penstock.spec import ModelSpec
@@ -153,6 +153,7 @@ class PagedDriver:
                 poison(layer, slice(blocks))
                 self.kv[index] = layer
             self.free.append(rng.sample(range(blocks), blocks))
+        self.forward: Forward = lambda ids_T, batch: decoder.forward(ids_T, batch, self.kv)
 
     def request(self) -> PagedRequest:
         return PagedRequest([], [[] for _ in self.groups])
@@ -177,8 +178,8 @@ class PagedDriver:
         )
         ids_T = torch.tensor([token for _, new in work for token in new])
         with torch.inference_mode():
-            hidden = self.decoder.forward(ids_T, batch, self.kv, torch.arange(len(ids_T)))
-            logits = self.decoder.logits(hidden)
+            ends = self.forward(ids_T, batch)
+            logits = self.decoder.logits(self.decoder.hidden(*ends, torch.arange(len(ids_T))))
         return list(logits.split([len(new) for _, new in work]))
 
     def _group(self, g: int, work: Sequence[tuple[PagedRequest, Sequence[int]]]) -> GroupBatch:

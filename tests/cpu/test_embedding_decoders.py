@@ -18,8 +18,7 @@ from oracle import TOLERANCE, Reference, build_reference, error
 from penstock.assemble import load_executor
 from penstock.core.engine import Engine
 from penstock.core.service import Submission, Task, Update
-from penstock.kernels import Batch, KVLayer
-from penstock.models import Decoder
+from penstock.kernels import Batch, Forward
 from penstock.runtime.pooling import Vector
 from penstock.spec import EngineConfig, ModelSpec, SamplingParams, TokenLogprobs, Vocabulary
 from penstock.spec.encoder import read_any_spec
@@ -76,7 +75,7 @@ def serve(
         setup = replace(setup, pools=tuple(replace(p, blocks=n) for p, n in zip(setup.pools, blocks, strict=True)))
     if flaky:
         runner, rng = loaded.executor.runner, random.Random(0)  # type: ignore[attr-defined]
-        runner.decoder = Flaky(runner.decoder, rng)
+        runner.forward = Flaky(runner.forward, rng)
     answers: dict[str, Answer] = {}
 
     def deliver(updates: list[Update]) -> None:
@@ -108,19 +107,16 @@ def serve(
 
 @dataclass
 class Flaky:
-    """A decoder that raises now and then, after it wrote K and V."""
+    """Raises now and then, after K and V were written."""
 
-    decoder: Decoder
+    forward: Forward
     rng: random.Random
 
-    def forward(self, ids_T: Tensor, batch: Batch, kv: list[KVLayer], rows_R: Tensor) -> Tensor:
-        hidden_RD = self.decoder.forward(ids_T, batch, kv, rows_R)
+    def __call__(self, ids_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        ends = self.forward(ids_T, batch)
         if len(batch.contexts) > 1 and self.rng.random() < 0.6:
             raise ValueError("a cosmic ray")
-        return hidden_RD
-
-    def logits(self, hidden_RD: Tensor) -> Tensor:
-        return self.decoder.logits(hidden_RD)
+        return ends
 
 
 def submissions(reference: Reference, rng: random.Random) -> list[Submission]:

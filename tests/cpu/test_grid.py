@@ -38,7 +38,7 @@ from penstock.spec.tensors import checkpoint_tensors
 ARITHMETICS = {name: options for name, options in grid.ARITHMETICS.items() if options["backend"] == "ref" or native()}
 SLICED = ("mates", "chunk", "block")
 """Axes of the full product whose values are tests of their own, which processes share."""
-DRAWN = ("threads", "faults")
+DRAWN = ("threads", "faults", "eager")
 """Axes that are not in the full product: each of its cells draws a value."""
 
 Answers = dict[str, Any]

@@ -313,10 +313,14 @@ class Breaks:
         self.spoil: dict[int, float] = {}
         self.spoil_hidden: dict[int, float] = {}
 
-    def forward(self, ids_T: Tensor, batch: Any, kv: Any, rows_R: Tensor) -> Tensor:
-        out = self.decoder.forward(ids_T, batch, kv, rows_R)  # K and V are written
+    def forward(self, ids_T: Tensor, batch: Any, kv: Any) -> tuple[Tensor, Tensor]:
+        ends = self.decoder.forward(ids_T, batch, kv)  # K and V are written
         if self.error:
             raise self.error
+        return ends
+
+    def hidden(self, residual_TD: Tensor, delta_TD: Tensor, rows_R: Tensor) -> Tensor:
+        out = self.decoder.hidden(residual_TD, delta_TD, rows_R)
         for row, value in self.spoil_hidden.items():
             out[row, 0] = value
         return out

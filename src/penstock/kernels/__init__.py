@@ -6,12 +6,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from penstock.base import ConfigError, Registry
-from penstock.kernels.ops import SEGMENT, Activation, Ops
+from penstock.kernels.ops import SEGMENT, UNDECIDED, Activation, Forward, Ops
 from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer, PackedWeight, Weight
 
 __all__ = [
     "SEGMENT",
+    "UNDECIDED",
     "Activation",
+    "Forward",
     "Batch",
     "GroupBatch",
     "GroupedWeight",

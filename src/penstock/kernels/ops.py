@@ -17,7 +17,7 @@ alone: not of the other rows, the chunk, the block size, the place in the batch 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -28,6 +28,12 @@ from penstock.kernels.types import Batch, GroupedWeight, KVLayer, Weight
 Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_clamped"]
 """How ``gate_up`` joins gate g and up u: act(g) * u; "swiglu_clamped" (gpt-oss) is (u + 1) * g * sigmoid(1.702 g) with
 g clamped to at most 7 and u to [-7, 7]."""
+
+Forward = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
+"""From a step's token ids and batch to what its rows have become, [T, D] twice."""
+
+UNDECIDED = -5
+"""In place of a token that ``draw`` left to the sampler."""
 
 SEGMENT = 128
 """Keys in one attention segment. A key belongs to segment ``position // SEGMENT``; every block size divides it."""
@@ -186,4 +192,19 @@ class Ops(Protocol):
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         """Copies block ``src`` to block ``dst`` in each of a group's layers, for each (src, dst). No block is
         both a source and a target in one call."""
+        ...
+
+    def draw(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> Tensor | None:
+        """A token of each row of fp32 logits, int64 [R], as ``sampling`` draws it; UNDECIDED where exact numbers may be
+        needed to tell. None: this backend leaves all rows to the sampler.
+
+        Args:
+            limits_R4: float64; temperature (0: greedy), the least gap of min_p, top_p and top_k; off are -inf, inf, V.
+            sites_R5: int64; where the token stands, as ``sampling.philox`` has it.
+        """
+        ...
+
+    def captured(self, forward: Forward) -> Forward:
+        """The same function without the time that Python takes between ops, where this backend can record and replay
+        it: results have the same bits and hold until the next call. Or ``forward`` itself."""
         ...

@@ -53,21 +53,24 @@ class Decoder:
     norm: BlockInput
     head: Head
 
-    def forward(self, ids_T: Tensor, batch: Batch, kv: list[KVLayer], rows_R: Tensor) -> Tensor:
-        """Computes all rows of a step, writing their K and V, and returns the final hidden states of some.
+    def forward(self, ids_T: Tensor, batch: Batch, kv: list[KVLayer]) -> tuple[Tensor, Tensor]:
+        """Computes all rows of a step, writing their K and V.
 
         Args:
             ids_T: int64 token ids.
             kv: one entry per layer of the model.
-            rows_R: int64 indices of the rows whose hidden states are wanted.
 
         Returns:
-            [R, D], as stored, final norm applied.
+            (residual, delta), [T, D]: what ``hidden`` takes.
         """
         residual_TD, delta_TD = self.embedding(ids_T), None
         for block, layer in zip(self.blocks, kv, strict=True):
             residual_TD, delta_TD = block(residual_TD, delta_TD, batch, layer)
         assert delta_TD is not None  # a ModelSpec has at least one layer
+        return residual_TD, delta_TD
+
+    def hidden(self, residual_TD: Tensor, delta_TD: Tensor, rows_R: Tensor) -> Tensor:
+        """Final hidden states [R, D] of the rows ``rows_R`` (int64), as stored, final norm applied."""
         residual_RD, delta_RD = residual_TD[rows_R], delta_TD[rows_R]
         if not len(rows_R):  # a chunk of a prompt: its K and V are all that was wanted
             return residual_RD

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from penstock.base import PenstockError
 from penstock.core.plan import BlockCopy, StepPlan, StepResult
-from penstock.kernels import KVLayer, Ops
+from penstock.kernels import Batch, KVLayer, Ops
 from penstock.models import Decoder
 from penstock.runtime.inputs import Inputs, StepInputs
 from penstock.runtime.memory import HostCopy, working_set
@@ -62,6 +63,7 @@ class Runner:
         max_num_seqs: most requests known at a time.
         device: where weights and KV are.
         kit: what the sampler makes rules of beyond the parameters of requests.
+        eager: steps are not captured.
     """
 
     def __init__(
@@ -75,11 +77,17 @@ class Runner:
         block_size: int,
         device: torch.device,
         kit: RuleKit | None = None,
+        eager: bool = False,
     ) -> None:
         self.decoder, self.ops, self.pools = decoder, ops, list(kv)
-        self.layers = by_layer(decoder.spec, self.pools)
+        layers = by_layer(decoder.spec, self.pools)
+
+        def forward(ids_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+            return decoder.forward(ids_T, batch, layers)
+
+        self.forward = forward if eager else ops.captured(forward)
         self.inputs = Inputs(max_num_seqs, max_model_len, block_size, len(self.pools), device)
-        self.sampler = Sampler(max_num_seqs, decoder.spec.vocab_size, device, working_set(device), kit)
+        self.sampler = Sampler(max_num_seqs, decoder.spec.vocab_size, device, working_set(device), kit, ops.draw)
         self.reporter = Reporter(decoder.logits, decoder.spec.vocab_size, working_set(device))
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -95,7 +103,7 @@ class Runner:
         rows_R, extras = step.out_rows_R, self.reporter.wanted(plan.slices, step.batch.row_starts)
         if extras is not None:
             rows_R = torch.cat((rows_R, torch.tensor(extras.rows, dtype=rows_R.dtype, device=rows_R.device)))
-        hidden_RD = self.decoder.forward(step.ids_T, step.batch, self.layers, rows_R)
+        hidden_RD = self.decoder.hidden(*self.forward(step.ids_T, step.batch), rows_R)
         pending = PendingStep(len(plan.slices), step, None, None, extras, started)
         if draws := len(step.draws):
             drawn = self.sampler.draw(self.decoder.logits(hidden_RD[:draws]), step.rows, step.positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from penstock.base import EngineError, PenstockError
 from penstock.core.plan import NewRequest
+from penstock.kernels import UNDECIDED
 from penstock.sampling import blocks, candidates, exact, gumbel, philox
 from penstock.sampling.candidates import Candidates, Filters
 from penstock.sampling.logprobs import RawLogprobs, raw_logprobs
@@ -24,6 +26,14 @@ a logit NaN or infinite."""
 
 RANDOM, LIMITED, ORDERED, TYPICAL = 1, 2, 4, 8
 """What a request's draw takes, added up: noise; min_p; top_k or top_p; typical_p. 0 is greedy."""
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+
+
+def nobody(logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> None:
+    """No kernel."""
+    return None
 
 
 @dataclass(slots=True)
@@ -50,11 +60,19 @@ class Sampler:
         rows: how many there are.
         chunk: logits of drawing rows looked at together; sets the speed and the memory taken, not the outcome.
         kit: what rules are made of beyond the parameters of requests.
+        kernel: ``Ops.draw`` of a backend; the outcome is the same.
     """
 
     def __init__(
-        self, rows: int, vocab_size: int, device: torch.device, chunk: int = 1 << 17, kit: RuleKit | None = None
+        self,
+        rows: int,
+        vocab_size: int,
+        device: torch.device,
+        chunk: int = 1 << 17,
+        kit: RuleKit | None = None,
+        kernel: Kernel = nobody,
     ) -> None:
+        self.kernel = kernel
         self.vocab_size, self.device, self.chunk, self.kit = vocab_size, device, chunk, kit or RuleKit()
         self.temperature, self.min_gap, self.top_p = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         self.typical_p = np.zeros(rows)
@@ -140,6 +158,29 @@ class Sampler:
 
     def _choose(self, logits_RV: Tensor, maxima_RB: Tensor, rows: Ints, positions: Ints) -> Tensor:
         """The token of each row, or MASKED, from logits that rules have changed."""
+        codes_R = self._draw_by_kernel(logits_RV, rows, positions)
+        if codes_R is None:
+            return self._look(logits_RV, maxima_RB, rows, positions)
+        left = np.flatnonzero(codes_R.numpy() == UNDECIDED)
+        if left.size:
+            some = self._put(left)
+            codes_R[some] = self._look(logits_RV[some], maxima_RB[some], rows[left], positions[left])
+        return codes_R
+
+    def _draw_by_kernel(self, logits_RV: Tensor, rows: Ints, positions: Ints) -> Tensor | None:
+        kinds = self.kind[rows]
+        temperature = np.where(kinds == 0, 0.0, self.temperature[rows])
+        limits = (temperature, self.min_gap[rows], self.top_p[rows], self.top_k[rows])
+        sites_R5 = self._sites(rows, positions)
+        codes_R = self.kernel(logits_RV, self._put(np.stack(limits, axis=1)), sites_R5)
+        if codes_R is not None and (kinds & TYPICAL).any():
+            codes_R[self._put(np.flatnonzero(kinds & TYPICAL))] = UNDECIDED
+        return codes_R
+
+    def _sites(self, rows: Ints, positions: Ints) -> Tensor:
+        return self._put(np.concatenate([self.streams[rows], positions[:, None]], axis=1))
+
+    def _look(self, logits_RV: Tensor, maxima_RB: Tensor, rows: Ints, positions: Ints) -> Tensor:
         best_R, tokens_R = blocks.argmax(logits_RV, maxima_RB)
         codes_R = tokens_R.masked_fill_(best_R == -torch.inf, MASKED)
         kinds = self.kind[rows]
@@ -150,7 +191,7 @@ class Sampler:
             for part in self._parts(group.size):
                 at = group[part]
                 some = self._put(at)
-                sites_r5 = self._put(np.concatenate([self.streams[rows[at]], positions[at, None]], axis=1))
+                sites_r5 = self._sites(rows[at], positions[at])
                 logits_rV, maxima_rB = logits_RV[some], maxima_RB[some]
                 if kind == RANDOM:
                     filters = self._filters(rows[at])

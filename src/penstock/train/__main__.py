@@ -35,6 +35,8 @@ def run_command(args: argparse.Namespace) -> None:
     checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.exists():
         trainer.resume(checkpoint)
+    elif args.model:
+        trainer.go_on_from(load_hf(args.model), args.done, args.done / args.steps)
     if args.compile:
         trainer.model.fuse()
     budget = StepBudget(args.steps) if args.steps else ClockBudget(folder / "control.txt")
@@ -63,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     two = sub.add_parser("run", help="train until the budget is spent")
     two.add_argument("--run", type=Path, help="folder of this run (default: the work folder)")
     two.add_argument("--steps", type=int, help="total steps; without it control.txt says the end")
+    two.add_argument("--model", type=Path, help="start from this folder's weights, made by --done of the --steps")
+    two.add_argument("--done", type=int, default=0, help="steps behind --model (default 0)")
     two.add_argument("--compile", action="store_true", help="fuse with TorchInductor (needs g++)")
     two.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     three = sub.add_parser("export", help="write the model folder from the last checkpoint")

@@ -154,6 +154,12 @@ class Trainer:
         self.muon.load_state(state)
         self.adam.load_state(state)
 
+    def go_on_from(self, model: Llama, step: int, progress: float) -> None:
+        """Take the weights of a model that such a run has brought to ``step``. Its moments are lost and start at zero."""
+        self.model.load_state_dict(model.state_dict())
+        every = self.cfg.chunks_per_step
+        self.position = Position(step, step * every, tokens=step * every * self.cfg.chunk, progress=progress)
+
     def step(self) -> tuple[float, int, float]:
         """Take one optimiser step; return (loss in nats per token, row length, rate factor)."""
         cfg, at = self.cfg, self.position

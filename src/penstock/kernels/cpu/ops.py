@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from penstock.kernels import _native
-from penstock.kernels.ops import Activation
+from penstock.kernels.cpu.capture import Captured, share_threads
+from penstock.kernels.ops import Activation, Forward
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks
 from penstock.kernels.types import Batch, GroupBatch, GroupedWeight, KVLayer, PackedWeight, Weight, plain
 
@@ -38,7 +39,7 @@ class CpuOps:
 
     def pack(self, weight: Tensor | GroupedWeight) -> Weight:
         """Panels of 16 outputs, inputs in pairs, in place; grouped weights in quads (``csrc/cpu/kernels.h``)."""
-        _share_threads()
+        share_threads()
         if isinstance(weight, GroupedWeight):
             return _pack_grouped(weight)
         outputs, inputs = weight.shape[-2:]
@@ -47,14 +48,12 @@ class CpuOps:
         return weight
 
     def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
-        _share_threads()
+        share_threads()
         ids_T, (rows, width) = ids_T.contiguous(), table_VD.shape
         out_TD = torch.empty(len(ids_T), width, dtype=dtype)
-        places = (ids_T.data_ptr(), out_TD.data_ptr(), len(ids_T), rows, width)
-        if isinstance(table_VD, PackedWeight):
-            _native.embed_grouped(table_VD.data.data_ptr(), *places, table_VD.bits, table_VD.group, DTYPES[dtype])
-        else:
-            _native.embed(plain(table_VD).data_ptr(), *places, DTYPES[dtype])
+        data, bits, group = _stored(table_VD)
+        sizes = (len(ids_T), rows, width, bits, group)
+        _native.embed(data.data_ptr(), ids_T.data_ptr(), out_TD.data_ptr(), *sizes, DTYPES[dtype])
         return out_TD
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -90,7 +89,7 @@ class CpuOps:
         batch: Batch,
         group: int,
     ) -> Tensor:
-        _share_threads()
+        share_threads()
         kv_heads, head_dim = kv.k_PBHd.shape[2:]
         heads = qkv_TC.shape[1] // head_dim - 2 * kv_heads
         qkv_TC = qkv_TC.contiguous()
@@ -205,10 +204,18 @@ class CpuOps:
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         copy_layer_blocks(layers, pairs)
 
+    def draw(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> Tensor | None:
+        share_threads()
+        _same(logits_RV, torch.float32, logits_RV)
+        _same(logits_RV, torch.float64, limits_R4)
+        _same(logits_RV, torch.int64, sites_R5)
+        tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
+        places = (logits_RV.data_ptr(), limits_R4.data_ptr(), sites_R5.data_ptr(), tokens_R.data_ptr())
+        _native.draw(*places, *logits_RV.shape)
+        return tokens_R
 
-def _share_threads() -> None:
-    """As many threads as torch has: one number for the user to set."""
-    _native.set_threads(torch.get_num_threads())
+    def captured(self, forward: Forward) -> Forward:
+        return Captured(forward)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -235,6 +242,13 @@ def _pack_grouped(weight: GroupedWeight) -> PackedWeight:
     return PackedWeight(data, weight.shape, weight.bits, weight.group)
 
 
+def _stored(weight: Weight) -> tuple[Tensor, int, int]:
+    """A packed weight's memory, bits and group; no bits are plain numbers."""
+    if isinstance(weight, PackedWeight):
+        return weight.data, weight.bits, weight.group
+    return plain(weight), 0, 0
+
+
 def _same(x: Tensor, dtype: torch.dtype, *others: Tensor | None) -> None:
     """The native side sees addresses alone: another dtype, device or a gap between rows would be read as it lies."""
     for other in others:
@@ -256,7 +270,7 @@ def _pools(kv: KVLayer, x: Tensor) -> tuple[int, int, int, int]:
 def _norm(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, *, centred: bool
 ) -> Tensor:
-    _share_threads()
+    share_threads()
     x_TD, (rows, width) = x_TD.contiguous(), x_TD.shape
     _same(x_TD, x_TD.dtype, residual_TD)
     _same(x_TD, torch.float32 if weight_D.dtype == torch.float32 else x_TD.dtype, weight_D, bias_D)
@@ -287,14 +301,10 @@ def _linear(
     gated: bool = False,
     wide: bool = False,
 ) -> Tensor:
-    _share_threads()
+    share_threads()
     x_TK = x_TK.contiguous()
     outputs, inputs = weight_NK.shape
-    data, bits, group = (
-        (weight_NK.data, weight_NK.bits, weight_NK.group)
-        if isinstance(weight_NK, PackedWeight)
-        else (plain(weight_NK), 0, 0)
-    )
+    data, bits, group = _stored(weight_NK)
     _same(x_TK, x_TK.dtype, None if bits else data, bias_N)
     if x_TK.shape[1] != inputs or inputs % (segments * (group or 1)):
         raise ValueError(f"{list(x_TK.shape)} times {list(weight_NK.shape)} in {segments} segments")
@@ -331,7 +341,7 @@ def _attention(
     *,
     whole: bool = False,
 ) -> Tensor:
-    _share_threads()
+    share_threads()
     q_TNd, (rows, heads, head_dim), tables_RM = q_TNd.contiguous(), q_TNd.shape, batch.groups[group].tables_RM
     _same(q_TNd, torch.int32, tables_RM)
     out_TC = q_TNd.new_empty(rows, heads * head_dim)

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from penstock.kernels.ops import Activation
+from penstock.kernels.ops import Activation, Forward
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks, flat
 from penstock.kernels.ref.arithmetic import ACTIVATIONS, gate_up, layer_norm, matvec, quantize, rms_norm, rotate
 from penstock.kernels.ref.attention import Row, Scoring, attend, attend_whole
@@ -165,6 +165,12 @@ class RefOps:
 
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         copy_layer_blocks(layers, pairs)
+
+    def draw(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> None:
+        return None
+
+    def captured(self, forward: Forward) -> Forward:
+        return forward
 
 
 def each_row(one: Callable[[Tensor], Tensor], x_TX: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.kernels.ops import Activation
+from penstock.kernels.ops import Activation, Forward
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks, flat
 from penstock.kernels.torch.attention import attend, attend_whole
 from penstock.kernels.torch.linear import few_rows, left_product, linear, product, rms_norm_, tiles
@@ -170,6 +170,12 @@ class TorchOps:
 
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Sequence[tuple[int, int]]) -> None:
         copy_layer_blocks(layers, pairs)
+
+    def draw(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> None:
+        return None
+
+    def captured(self, forward: Forward) -> Forward:
+        return forward
 
 
 def norm_heads_(qk_TXd: Tensor, heads: int, q_weight: Tensor, k_weight: Tensor, eps: float) -> None:

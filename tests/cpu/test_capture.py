@@ -1,0 +1,115 @@
+"""Capture and replay: a replayed step has the bits of one that was run op by op, and what cannot be recorded is not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from oracle import PagedDriver, build_reference
+from penstock.kernels import Ops, make_ops, native
+from penstock.layers import Packing, Placement
+from penstock.models import Decoder, load_decoder
+
+pytestmark = pytest.mark.skipif(not native(), reason="installed without a compiler")
+
+if native():
+    from penstock.kernels.cpu.capture import MOST_ROWS, Captured
+
+CPU = torch.device("cpu")
+KINDS = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "num_hidden_layers": 3},
+    "qwen3": {},
+}
+"""Families of which torch computes nothing; the second has two KV groups."""
+
+
+def build(family: str, folder: Path, quant: str = "none", **config: object) -> tuple[Decoder, Ops]:
+    reference, ops = build_reference(family, random.Random(family), folder, **config), make_ops("cpu")
+    placement = Placement(torch.float32, CPU)
+    packing = Packing(ops, reference.spec, placement, quant)  # type: ignore[arg-type]
+    return load_decoder(reference.folder, reference.spec, ops, placement, packing), ops
+
+
+def drive(
+    decoder: Decoder, ops: Ops, *, captured: bool, kv_dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], PagedDriver]:
+    """Steps of one to many rows and requests, prompts among decodes; all logits."""
+    rng = random.Random(3)
+    driver = PagedDriver(decoder, ops, blocks=400, block_size=8, rng=rng, kv_dtype=kv_dtype)
+    if captured:
+        driver.forward = ops.captured(driver.forward)
+    requests = [driver.request() for _ in range(9)]
+    logits = []
+    for counts in ([1], [3, 1, 1], [1] * 9, [40, 1, 1, 17], [MOST_ROWS, 1], [1] * 9, [MOST_ROWS - 8] + [1] * 8, [2]):
+        vocab = decoder.spec.vocab_size
+        work = [
+            (request, [rng.randrange(vocab) for _ in range(n)]) for request, n in zip(requests, counts, strict=False)
+        ]
+        logits += driver.step(work)
+        rng.shuffle(requests)
+    return logits, driver
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize(("quant", "kv_dtype"), [("none", None), ("int8", torch.int8)])
+@pytest.mark.parametrize("family", KINDS)
+def test_a_replay_has_the_bits_of_the_ops(
+    family: str, quant: str, kv_dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    decoder, ops = build(family, tmp_path, quant, **KINDS[family])
+    eager, _ = drive(decoder, ops, captured=False, kv_dtype=kv_dtype)
+    replayed, driver = drive(decoder, ops, captured=True, kv_dtype=kv_dtype)
+    assert all(map(torch.equal, eager, replayed))
+    assert isinstance(driver.forward, Captured) and driver.forward.recording is not None
+
+
+def test_memory_is_used_again(tmp_path: Path) -> None:
+    """A model of 12 layers needs no more room between its calls than one of 3."""
+    sizes = []
+    for layers in (3, 12):
+        decoder, ops = build("llama", tmp_path / str(layers), num_hidden_layers=layers)
+        _, driver = drive(decoder, ops, captured=True)
+        assert isinstance(driver.forward, Captured) and driver.forward.recording
+        sizes.append(len(driver.forward.recording.memory))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe"])
+def test_what_torch_computes_is_not_recorded(family: str, tmp_path: Path) -> None:
+    decoder, ops = build(family, tmp_path)
+    eager, _ = drive(decoder, ops, captured=False)
+    again, driver = drive(decoder, ops, captured=True)
+    assert all(map(torch.equal, eager, again))
+    assert isinstance(driver.forward, Captured) and not driver.forward.can_record
+
+
+def test_a_recording_that_fails_is_made_anew(tmp_path: Path) -> None:
+    """An error in the first step leaves neither half a tape nor a thread that still records."""
+    decoder, ops = build("llama", tmp_path)
+    driver = PagedDriver(decoder, ops, blocks=400, block_size=8, rng=random.Random(0))
+    forward, broken = driver.forward, [True]
+
+    def flaky(ids_T: Tensor, batch: object) -> tuple[Tensor, Tensor]:
+        ends = forward(ids_T, batch)  # type: ignore[arg-type]
+        if broken.pop():
+            raise ValueError("a cosmic ray")
+        broken.append(False)
+        return ends
+
+    captured = driver.forward = ops.captured(flaky)
+    with pytest.raises(ValueError, match="cosmic"):
+        driver.step([(driver.request(), [1, 2, 3])])
+    broken.append(False)
+    driver.step([(driver.request(), [1, 2, 3])])
+    assert isinstance(captured, Captured) and captured.recording is not None
