@@ -22,21 +22,21 @@ LARGEST = 2 << 20
 
 NAMES: dict[str, list[str]] = {
     "pack": "*weight outputs inputs dtype".split(),
-    "embed": "*table *ids *out rows outputs inputs dtype".split(),
     "pack_grouped": "*codes *scales *zeros *out outputs inputs bits group".split(),
-    "embed_grouped": "*table *ids *out rows outputs inputs bits group dtype".split(),
+    "embed": "*table *ids *out rows outputs inputs bits group dtype".split(),
     "linear": ("*x *weight *bias *out rows outputs inputs segments activation gated wide bits group dtype".split()),
     "norm": "*x *residual *weight *bias wide_weight centred *out rows width ~eps dtype".split(),
     "heads": (
         "*qkv *q_weight *k_weight wide_weight whole_row *rope half *positions *slots *q *k_pool *v_pool *k_scales"
         " *v_scales rows heads kv_heads width block_size ~eps dtype".split()
     ),
+    "draw": "*logits *limits *sites *tokens rows size".split(),
     "attention": (
         "*q *k_pool *v_pool *k_scales *v_scales *out *tables columns block_size *starts *contexts requests heads"
         " kv_heads width window whole ~scale ~softcap *sinks dtype".split()
     ),
 }
-WRITTEN = {"weight": ("pack",), "out": None, "residual": None, "q": ("heads",)} | dict.fromkeys(
+WRITTEN = {"weight": ("pack",), "out": None, "residual": None, "tokens": None, "q": ("heads",)} | dict.fromkeys(
     ("k_pool", "v_pool", "k_scales", "v_scales"), ("heads",)
 )
 
@@ -54,8 +54,12 @@ def sizes(call: str, a: dict[str, Any]) -> dict[str, tuple[int, int]]:
     match call:
         case "pack":
             return {"weight": (n * k * one, dtype)}
-        case "embed" | "embed_grouped":
+        case "embed":
             return {"table": (panels or n * k * one, RAW), "ids": (8 * rows, RAW), "out": (rows * k * one, dtype)}
+        case "draw":
+            return {"logits": (4 * rows * a["size"], 0), "limits": (32 * rows, RAW), "sites": (40 * rows, RAW)} | {
+                "tokens": (8 * rows, RAW)
+            }
         case "pack_grouped":
             return {"codes": (n * k, RAW), "scales": (2 * groups, RAW), "zeros": (groups, RAW), "out": (panels, RAW)}
         case "linear":

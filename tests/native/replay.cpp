@@ -98,16 +98,15 @@ void run(Call& c) {
         struct { void* w; int64_t outputs, inputs; } a{p(), n(), n()};
         kernels.pack(a.w, a.outputs, a.inputs, dtype);
     } else if (c.name == "embed") {
-        struct { void *table, *ids, *out; int64_t rows, outputs, inputs; } a{p(), p(), p(), n(), n(), n()};
-        kernels.unpack_rows(a.table, (int64_t*)a.ids, a.out, a.rows, a.outputs, a.inputs, dtype);
+        Embed a{p(), c.at<int64_t>(), p(), n(), n(), n(), {(int)n(), (int)n()}};
+        kernels.embed(a, dtype);
+    } else if (c.name == "draw") {
+        Draws a{c.at<float>(), c.at<DrawLimits>(), c.at<DrawSite>(), c.at<int64_t>(), n(), n()};
+        kernels.draw(a);
     } else if (c.name == "pack_grouped") {
         struct { void *codes, *scales, *zeros, *out; int64_t outputs, inputs, bits, group; } a{p(), p(), p(), p(), n(), n(), n(), n()};
         kernels.pack_grouped({a.codes, (uint16_t*)a.scales, (uint8_t*)a.zeros, a.outputs, a.inputs, {(int)a.bits, (int)a.group}},
                              (uint8_t*)a.out);
-    } else if (c.name == "embed_grouped") {
-        struct { void *table, *ids, *out; int64_t rows, outputs, inputs, bits, group; } a{p(), p(), p(), n(), n(), n(), n(), n()};
-        kernels.unpack_grouped_rows({a.table, nullptr, nullptr, a.outputs, a.inputs, {(int)a.bits, (int)a.group}}, (int64_t*)a.ids,
-                                    a.out, a.rows, dtype);
     } else if (c.name == "linear") {
         Linear a{p(), p(), p(), p(), n(), n(), n(), (int)n(), (Activation)n(), n() != 0, n() != 0, {(int)n(), (int)n()}};
         kernels.linear(a, dtype);
