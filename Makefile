@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip install -qq --prefer-binary --disable-pip-version
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all check format docs clean
+.PHONY: help install run test test-all check sanitize emulate format docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -28,6 +28,12 @@ check: $(VENV)/.test  ## lint, format, types, house rules
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(PYTEST) -q tests/null/test_house.py
+
+sanitize: $(VENV)/.test  ## the kernels' tests under AddressSanitizer, UBSan and valgrind
+	VENV=$(VENV) tests/native/sanitize $(ARGS)
+
+emulate: $(VENV)/.test  ## the kernels of other processors: AVX-512 through SIMDe, NEON under qemu
+	VENV=$(VENV) tests/native/emulate $(ARGS)
 
 format: $(VENV)/.test  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix

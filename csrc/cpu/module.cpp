@@ -13,6 +13,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -53,8 +54,11 @@ bool runs(const std::string& name) {
         return false;
 #endif
     }
+#elif defined(__aarch64__) && defined(__linux__)
+    constexpr unsigned long DOT_PRODUCTS = 1ul << 20;  // HWCAP_ASIMDDP
+    if (name == "dotprod") return getauxval(AT_HWCAP) & DOT_PRODUCTS;
 #endif
-    return name == "portable";
+    return name == "portable" || name.ends_with("_emulated");  // the latter in builds for tests alone
 }
 
 // The tables this processor can run, best first.

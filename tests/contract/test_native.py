@@ -25,6 +25,7 @@ if native():
     SETS = _native.usable()
 else:
     SETS = []
+FUSED = [name for name in SETS if name not in ("portable", "avx2")] if "avx2" in SETS else []
 
 
 @pytest.fixture(params=SETS)
@@ -141,6 +142,58 @@ def test_special_numbers(ops: Ops) -> None:
         ours, ref = run(op, ops, x_TX, weights), run(op, make_ops("ref"), x_TX, weights)
         assert torch.equal(ours.isnan().any(1), ref.isnan().any(1)), name
         assert not ours[12:].isnan().any()
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("at", ["q_TNd", "k_TPast", "v_TPast"])
+def test_special_numbers_in_attention(at: str, kv_dtype: torch.dtype | None, ops: Ops) -> None:
+    """They spoil the rows that see them, as in ``ref``, and no other request."""
+    sequences = mixed(SHAPES["qwen2.5-0.5b"], torch.bfloat16)
+    for bad in (float("nan"), float("inf")):
+        spoiled = getattr(sequences[3], at).clone()
+        spoiled[-6, 1, 3] = bad
+        given = [*sequences[:3], replace(sequences[3], **{at: spoiled}), *sequences[4:]]
+        ours = run_attention(ops, given, 16, None, kv_dtype=kv_dtype)
+        ref = run_attention(make_ops("ref"), given, 16, None, kv_dtype=kv_dtype)
+        for i, (mine, theirs) in enumerate(zip(ours, ref, strict=True)):
+            assert torch.equal(mine.isfinite(), theirs.isfinite()), (bad, i)
+            assert mine.isfinite().all() or i == 3
+            agree(mine.nan_to_num(0, 0, 0), theirs.nan_to_num(0, 0, 0), torch.bfloat16)
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """The same numbers, one element behind an address that vectors like."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("name", ROW_OPS)
+def test_addresses_that_are_aligned_to_elements_alone(name: str, ops: Ops) -> None:
+    for dtype in DTYPES:
+        x_TX, weights = row_inputs(ROW_OPS[name], SHAPES["odd"], 5, dtype)
+        moved = [shifted(w) if w.ndim < 2 else ops.pack(shifted(w)) for w in weights]
+        ours = ROW_OPS[name].run(ops, shifted(x_TX), *moved)
+        assert torch.equal(ours, run(ROW_OPS[name], ops, x_TX, weights)), dtype
+
+
+@pytest.mark.parametrize("other", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sets_with_a_fused_multiply_add_agree(dtype: torch.dtype, other: str) -> None:
+    """Bit for bit with AVX2, but for products of bf16 where an instruction adds pairs."""
+    if dtype == torch.bfloat16 and ("bf16" in other or other == "amx"):
+        pytest.skip("pairs of bf16 are added in another order")
+    before, found = _native.chosen(), []
+    cases = [
+        (op, *row_inputs(op, SHAPES[shape], 37, dtype)) for op in ROW_OPS.values() for shape in ("odd", "one head")
+    ]
+    sequences = mixed(SHAPES["odd"], dtype)
+    for name in ("avx2", other):
+        _native.choose(name)
+        ops = make_ops("cpu")
+        rows = [run(op, ops, x_TX.clone(), weights) for op, x_TX, weights in cases]
+        kept = [run_attention(ops, sequences, 16, 50, kv_dtype=kv_dtype) for kv_dtype in (None, torch.int8)]
+        found.append(rows + kept[0] + kept[1])
+    _native.choose(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("bits", range(0, 1 << 16, 1 << 13))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from penstock.base import InvalidRequest
-from penstock.cli import bench, cache, chat, embed, models, quantize, run, serve, show, version
+from penstock.cli import bench, cache, chat, doctor, embed, models, quantize, run, serve, show, version
 from penstock.cli.exits import explain, guarded
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ app.command("models")(guarded(models.models))
 app.command("show")(guarded(show.show))
 app.command("cache")(guarded(cache.cache))
 app.add_typer(bench.app, name="bench")
+app.command("doctor")(guarded(doctor.doctor))
 app.command("version")(guarded(version.version))
 
 

@@ -53,12 +53,12 @@ class Tally:
         logits_RV, quantized_RV: fp32.
         next_r: the tokens that come after the rows; the last row's may be missing.
         """
-        p_RV, q_RV = logits_RV.log_softmax(-1), quantized_RV.log_softmax(-1)
-        self.divergences.append((p_RV.exp() * (p_RV - q_RV)).sum(-1).double())
+        p_RV, q_RV = (x_RV.double().log_softmax(-1) for x_RV in (logits_RV, quantized_RV))
+        self.divergences.append((p_RV.exp() * (p_RV - q_RV)).sum(-1))
         self.same += int((p_RV.argmax(-1) == q_RV.argmax(-1)).sum())
         self.foretold += len(next_r)
         for i, of_RV in enumerate((p_RV, q_RV)):
-            self.surprise[i] -= of_RV[: len(next_r)].gather(-1, next_r[:, None]).double().sum()
+            self.surprise[i] -= of_RV[: len(next_r)].gather(-1, next_r[:, None]).sum()
 
     def quality(self, window: int) -> Quality:
         kl = torch.cat(self.divergences)

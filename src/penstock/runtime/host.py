@@ -18,7 +18,7 @@ MAX_MMAP_THRESHOLD = 32 << 20  # glibc accepts no more
 def cpu_count(root: Path = ROOT) -> int:
     """Processors this process may keep busy: its affinity mask, capped by the quota of its control groups."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for group in _groups(root, "cpu"):
+    for group in groups(root, "cpu"):
         quota, period = _quota(group)
         if quota > 0 and period > 0:
             allowed = min(allowed, max(1, math.ceil(quota / period)))
@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
 def available_memory(root: Path = ROOT) -> int:
     """Bytes that can be taken without swapping: the least of MemAvailable and what each control group has left."""
     available = _mem_available(root)
-    for group in _groups(root, "memory"):
+    for group in groups(root, "memory"):
         for limit_name, usage_name, cache_name in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -48,21 +48,21 @@ def available_memory(root: Path = ROOT) -> int:
             limit, usage = _number(group / limit_name), _number(group / usage_name)
             if limit is not None and usage is not None:
                 # Pages of files that nobody used lately count as usage and are given up on demand.
-                available = min(available, limit - usage + min(usage, _field(group / "memory.stat", cache_name)))
+                available = min(available, limit - usage + min(usage, field(group / "memory.stat", cache_name)))
     return max(0, available)
 
 
 def _mem_available(root: Path) -> int:
-    kilobytes = _field(root / "proc/meminfo", "MemAvailable:")
+    kilobytes = field(root / "proc/meminfo", "MemAvailable:")
     if kilobytes:
         return kilobytes * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
+def groups(root: Path, controller: str) -> Iterator[Path]:
     """Folders of the process's control group and of all groups around it."""
     mount = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -76,26 +76,28 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _quota(group: Path) -> tuple[float, float]:
-    words = _text(group / "cpu.max").split()
+    words = text(group / "cpu.max").split()
     if not words:
-        words = [_text(group / "cpu.cfs_quota_us").strip() or "max", _text(group / "cpu.cfs_period_us").strip() or "0"]
+        words = [text(group / "cpu.cfs_quota_us").strip() or "max", text(group / "cpu.cfs_period_us").strip() or "0"]
     return (-1.0, 0.0) if words[0] == "max" else (float(words[0]), float(words[1]))
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.isdecimal() else None
+    word = text(path).strip()
+    return int(word) if word.isdecimal() else None
 
 
-def _field(path: Path, name: str) -> int:
-    for line in _text(path).splitlines():
+def field(path: Path, name: str) -> int:
+    """The number after a name at the head of a line; 0 without one."""
+    for line in text(path).splitlines():
         words = line.split()
         if words and words[0] == name:
             return int(words[1])
     return 0
 
 
-def _text(path: Path) -> str:
+def text(path: Path) -> str:
+    """Nothing of a file that cannot be read."""
     try:
         return path.read_text()
     except OSError:
