@@ -379,6 +379,4 @@ def engine_setup(
 
 
 def _name(model: str | None) -> str:
-    if model is None or model == BUNDLED_NAME:
-        return BUNDLED_NAME
-    return model.rstrip("/").rsplit(os.sep, 1)[-1].removesuffix(".gguf")
+    return (model or BUNDLED_NAME).rstrip("/").rsplit(os.sep, 1)[-1].removesuffix(".gguf")

@@ -37,8 +37,9 @@ def cache(stories: Path, tmp_path: Path) -> Path:
 def test_models(cache: Path) -> None:
     done = penstock("models", "--json", HF_HUB_CACHE=str(cache))
     assert done.returncode == 0, done.stderr
-    tiny, good, odd = [json.loads(line) for line in done.stdout.splitlines()]
+    tiny, nano, good, odd = [json.loads(line) for line in done.stdout.splitlines()]
     assert tiny["name"] == "penstock-tiny" and tiny["runs"] and tiny["parameters"] == 11_015_040
+    assert nano["name"] == "penstock-nano" and nano["runs"] and nano["parameters"] == 2_819_840
     assert (good["name"], good["family"], good["context"]) == ("good/stories", "llama", 512) and good["runs"]
     assert (odd["name"], odd["runs"], odd["problem"]) == ("odd/one", False, "unknown_architecture")
     table = penstock("models", HF_HUB_CACHE=str(cache)).stdout.decode()

@@ -20,14 +20,14 @@ def models(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each model")] = False,
 ) -> None:
-    """List the models on this machine: the bundled one and those in the Hugging Face cache."""
+    """List the models on this machine: the bundled ones and those in the Hugging Face cache."""
     from penstock.cli.inventory import cached_folders, folders_in, look_at
-    from penstock.spec.location import BUNDLED, BUNDLED_NAME
+    from penstock.spec.location import BUNDLED_MODELS
 
     if folder is not None and not Path(folder).is_dir():
         raise NotFound("model_not_found", f"There is no folder {folder}")
     if folder is None:
-        places = [(BUNDLED_NAME, BUNDLED), *cached_folders()]
+        places = [*BUNDLED_MODELS.items(), *cached_folders()]
     else:
         places = [(str(path), path) for path in folders_in(Path(folder))]
     found = (look_at(name, path) for name, path in places)

@@ -9,13 +9,15 @@ from penstock.formats.gguf import gguf_file
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 BUNDLED_NAME = "penstock-tiny"
+BUNDLED_MODELS = {BUNDLED_NAME: BUNDLED, "penstock-nano": BUNDLED.with_name("bundled_nano")}
+"""Of one tokenizer; the second drafts for the first."""
 
 
 def locate(model: str | None) -> Path | str:
     """A folder or GGUF file of this machine, or a hub id. Raises NotFound: (model_not_found) it is neither."""
-    if model in (None, BUNDLED_NAME):
-        return BUNDLED
-    assert model is not None
+    model = model or BUNDLED_NAME
+    if model in BUNDLED_MODELS:
+        return BUNDLED_MODELS[model]
     path = Path(model).expanduser()
     if path.exists():
         return gguf_file(path) or path
