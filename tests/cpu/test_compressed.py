@@ -300,8 +300,8 @@ def test_quality(plain: Path) -> None:
         torch.cat([-both[i][range(len(ids) - 1), ids[1:]] for both, ids in zip(logs, (IDS[:7], IDS[7:]), strict=True)])
         for i in (0, 1)
     ]
-    assert found.kl_mean == pytest.approx(float(kl.mean()), rel=1e-4)
-    assert found.kl_p99 == pytest.approx(float(kl.max()), rel=1e-4)
+    assert found.kl_mean == pytest.approx(float(kl.mean()), rel=2e-3)
+    assert found.kl_p99 == pytest.approx(float(kl.max()), rel=2e-3)
     assert found.perplexity == pytest.approx(float(surprises[0].mean().exp()), rel=1e-5)
     assert found.quantized_perplexity == pytest.approx(float(surprises[1].mean().exp()), rel=1e-5)
     assert 0 < found.same_top <= 1 and found.tokens == 13
