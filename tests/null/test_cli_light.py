@@ -101,7 +101,7 @@ def test_models_options_and_commands_are_completed(tmp_path: Path) -> None:
     assert completions("penstock ch", tmp_path) == ["chat"]
     assert completions("penstock run --top", tmp_path) == ["--top-p", "--top-k"]
     assert completions("penstock run --backend r", tmp_path) == ["ref"]
-    assert completions("penstock chat penstock", tmp_path) == ["penstock-nano", "penstock-tiny"]
+    assert completions("penstock chat penstock", tmp_path) == ["penstock-tiny", "penstock-nano"]
     assert completions("penstock show org/", tmp_path) == ["org/one", "org/two"]
     assert completions(f"penstock serve {tmp_path}/h", tmp_path) == [f"{tmp_path}/hub/"]
 
