@@ -70,6 +70,7 @@ public:
             } else {
                 for (int64_t i = 0; i < count; i++) most = std::max(most, at[i]);
             }
+            if (std::isnan(most)) return UNDECIDED;
             maxima_.push_back(most);
             largest_ = std::max(largest_, most);
         }
@@ -110,7 +111,7 @@ private:
             if (maxima_[block] < floor) continue;
             int64_t first = (int64_t)block * BLOCK_OF_ROW, last = std::min(first + BLOCK_OF_ROW, size_);
             for (int64_t token = first; token < last; token++) {
-                if (logits_[token] < floor || gap(token) < least) continue;
+                if (!(logits_[token] >= floor) || !(gap(token) >= least)) continue;  // nor NaN
                 if (found_.size() == MOST) return false;
                 found_.push_back({token, gap(token)});
             }
@@ -256,7 +257,10 @@ private:
 };
 
 inline void draw_rows(const Draws& a) {
-    parallel(a.rows, [&](int64_t row, int) { a.tokens[row] = Draw(a.logits + row * a.size, a.size, a.limits[row], a.sites[row]).token(); });
+    parallel(a.rows, [&](int64_t row, int) {
+        WithDenormals guard;  // the sampler tells them apart
+        a.tokens[row] = Draw(a.logits + row * a.size, a.size, a.limits[row], a.sites[row]).token();
+    });
 }
 
 }  // namespace penstock::PENSTOCK_ISA

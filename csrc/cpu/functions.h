@@ -2,10 +2,35 @@
 // stands.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 #include "vec.h"
 
 namespace penstock::PENSTOCK_ISA {
+
+// Denormal numbers count, as they do in torch; the team's threads take them for zeros.
+class WithDenormals {
+public:
+#if defined(__x86_64__)
+    WithDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
+    ~WithDenormals() { _mm_setcsr(before_); }
+
+private:
+    unsigned before_;
+#elif defined(__aarch64__)
+    WithDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before_));
+        asm volatile("msr fpcr, %0" ::"r"(before_ & ~(1ull << 24)));
+    }
+    ~WithDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+private:
+    uint64_t before_;
+#endif
+};
 
 // e^x to 1 unit in the last place or two: x = n ln 2 + r, a polynomial in r (minimax, Cephes expf), times 2^n in two
 // steps, so that results near both ends of the range are reached.

@@ -103,6 +103,13 @@ void run(const Call<Heads>& call) { kernels().heads(call.args, call.dtype); }
 void run(const Call<Attention>& call) { kernels().attention(call.args, call.dtype); }
 
 thread_local Tape* tape = nullptr;  // what this thread runs is noted on it
+void forget(Tape* gone) {
+    if (tape == gone) tape = nullptr;
+}
+// Interrupted between its start and its end, a tape goes without having been stopped.
+struct PythonTape : Tape {
+    ~PythonTape() { forget(this); }
+};
 
 // A function for Python: it makes a call of what it is given, runs it, and notes it if a tape is running.
 template <class Args, class... Given>
@@ -194,15 +201,15 @@ NB_MODULE(_native, m) {
 
     nb::class_<Step>(m, "Step");
     m.def("step", &step);
-    nb::class_<Tape>(m, "Tape")
+    nb::class_<PythonTape>(m, "Tape")
         .def(nb::init<>())
-        .def("start", [](Tape& self) { tape = &self; })
-        .def("stop", [](Tape&) { tape = nullptr; })
-        .def("lay_out", [](Tape& self, const Step& then, int64_t limit, const std::vector<Address>& results) {
+        .def("start", [](PythonTape& self) { tape = &self; })
+        .def("stop", [](PythonTape& self) { forget(&self); })
+        .def("lay_out", [](PythonTape& self, const Step& then, int64_t limit, const std::vector<Address>& results) {
             std::vector<const void*> pointers;
             for (Address result : results) pointers.push_back(at(result));
             return self.lay_out(then, limit, pointers);
         })
-        .def("bind", [](Tape& self, Address memory) { self.bind(at<uint8_t>(memory)); })
-        .def("replay", [](const Tape& self, const Step& now) { self.replay(now, [](const auto& call) { run(call); }); }, Free());
+        .def("bind", [](PythonTape& self, Address memory) { self.bind(at<uint8_t>(memory)); })
+        .def("replay", [](const PythonTape& self, const Step& now) { self.replay(now, [](const auto& call) { run(call); }); }, Free());
 }

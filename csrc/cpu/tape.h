@@ -1,6 +1,7 @@
 // Capture and replay: the calls of one forward pass, noted while they ran, and run again for other rows without Python.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -79,6 +80,19 @@ inline void take_step(Attention& a, const Step& then, const Step& now) {
     }
 }
 
+// Whether a call was made for this step and no other.
+inline bool is_of(const Embed& a, const Step& step) { return a.rows == step.rows && a.ids == step.ids; }
+inline bool is_of(const Linear& a, const Step& step) { return a.rows == step.rows; }
+inline bool is_of(const Norm& a, const Step& step) { return a.rows == step.rows; }
+inline bool is_of(const Heads& a, const Step& step) {
+    bool found = std::find(step.slots.begin(), step.slots.end(), a.slots) != step.slots.end();
+    return found && a.rows == step.rows && a.positions == step.positions;
+}
+inline bool is_of(const Attention& a, const Step& step) {
+    bool found = std::find(step.tables.begin(), step.tables.end(), a.tables) != step.tables.end();
+    return found && a.requests == step.requests && a.starts == step.starts && a.contexts == step.contexts;
+}
+
 class Tape {
 public:
     template <class Args>
@@ -88,20 +102,20 @@ public:
 
     // Gives every value between calls its place in one piece of memory for ``limit`` rows, places being used
     // again after a value's last reader. Returns where the ``results`` are, then the size;
-    // nothing if a call reads what no call has written, or is for other rows than the step's.
+    // nothing if a call reads what no call has written in this width, or is not for this step.
     std::vector<int64_t> lay_out(Step then, int64_t limit, const std::vector<const void*>& results) {
         then_ = std::move(then);
         std::map<const void*, size_t> current;  // the value at an address
         bool known = true;
         for (auto& any : calls_) {
             std::visit([&](auto& call) {
-                if constexpr (requires { call.args.rows; }) known &= call.args.rows == then_.rows;
+                known &= is_of(call.args, then_);
             }, any);
         }
         each_value([&](size_t call, const void* address, int64_t width, bool read, bool written, auto&) {
             if (read) {
                 auto found = current.find(address);
-                if (found == current.end()) return void(known = false);
+                if (found == current.end() || values_[found->second].size != width * limit) return void(known = false);
                 values_[found->second].last = call;
             } else if (written) {
                 current[address] = values_.size();

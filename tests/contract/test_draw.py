@@ -125,3 +125,20 @@ def test_rows_without_a_finite_maximum_are_left() -> None:
     limits_R4 = torch.tensor([[1.0, -torch.inf, torch.inf, 70.0]] * 3, dtype=torch.float64)
     tokens_R = kernel()(logits_RV, limits_R4, torch.ones(3, 5, dtype=torch.int64))
     assert tokens_R[:2].tolist() == [UNDECIDED] * 2 and tokens_R[2] >= 0
+
+
+@torch.inference_mode()
+def test_denormal_logits_count() -> None:
+    logits_RV = torch.tensor([[0.0, 1e-40, 0.0]])
+    limits_R4 = torch.tensor([[0.0, -torch.inf, torch.inf, 3.0]], dtype=torch.float64)
+    assert kernel()(logits_RV, limits_R4, torch.ones(1, 5, dtype=torch.int64)).tolist() == [1]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("limit", [(-torch.inf, 0.95, 1e9), (-torch.inf, torch.inf, 5.0), (-3.0, torch.inf, 1e9)])
+def test_nan_is_never_drawn(limit: tuple[float, float, float]) -> None:
+    logits_RV = torch.randn(4, 1000)
+    logits_RV[:, ::2] = torch.nan
+    limits_R4 = torch.tensor([[1.0, *limit]] * 4, dtype=torch.float64)
+    tokens_R = kernel()(logits_RV, limits_R4, torch.ones(4, 5, dtype=torch.int64))
+    assert ((tokens_R == UNDECIDED) | (tokens_R % 2 == 1)).all()

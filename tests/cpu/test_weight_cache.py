@@ -337,3 +337,12 @@ def test_few_digests_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in "abcde":
         file_digest(old(tmp_path / name, b"abc"), memory)
     assert [line.rsplit("/", 1)[1][0] for line in memory.read_text().splitlines()[1:-1]] == list("cde")
+
+
+def test_a_blob_is_not_believed_its_name(tmp_path: Path) -> None:
+    """What is kept under the digest of a damaged blob would outlive its mending under the same name."""
+    blob, link = tmp_path / ("a" * 64), tmp_path / "model.safetensors"
+    blob.write_bytes(b"damaged")
+    link.symlink_to(blob)
+    assert file_digest(link) == "a" * 64
+    assert file_digest(link, tmp_path / "memory.json") == hashlib.sha256(b"damaged").hexdigest()

@@ -23,13 +23,13 @@ _known: dict[str, str] = {}
 
 
 def file_digest(path: Path, memory: Path | None = None) -> str:
-    """sha256 in hex. A hub cache names its files by just that; of others it is computed once while place, size, times
-    and inode stay the same.
+    """sha256 in hex, computed once while place, size, times and inode stay the same. A hub cache names its files by
+    just that, which is believed where nothing is kept for later: a blob may be mended under the name it had damaged.
 
     Args:
         memory: a file that remembers digests beyond this process. One that is damaged or cannot be written is none.
     """
-    name = path.resolve().name if path.is_symlink() else ""
+    name = path.resolve().name if memory is None and path.is_symlink() else ""
     if re.fullmatch("[0-9a-f]{64}", name):
         return name
     key, settled = _state(path)

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,10 +35,12 @@ def load_kept(
     belong to its file: the system counts them as free, and the model reads them in every step."""
     if store is None or not ops.layout:
         return load_decoder(folder, spec, ops, placement, packing), 0
-    numerics = numerics_id(folder, spec, ops, replace(placement, kv_dtype=None), packing.recipe, store.digest)
+    identity = partial(numerics_id, folder, spec, ops, replace(placement, kv_dtype=None), packing.recipe, store.digest)
+    numerics = identity()
     kept = KeptWeights(packing, store, numerics + ops.layout.encode(), {"model": str(folder), "weights": packing.name})
     decoder = load_decoder(folder, spec, ops, placement, kept)
-    kept.keep()
+    if identity() == numerics:  # no other files took the place of these meanwhile
+        kept.keep()
     return decoder, 0 if kept.file is None else kept.file.bytes
 
 

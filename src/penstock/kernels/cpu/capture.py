@@ -35,8 +35,8 @@ class Captured:
         if self.recording is not None:
             return self.recording.replay(ids_T, batch)
         tape, watch = _native.Tape(), Watch()  # type: ignore[no-untyped-call]
-        tape.start()
         try:
+            tape.start()
             with watch:
                 results = self.forward(ids_T, batch)
         finally:
@@ -84,6 +84,9 @@ def share_threads() -> None:
 
 
 def _step(ids_T: Tensor, batch: Batch) -> _native.Step:
+    for tensor in (ids_T, *(group.tables_RM for group in batch.groups)):
+        if not tensor.is_contiguous():
+            raise TypeError(f"ids or block tables with strides {tensor.stride()}")
     return _native.step(
         len(ids_T),
         len(batch.contexts_R),
