@@ -106,7 +106,7 @@ def test_a_batch_and_preemptions_change_no_token() -> None:
     alone = LLM(backend="ref", max_num_seqs=1, enable_prefix_caching=False)
     one_by_one = [o.outputs[0].token_ids for o in alone.generate(prompts, params, use_tqdm=False)]
     alone.close()
-    tight = LLM(backend="ref", max_num_seqs=8, max_model_len=96, kv_memory="384K", depth=2)
+    tight = LLM(backend="ref", max_num_seqs=8, max_model_len=96, kv_memory="320K", depth=2)
     together = [o.outputs[0].token_ids for o in tight.generate(prompts, params, use_tqdm=False)]
     preempted = tight.engine.service.status().counters.preemptions
     tight.close()
