@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,3 +115,9 @@ def test_a_recording_that_fails_is_made_anew(tmp_path: Path) -> None:
     broken.append(False)
     driver.step([(driver.request(), [1, 2, 3])])
     assert isinstance(captured, Captured) and captured.recording is not None
+
+
+def test_recording_is_quick_to_import() -> None:
+    """Torch's dispatch modes bring sympy and a second of waiting for the first token."""
+    code = "import sys; from penstock import LLM; LLM(num_threads=1).generate('Once'); sys.exit('sympy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from penstock.kernels import _native
 from penstock.kernels.ops import Forward
@@ -17,8 +17,10 @@ from penstock.kernels.types import Batch
 MOST_ROWS = 256
 """Of a step that is replayed: the time of Python in one is nothing beside that of more rows."""
 
-MAKES_OR_VIEWS = frozenset("empty empty_like new_empty view permute transpose select slice alias detach".split())
-"""What torch may do in a forward pass that is recorded: memory is made and named, nothing computed."""
+MAKES_OR_VIEWS = frozenset("empty empty_like new_empty view permute transpose unbind".split())
+ASKS = frozenset("__get__ __len__ data_ptr is_contiguous contiguous stride size".split())
+"""What torch may do in a forward pass that is recorded: memory is made, named and asked about, nothing computed. Where
+``contiguous`` copies, the tape sees an address that no call wrote."""
 
 
 class Captured:
@@ -34,7 +36,7 @@ class Captured:
             return self.forward(ids_T, batch)
         if self.recording is not None:
             return self.recording.replay(ids_T, batch)
-        tape, watch = _native.Tape(), Watch()  # type: ignore[no-untyped-call]
+        tape, watch = _native.Tape(), Watch()
         try:
             tape.start()
             with watch:
@@ -66,15 +68,15 @@ class Recording:
         return residual_TD[: len(ids_T)], delta_TD[: len(ids_T)]
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(TorchFunctionMode):
     """Attributes:
     only_memory: no operation of torch computed anything.
     """
 
     only_memory = True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.only_memory &= func.overloadpacket.__name__ in MAKES_OR_VIEWS
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.only_memory &= func.__name__ in MAKES_OR_VIEWS | ASKS
         return func(*args, **(kwargs or {}))
 
 
