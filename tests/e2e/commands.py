@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -115,7 +116,8 @@ def fork_for_orders(descriptor: int) -> NoReturn:
 
 
 def _carry_out(connection: socket.socket, main: Callable[[], None]) -> NoReturn:
-    """Ends without the interpreter's own end, which takes longer than most commands; other tests have it."""
+    """Ends without the interpreter's own end, which takes longer than most commands; other tests have it. Of that end
+    it keeps the wait for threads that still have something to write."""
     for target, file in enumerate(socket.recv_fds(connection, 1, 3)[1]):
         os.dup2(file, target)
         os.close(file)
@@ -136,6 +138,9 @@ def _carry_out(connection: socket.socket, main: Callable[[], None]) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
         connection.sendall(f"{code}\n".encode())
         os._exit(0)
 
