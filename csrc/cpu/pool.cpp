@@ -53,7 +53,7 @@ using Work = std::function<void(int64_t, int)>;
 
 class Team {
 public:
-    explicit Team(int count) : wanted_(count) {
+    explicit Team(int count) : wanted_(count), shares_((size_t)count) {
         for (int thread = 1; thread < count; thread++) {
             try {
                 members_.emplace_back([this, thread] { serve(thread); });
@@ -74,11 +74,14 @@ public:
     }
 
     int wanted() const { return wanted_; }
+    int64_t count() const { return (int64_t)shares_.size(); }
 
     void run(int64_t items, const Work& work) {
         work_ = &work;
-        items_ = items;
-        next_.store(0, std::memory_order_relaxed);
+        for (size_t thread = 0; thread < shares_.size(); thread++) {
+            shares_[thread].next.store(items * (int64_t)thread / count(), std::memory_order_relaxed);
+            shares_[thread].end = items * (int64_t)(thread + 1) / count();
+        }
         failure_ = nullptr;
         if (members_.empty() || items < 2) {
             take_items(0);
@@ -130,22 +133,30 @@ private:
         }
     }
 
+    // Its own share in order, so that it reads memory in one piece, and then what others have left.
     void take_items(int thread) {
         NoDenormals guard;
         try {
-            for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(item, thread);
+            for (size_t i = 0; i < shares_.size(); i++) {
+                Share& share = shares_[((size_t)thread + i) % shares_.size()];
+                for (int64_t item; (item = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) (*work_)(item, thread);
+            }
         } catch (...) {  // no memory; the caller is told when all are out
-            next_.store(items_, std::memory_order_relaxed);
+            for (auto& share : shares_) share.next.store(share.end, std::memory_order_relaxed);
             std::lock_guard lock(sleep_);
             failure_ = std::current_exception();
         }
     }
 
+    struct alignas(64) Share {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+
     int wanted_;
+    std::vector<Share> shares_;
     std::vector<std::thread> members_;
     const Work* work_ = nullptr;
-    int64_t items_ = 0;
-    alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<uint32_t> gate_{0};  // OPEN while a call runs, and how many members are inside
     alignas(64) std::atomic<uint64_t> round_{0};
     std::atomic<int> asleep_{0};

@@ -302,20 +302,20 @@ INLINE void store_codes(int8_t* p, F a) {
 constexpr float NOTHING = 7.8886090522e-31f;  // 2^-100: a group whose numbers are all smaller counts as zeros
 
 // One group of a row: code = round(x 127 / max |x|). What is not finite makes the scale NaN.
-template <class T>
-INLINE void code_group(const T* x, int group, int8_t* codes, float& scale, float& offset, int32_t& total) {
-    F v[MAX_GROUP / LANES];
-    int count = group / LANES;
-    for (int i = 0; i < count; i++) v[i] = load(x + i * LANES);
-    int32_t bits = greatest_bits(v, count);
+template <int GROUP, class T>
+INLINE void code_group(const T* x, int8_t* codes, float& scale, float& offset, int32_t& total) {
+    constexpr int COUNT = GROUP / LANES;
+    F v[COUNT];
+    for (int i = 0; i < COUNT; i++) v[i] = load(x + i * LANES);
+    int32_t bits = greatest_bits(v, COUNT);
     float most;
     std::memcpy(&most, &bits, 4);
     bool finite = bits < 0x7f800000;
     float factor = finite && most >= NOTHING ? 127.0f / most : 0.0f;
     scale = finite ? (factor != 0 ? most / 127.0f : 0.0f) : std::numeric_limits<float>::quiet_NaN();
-    for (int i = 0; i < count; i++) store_codes(codes + i * LANES, finite ? v[i] * splat(factor) : splat(0));
+    for (int i = 0; i < COUNT; i++) store_codes(codes + i * LANES, finite ? v[i] * splat(factor) : splat(0));
     total = 0;
-    for (int i = 0; i < group; i++) total += codes[i];
+    for (int i = 0; i < GROUP; i++) total += codes[i];
     offset = -(scale * (float)total);
 }
 
@@ -340,12 +340,18 @@ void grouped_linear_of(const Linear& a) {
     }
     CodeMemory& m = memory;
     int64_t at_once = std::max<int64_t>(1, CODED_AT_ONCE / group);
-    parallel((scales + at_once - 1) / at_once, [&](int64_t item, int) {
-        for (int64_t i = item * at_once; i < std::min(scales, (item + 1) * at_once); i++) {
-            int8_t* codes = m.codes.data() + i / groups * stride + i % groups * group;
+    auto code = [&]<int GROUP>(int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) {
+            int8_t* codes = m.codes.data() + i / groups * stride + i % groups * GROUP;
             size_t n = (size_t)i;
-            code_group((const T*)a.x + i * group, (int)group, codes, m.scales[n], m.offsets[n], m.totals[n]);
+            code_group<GROUP>((const T*)a.x + i * GROUP, codes, m.scales[n], m.offsets[n], m.totals[n]);
         }
+    };
+    parallel((scales + at_once - 1) / at_once, [&](int64_t item, int) {
+        int64_t first = item * at_once, last = std::min(scales, first + at_once);
+        if (group == 32) return code.template operator()<32>(first, last);
+        if (group == 64) return code.template operator()<64>(first, last);
+        code.template operator()<MAX_GROUP>(first, last);
     });
     auto rows_at = [&](int64_t row) {
         int64_t at = row * groups;
