@@ -23,6 +23,11 @@ struct Rows {
     INLINE const T* at(int64_t row, int64_t k) const { return first + row * stride + k * step; }
 };
 
+template <class X>
+constexpr bool is_rows = false;
+template <class T>
+constexpr bool is_rows<Rows<T>> = true;
+
 // One panel and how many outputs it has; none has no weights.
 template <class T>
 struct PanelOf {
@@ -167,6 +172,68 @@ inline void some_rows(const T* x, int64_t inputs, const PanelOf<T>* p, int64_t k
     }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Sixteen registers hold the sums of six rows and one panel, if the numbers of x come from memory as fp32.
+constexpr int MANY = 8;  // rows that are worth the widening
+constexpr int64_t WIDE_DEEP = 128, WIDE_STRIDE = WIDE_DEEP + 16;
+
+template <class T>
+void widen_rows(const T* x, int rows, int64_t inputs, int64_t k0, int64_t k1, float* out) {
+    for (int row = 0; row < rows; row++) {
+        for (int64_t k = k0; k < k1; k += LANES) {
+            store(out + row * WIDE_STRIDE + k - k0, load_upto(x + row * inputs + k, std::min<int64_t>(LANES, k1 - k)));
+        }
+    }
+}
+
+// Adds inputs [k0, k1), k0 being even, to sums [R], as accumulate does.
+template <int R, class T>
+INLINE void accumulate_wide(const float* x, int64_t inputs, PanelOf<T> p, int64_t k0, int64_t k1, F* sums) {
+    auto add = [&](const float* at, F w) {
+        each<R>([&](auto r) { sums[r] = fma(splat(at[r * WIDE_STRIDE]), w, sums[r]); });
+    };
+    if constexpr (sizeof(T) == 4) {
+        for (int64_t k = k0; k < k1; k++) add(x + k - k0, column(p, k, inputs));
+    } else {
+        F first, second;
+        for (int64_t k = k0; k + 1 < k1; k += 2) {
+            pair_of_columns(p, k / 2, first, second);
+            add(x + k - k0, first);
+            asm volatile("" : "+r"(p.weight));  // read again: registers are short, and the first-level cache has it
+            pair_of_columns(p, k / 2, first, second);
+            add(x + k - k0 + 1, second);
+        }
+        if ((k1 - k0) % 2 == 0) return;
+        if (k1 == inputs) return add(x + k1 - 1 - k0, last_column(p, inputs));
+        pair_of_columns(p, (k1 - 1) / 2, first, second);
+        add(x + k1 - 1 - k0, first);
+    }
+}
+
+template <class T>
+INLINE void part_by_wide_rows(
+    const float* x, int rows, int64_t inputs, const PanelOf<T>* p, int64_t k0, int64_t k1, bool fresh, float* out) {
+    int tiles = (rows + 5) / 6;  // of four to six rows
+    for (int i = 0; i < 2 && p[i].width; i++) {
+        int row = 0;
+        auto take = [&]<int R>() {
+            F sums[R];
+            float* to = out + row * BLOCK + i * PANEL;
+            each<R>([&](auto r) { sums[r] = fresh ? splat(0) : load(to + r * BLOCK); });
+            accumulate_wide<R>(x + row * WIDE_STRIDE, inputs, p[i], k0, k1, sums);
+            each<R>([&](auto r) { store(to + r * BLOCK, sums[r]); });
+            row += R;
+        };
+        for (int tile = 0; tile < tiles; tile++) {
+            int height = rows / tiles + (tile < rows % tiles);
+            if (height == 6) take.template operator()<6>();
+            if (height == 5) take.template operator()<5>();
+            if (height == 4) take.template operator()<4>();
+        }
+    }
+}
+#endif
+
 template <class T>
 void part_by_rows(
     const T* x, int rows, int64_t inputs, const PanelOf<T>* p, int64_t k0, int64_t k1, bool fresh, float* out) {
@@ -301,9 +368,25 @@ __attribute__((noinline)) void whole(X x, int rows, const Linear& a, const Pair<
     // Pairs of inputs cross neither segments nor pieces: where segments would cut them, a segment is one piece.
     bool tiles = a.segments == 1 || segment % 2 == 0;
     if (!tiles) deep = segment;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    alignas(64) float wide[BLOCK * WIDE_STRIDE];
+    bool widened = is_rows<X> && tiles && rows >= MANY;
+    if (widened) deep = std::min(deep, WIDE_DEEP);
+#endif
     for (int s = 0; s < a.segments; s++) {
         for (int64_t k = 0; k < segment; k += deep) {
             int64_t k0 = s * segment + k, k1 = s * segment + std::min(k + deep, segment);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+            if constexpr (is_rows<X>) {
+                if (widened) {
+                    widen_rows(x.first, rows, a.inputs, k0, k1, wide);
+                    for (int i = 0; i < count; i++) {
+                        part_by_wide_rows(wide, rows, a.inputs, pairs[i].panels, k0, k1, k == 0, sums + (i * a.segments + s) * SIZE);
+                    }
+                    continue;
+                }
+            }
+#endif
             for (int i = 0; i < count; i++) {
                 part(x, rows, a.inputs, pairs[i], k0, k1, k == 0, tiles, sums + (i * a.segments + s) * SIZE);
             }
@@ -411,7 +494,7 @@ void all_outputs(const Linear& a, int64_t row_bytes, const RowsAt& rows_at) {
     int64_t tall = std::max<int64_t>(BLOCK, ROWS_BYTES / row_bytes / BLOCK * BLOCK);
     int64_t stacks = (a.rows + tall - 1) / tall;
     // Enough items to share them out evenly, and few enough not to count.
-    int64_t at_once = std::max<int64_t>(1, groups * stacks / (threads() * 16));
+    int64_t at_once = std::max<int64_t>(1, groups * stacks / (threads() * (a.rows > BLOCK ? 16 : 32)));
     int64_t lots = (groups + at_once - 1) / at_once;
     // Few rows leave the weights to be read from memory, and long runs of it are read fastest.
     int64_t deep = a.rows > BLOCK ? DEEPEST : a.inputs;
