@@ -61,18 +61,22 @@ public:
         : logits_(logits), size_(size), limits_(limits), site_(site) {}
 
     int64_t token() {
+        F sums = splat(0);  // in which NaN stays NaN, and infinity infinite
         for (int64_t block = 0; block * BLOCK_OF_ROW < size_; block++) {
             const float* at = logits_ + block * BLOCK_OF_ROW;
             int64_t count = std::min(BLOCK_OF_ROW, size_ - block * BLOCK_OF_ROW);
-            float most = -INFINITY;
-            if (count == BLOCK_OF_ROW) {
-                most = largest(max(max(load(at), load(at + LANES)), max(load(at + 2 * LANES), load(at + 3 * LANES))));
-            } else {
-                for (int64_t i = 0; i < count; i++) most = std::max(most, at[i]);
-            }
-            if (std::isnan(most)) return UNDECIDED;
-            maxima_.push_back(most);
-            largest_ = std::max(largest_, most);
+            float padded[BLOCK_OF_ROW];
+            for (int64_t i = 0; count < BLOCK_OF_ROW && i < BLOCK_OF_ROW; i++) padded[i] = at[std::min(i, count - 1)];
+            if (count < BLOCK_OF_ROW) at = padded;
+            F a = load(at), b = load(at + LANES), c = load(at + 2 * LANES), d = load(at + 3 * LANES);
+            sums = sums + ((a + b) + (c + d));
+            maxima_.push_back(largest(max(max(a, b), max(c, d))));
+            largest_ = std::max(largest_, maxima_.back());
+        }
+        float lanes[LANES];
+        store(lanes, sums);
+        for (float lane : lanes) {
+            if (std::isnan(lane) || (limits_.ruled == 0 && std::isinf(lane))) return UNDECIDED;
         }
         if (!std::isfinite(largest_)) return UNDECIDED;
         if (limits_.temperature == 0) return first_of_largest();

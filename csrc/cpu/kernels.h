@@ -105,9 +105,10 @@ struct Attention {
     const float* sinks;    // [N] or null
 };
 
-// How a row's token is drawn. What is off: min_gap = -inf, top_p = inf, top_k = size; temperature 0 is greedy.
+// How a row's token is drawn. What is off: min_gap = -inf, top_p = inf, top_k = size; temperature 0 is greedy. ``ruled``: not
+// 0 if rules may have made logits -inf.
 struct DrawLimits {
-    double temperature, min_gap, top_p, top_k;
+    double temperature, min_gap, top_p, top_k, ruled;
 };
 // Where it stands, for its noise: words of the seed, sample and position.
 struct DrawSite {

@@ -31,8 +31,8 @@ class Watched:
     def __init__(self) -> None:
         self.kernel, self.drawn, self.left = kernel(), 0, 0
 
-    def __call__(self, logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> Tensor:
-        tokens_R = self.kernel(logits_RV, limits_R4, sites_R5)
+    def __call__(self, logits_RV: Tensor, limits_R5: Tensor, sites_R5: Tensor) -> Tensor:
+        tokens_R = self.kernel(logits_RV, limits_R5, sites_R5)
         self.drawn += len(tokens_R)
         self.left += int((tokens_R == UNDECIDED).sum())
         return tokens_R
@@ -44,15 +44,17 @@ def rows_of_logits(rng: random.Random, rows: int) -> Tensor:
     logits_RV = torch.randn(rows, size, generator=torch.Generator().manual_seed(rng.randrange(2**31))) * scale
     if rng.random() < 0.3:
         logits_RV = logits_RV.round()
-    if rng.random() < 0.3:
-        logits_RV[torch.rand(rows, size) < 0.5] = -torch.inf
+    if rng.random() < 0.05:
+        logits_RV[torch.rand(rows, size) < 0.5] = rng.choice([-torch.inf, torch.inf, torch.nan])
     if rng.random() < 0.2:
         logits_RV[:, :5] += 10 * scale
     return logits_RV
 
 
-def params(rng: random.Random) -> SamplingParams:
+def params(rng: random.Random, size: int) -> SamplingParams:
+    some = [token for token in range(size) if rng.random() < 0.5] or [0]
     return SamplingParams(
+        allowed_token_ids=some if rng.random() < 0.2 else None,
         temperature=rng.choice([0.0, 1e-4, 0.3, 0.8, 1.0, 2.0, 50.0]),
         top_p=rng.choice([1.0, 1.0, 0.999, 0.95, 0.5, 0.01]),
         top_k=rng.choice([0, 0, 1, 5, 20, 64, 300]),
@@ -86,7 +88,8 @@ def test_draws_are_those_of_the_sampler() -> None:
     rng, watched = random.Random(0), Watched()
     for case in range(300):
         logits_RV = rows_of_logits(rng, rng.randint(1, 6))
-        size, asked = logits_RV.shape[1], [params(rng) for _ in logits_RV]
+        size = logits_RV.shape[1]
+        asked = [params(rng, size) for _ in logits_RV]
         answers = [
             draw(Sampler(8, size, torch.device("cpu"), **options), logits_RV, asked, random.Random(case))  # type: ignore[arg-type]
             for options in ({"kernel": watched}, {})
@@ -118,27 +121,28 @@ def test_a_large_vocabulary_is_decided(asked: SamplingParams) -> None:
     assert watched.left == 0
 
 
+def limits(*rest: float) -> Tensor:
+    """Of one row, with what is not given off."""
+    return torch.tensor([[*rest, *(1.0, -torch.inf, torch.inf, 1e9, 0.0)[len(rest) :]]], dtype=torch.float64)
+
+
 @torch.inference_mode()
-def test_rows_without_a_finite_maximum_are_left() -> None:
-    logits_RV = torch.zeros(3, 70)
-    logits_RV[0], logits_RV[1, 5] = -torch.inf, torch.inf
-    limits_R4 = torch.tensor([[1.0, -torch.inf, torch.inf, 70.0]] * 3, dtype=torch.float64)
-    tokens_R = kernel()(logits_RV, limits_R4, torch.ones(3, 5, dtype=torch.int64))
-    assert tokens_R[:2].tolist() == [UNDECIDED] * 2 and tokens_R[2] >= 0
+@pytest.mark.parametrize("size", [3, 64, 65, 1000])
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan, -torch.inf])
+def test_rows_that_are_not_finite_are_left(size: int, wrong: float) -> None:
+    """But for -inf, if it may be a rule's; wherever it stands in a vector or in the row's end."""
+    logits_RV = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
+    logits_RV.diagonal().fill_(wrong)
+    sites_R5 = torch.ones(size, 5, dtype=torch.int64)
+    for ruled in (0.0, 1.0):
+        limits_R5 = limits(1.0, -torch.inf, torch.inf, 1e9, ruled).expand(size, 5).contiguous()
+        left_R = kernel()(logits_RV, limits_R5, sites_R5) == UNDECIDED
+        assert left_R.any() == (wrong != -torch.inf or not ruled) and left_R.all() == left_R.any()
+    nothing_1V = torch.full((1, size), -torch.inf)
+    assert kernel()(nothing_1V, limits(0.0, -torch.inf, torch.inf, 1e9, 1.0), sites_R5[:1]).tolist() == [UNDECIDED]
 
 
 @torch.inference_mode()
 def test_denormal_logits_count() -> None:
     logits_RV = torch.tensor([[0.0, 1e-40, 0.0]])
-    limits_R4 = torch.tensor([[0.0, -torch.inf, torch.inf, 3.0]], dtype=torch.float64)
-    assert kernel()(logits_RV, limits_R4, torch.ones(1, 5, dtype=torch.int64)).tolist() == [1]
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("limit", [(-torch.inf, 0.95, 1e9), (-torch.inf, torch.inf, 5.0), (-3.0, torch.inf, 1e9)])
-def test_nan_is_never_drawn(limit: tuple[float, float, float]) -> None:
-    logits_RV = torch.randn(4, 1000)
-    logits_RV[:, ::2] = torch.nan
-    limits_R4 = torch.tensor([[1.0, *limit]] * 4, dtype=torch.float64)
-    tokens_R = kernel()(logits_RV, limits_R4, torch.ones(4, 5, dtype=torch.int64))
-    assert ((tokens_R == UNDECIDED) | (tokens_R % 2 == 1)).all()
+    assert kernel()(logits_RV, limits(0.0), torch.ones(1, 5, dtype=torch.int64)).tolist() == [1]

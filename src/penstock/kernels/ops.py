@@ -36,7 +36,8 @@ Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A token of each row, int64 [R], or UNDECIDED, from
 
 logits_RV   float32
-limits_R4   float64: temperature (0: greedy), the least gap of min_p, top_p and top_k; off are -inf, inf, V
+limits_R5   float64: temperature (0: greedy), the least gap of min_p, top_p and top_k; off are -inf, inf, V. Last 1 if
+            rules may have made logits -inf, else 0: then a row with such a logit is left
 sites_R5    int64: where the token stands, as ``sampling.philox`` has it
 """
 

@@ -67,6 +67,7 @@ class Sampler:
         self.vocab_size, self.device, self.chunk, self.kit = vocab_size, device, chunk, kit or RuleKit()
         self.temperature, self.min_gap, self.top_p = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         self.typical_p = np.zeros(rows)
+        self.limits = np.zeros((rows, 5))  # what the kernel takes of these
         self.top_k, self.logprobs = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.kind = np.zeros(rows, np.int64)
         self.streams = np.zeros((rows, 4), np.int64)
@@ -92,6 +93,8 @@ class Sampler:
         self.streams[row] = (*philox.words(request.seed), request.sample)
         self.rules[row] = make_rules(request, vocab_size, self.device, self.kit)
         self.ruled[row] = bool(self.rules[row])
+        filters = (self.min_gap[row], self.top_p[row], self.top_k[row])
+        self.limits[row] = (0.0 if params.greedy else params.temperature, *filters, self.ruled[row])
 
     def draw(self, logits_RV: Tensor, rows: Ints, positions: Ints) -> Drawn:
         """Draws a token for each row of float32 logits, which rules change in place.
@@ -102,20 +105,17 @@ class Sampler:
         """
         asked = np.flatnonzero(self.logprobs[rows] >= 0)
         raw_LV = logits_RV[self._put(asked)] if asked.size else None
-        maxima_RB = blocks.maxima(logits_RV)
-        sound_R = maxima_RB.amax(dim=1).isfinite() & logits_RV.amin(dim=1).isfinite()
-        errors: dict[int, PenstockError] = {}
-        ruled = np.flatnonzero(self.ruled[rows])
+        ruled, errors = np.flatnonzero(self.ruled[rows]), dict[int, PenstockError]()
         if ruled.size:
+            some = self._put(ruled)
+            sound_r = logits_RV[some].isfinite().all(dim=1)
             errors = self._apply_rules(logits_RV, ruled.tolist(), rows, positions)
-            maxima_RB[self._put(ruled)] = blocks.maxima(logits_RV[self._put(ruled)])
-        codes_R = self._choose(logits_RV, maxima_RB, rows, positions)
-        if ruled.size:
-            codes_R.masked_fill_(~(maxima_RB.amax(dim=1) < torch.inf), UNSOUND)
+        codes_R = self._choose(logits_RV, rows, positions)
         for r in ruled.tolist():
             if r not in errors:
                 self._vet(logits_RV, codes_R, r, rows, positions)
-        codes_R.masked_fill_(~sound_R, NUMERICAL)
+        if ruled.size:
+            codes_R[some] = codes_R[some].masked_fill_(~sound_r, NUMERICAL)
         if errors:
             codes_R[self._put(np.array(list(errors)))] = FAILED
         tokens_R = codes_R.clamp(min=0)
@@ -144,34 +144,25 @@ class Sampler:
                 continue
             while (token := int(codes_R[r])) >= 0 and not rule.admits(token):
                 rule.refuse(logits_RV[r], token)
-                one, logits_1V = slice(r, r + 1), logits_RV[r : r + 1]
-                codes_R[one] = self._choose(logits_1V, blocks.maxima(logits_1V), rows[one], positions[one])
+                one = slice(r, r + 1)
+                codes_R[one] = self._choose(logits_RV[one], rows[one], positions[one])
 
-    def _choose(self, logits_RV: Tensor, maxima_RB: Tensor, rows: Ints, positions: Ints) -> Tensor:
-        """The token of each row, or MASKED, from logits that rules have changed."""
+    def _choose(self, logits_RV: Tensor, rows: Ints, positions: Ints) -> Tensor:
+        """The token of each row, or why there is none, from logits that rules have changed."""
         if self.kernel is None:
-            return self._look(logits_RV, maxima_RB, rows, positions)
-        codes_R = self._draw_by(self.kernel, logits_RV, rows, positions)
-        left = np.flatnonzero(codes_R.numpy() == UNDECIDED)
+            return self._look(logits_RV, rows, positions)
+        codes_R = self.kernel(logits_RV, self._put(self.limits[rows]), self._sites(rows, positions))
+        left = np.flatnonzero((codes_R.numpy() == UNDECIDED) | (self.kind[rows] & TYPICAL != 0))
         if left.size:
             some = self._put(left)
-            codes_R[some] = self._look(logits_RV[some], maxima_RB[some], rows[left], positions[left])
-        return codes_R
-
-    def _draw_by(self, kernel: Draw, logits_RV: Tensor, rows: Ints, positions: Ints) -> Tensor:
-        kinds = self.kind[rows]
-        temperature = np.where(kinds == 0, 0.0, self.temperature[rows])
-        limits = (temperature, self.min_gap[rows], self.top_p[rows], self.top_k[rows])
-        sites_R5 = self._sites(rows, positions)
-        codes_R = kernel(logits_RV, self._put(np.stack(limits, axis=1)), sites_R5)
-        if (kinds & TYPICAL).any():
-            codes_R[self._put(np.flatnonzero(kinds & TYPICAL))] = UNDECIDED
+            codes_R[some] = self._look(logits_RV[some], rows[left], positions[left])
         return codes_R
 
     def _sites(self, rows: Ints, positions: Ints) -> Tensor:
         return self._put(np.concatenate([self.streams[rows], positions[:, None]], axis=1))
 
-    def _look(self, logits_RV: Tensor, maxima_RB: Tensor, rows: Ints, positions: Ints) -> Tensor:
+    def _look(self, logits_RV: Tensor, rows: Ints, positions: Ints) -> Tensor:
+        maxima_RB = blocks.maxima(logits_RV)
         best_R, tokens_R = blocks.argmax(logits_RV, maxima_RB)
         codes_R = tokens_R.masked_fill_(best_R == -torch.inf, MASKED)
         kinds = self.kind[rows]
@@ -190,6 +181,12 @@ class Sampler:
                 else:
                     found = self._candidates(kind, logits_rV, maxima_rB, rows[at])
                     codes_R[some] = gumbel.winners(found, self.vocab_size, sites_r5, MASKED)
+        codes_R.masked_fill_(~(best_R < torch.inf), UNSOUND)
+        raw = np.flatnonzero(~self.ruled[rows])
+        if raw.size:
+            some = self._put(raw)
+            sound_r = best_R[some].isfinite() & logits_RV[some].amin(dim=1).isfinite()
+            codes_R[some] = codes_R[some].masked_fill_(~sound_r, NUMERICAL)
         return codes_R
 
     def _candidates(self, kind: int, logits_RV: Tensor, maxima_RB: Tensor, rows: Ints) -> Candidates:

@@ -224,13 +224,13 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _draw(logits_RV: Tensor, limits_R4: Tensor, sites_R5: Tensor) -> Tensor:
+def _draw(logits_RV: Tensor, limits_R5: Tensor, sites_R5: Tensor) -> Tensor:
     share_threads()
     _same(logits_RV, torch.float32, logits_RV)
-    _same(logits_RV, torch.float64, limits_R4)
+    _same(logits_RV, torch.float64, limits_R5)
     _same(logits_RV, torch.int64, sites_R5)
     tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
-    places = (logits_RV.data_ptr(), limits_R4.data_ptr(), sites_R5.data_ptr(), tokens_R.data_ptr())
+    places = (logits_RV.data_ptr(), limits_R5.data_ptr(), sites_R5.data_ptr(), tokens_R.data_ptr())
     _native.draw(*places, *logits_RV.shape)
     return tokens_R
 
