@@ -124,7 +124,7 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
     } else {
         const __m256i low = _mm256_set1_epi8(15);
         // Sixteen products of a code below 16 and one below 128 are below 2^15: a piece of 32 inputs adds up in int16.
-        auto half = [&](auto side) {
+        auto half = [&](auto side) __attribute__((always_inline)) {
             for (int from = 0; from < group; from += 32) {
                 __m256i pairs[R];
                 each<R>([&](auto r) { pairs[r] = _mm256_setzero_si256(); });
@@ -178,10 +178,13 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
 #endif
 }
 
+// Rows whose sums fit in the registers.
 #if defined(__AVX512VNNI__)
-constexpr int GROUPED_TALL = 8;  // rows whose sums fit in the registers
+template <int BITS>
+constexpr int GROUPED_TALL = 8;
 #else
-constexpr int GROUPED_TALL = 4;
+template <int BITS>
+constexpr int GROUPED_TALL = BITS == 8 ? 4 : 6;
 #endif
 
 // Rows of x as codes; neighbours are ``stride`` codes, and ``groups`` of the others, apart. Of each group: its scale, the sum of
@@ -239,7 +242,7 @@ INLINE void part_by_groups(
                 some_groups<BITS, R, GROUP>(x, row, panel, k0 / GROUP, k1 / GROUP, fresh, out + row * BLOCK + i * PANEL);
             }
         };
-        take.template operator()<GROUPED_TALL>();
+        take.template operator()<GROUPED_TALL<BITS>>();
         take.template operator()<2>();
         take.template operator()<1>();
     }
