@@ -143,10 +143,13 @@ class Ops(Protocol):
         scale: float,
         softcap: float | None = None,
         sinks_N: Tensor | None = None,
+        slopes_N: Tensor | None = None,
     ) -> Tensor:
         """softmax(scale q k^T) v: [T, N d]. Query head n reads KV head n // (N / H). A row at position p sees the
         positions in (p - window, p] of its own request. With ``softcap`` a score s becomes softcap * tanh(s / softcap);
-        ``sinks_N`` adds exp(sink) to each head's sum of weights, and no value.
+        with ``slopes_N``, fp32, it then becomes s + slope * (position of the key - p), the product and the sum rounded to
+        fp32 and the distance exact (ALiBi, Press et al. 2021); ``sinks_N`` adds exp(sink) to each head's sum of weights,
+        and no value.
 
         K and V are read only as stored, those of this step's rows too (rule 5): of int8 pools, a score is
         (q . codes) * k scale * scale, and a value weight * v scale times its codes. Scores, weights and sums stay

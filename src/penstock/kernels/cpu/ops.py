@@ -139,9 +139,10 @@ class CpuOps:
         scale: float,
         softcap: float | None = None,
         sinks_N: Tensor | None = None,
+        slopes_N: Tensor | None = None,
     ) -> Tensor:
         sinks_N = None if sinks_N is None else sinks_N.float()
-        return _attention(q_TNd, kv, batch, group, scale, window or 0, softcap or 0.0, sinks_N)
+        return _attention(q_TNd, kv, batch, group, scale, window or 0, softcap or 0.0, sinks_N, slopes_N)
 
     def attend_whole(self, qkv_TC: Tensor, heads: int, row_starts: Sequence[int], scale: float) -> Tensor:
         """Through a cache of its own, where each sequence starts a block."""
@@ -366,12 +367,14 @@ def _attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks_N: Tensor | None = None,
+    slopes_N: Tensor | None = None,
     *,
     whole: bool = False,
 ) -> Tensor:
     share_threads()
     q_TNd, (rows, heads, head_dim), tables_RM = q_TNd.contiguous(), q_TNd.shape, batch.groups[group].tables_RM
     _same(q_TNd, torch.int32, tables_RM)
+    _same(q_TNd, torch.float32, sinks_N, slopes_N)
     out_TC = q_TNd.new_empty(rows, heads * head_dim)
     _native.attention(
         q_TNd.data_ptr(),
@@ -391,6 +394,7 @@ def _attention(
         scale,
         softcap,
         _address(sinks_N),
+        _address(slopes_N),
         DTYPES[q_TNd.dtype],
     )
     return out_TC

@@ -109,8 +109,9 @@ class RefOps:
         scale: float,
         softcap: float | None = None,
         sinks_N: Tensor | None = None,
+        slopes_N: Tensor | None = None,
     ) -> Tensor:
-        tables_RM, scoring = batch.groups[group].tables_RM, Scoring(scale, softcap, sinks_N)
+        tables_RM, scoring = batch.groups[group].tables_RM, Scoring(scale, softcap, sinks_N, slopes_N)
         out = []
         for request, (start, end) in enumerate(pairwise(batch.row_starts)):
             for row in range(start, end):

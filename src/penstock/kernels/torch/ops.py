@@ -113,12 +113,13 @@ class TorchOps:
         scale: float,
         softcap: float | None = None,
         sinks_N: Tensor | None = None,
+        slopes_N: Tensor | None = None,
     ) -> Tensor:
         notes = batch.groups[group]
         if notes.plan is None:
             notes.plan = make_plan(batch, notes.tables_RM, window, kv)
         assert isinstance(notes.plan, GroupPlan)
-        return attend(q_TNd, kv, notes.plan, Scoring(scale, softcap, sinks_N))
+        return attend(q_TNd, kv, notes.plan, Scoring(scale, softcap, sinks_N, slopes_N))
 
     def attend_whole(self, qkv_TC: Tensor, heads: int, row_starts: Sequence[int], scale: float) -> Tensor:
         return attend_whole(qkv_TC, heads, row_starts, scale)
