@@ -101,7 +101,9 @@ def test_one_kind_of_slice_at_a_time(shape: Shape, place: Place) -> None:
 
 @pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
-@pytest.mark.parametrize(("window", "kind"), [(None, "plain"), (60, "plain"), (None, "capped with sinks"), (60, "slopes")])
+@pytest.mark.parametrize(
+    ("window", "kind"), [(None, "plain"), (60, "plain"), (None, "capped with sinks"), (60, "slopes")]
+)
 def test_attention_bits(
     window: int | None, kind: str, kv_dtype: torch.dtype | None, backend: str, shape: Shape
 ) -> None:

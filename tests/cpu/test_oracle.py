@@ -68,7 +68,7 @@ def test_logits(family: str, seed: int, tmp_path: Path) -> None:
             assert worst <= TOLERANCE, (backend, chunk, block_size, reference.spec)
 
 
-@pytest.mark.parametrize("family", fast(["llama", "gemma2", "qwen2_moe", "gpt_oss"]))
+@pytest.mark.parametrize("family", fast(["llama", "gemma2", "mpt", "qwen2_moe", "gpt_oss"]))
 def test_bits_do_not_depend_on_chunks_blocks_or_mates(family: str, tmp_path: Path) -> None:
     rng = random.Random(f"bits {family}")
     reference, ops = build_reference(family, rng, tmp_path), make_ops("ref")
@@ -341,6 +341,20 @@ def sink_off(reference: Reference, ops: Ops) -> Decoder:
     return decoder
 
 
+def slopes_halved(reference: Reference, ops: Ops) -> Decoder:
+    decoder = load(reference, ops)
+    for block in decoder.blocks:
+        block.attention.slopes_N /= 2
+    return decoder
+
+
+def slope_of_another_head(reference: Reference, ops: Ops) -> Decoder:
+    decoder = load(reference, ops)
+    for block in decoder.blocks:
+        block.attention.slopes_N = block.attention.slopes_N.roll(1)
+    return decoder
+
+
 MUTATIONS: dict[Callable[[Reference, Ops], Decoder], tuple[str, dict[str, Any]]] = {
     rope_theta: ("llama", {}),
     window_off_by_one: ("mistral", {"sliding_window": 20}),
@@ -354,6 +368,8 @@ MUTATIONS: dict[Callable[[Reference, Ops], Decoder], tuple[str, dict[str, Any]]]
     logit_softcap_off: ("gemma2", {"final_logit_softcapping": 30.0}),
     expert_order: ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 1}),
     sink_off: ("gpt_oss", {}),
+    slopes_halved: ("mpt", {}),
+    slope_of_another_head: ("bloom", {"num_attention_heads": 6, "hidden_size": 60}),
 }
 
 

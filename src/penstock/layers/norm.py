@@ -42,7 +42,7 @@ class Norm:
 class LayerNorm:
     ops: Ops
     weight_D: Tensor
-    bias_D: Tensor
+    bias_D: Tensor | None
     eps: float
 
     def __call__(self, residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """What becomes of q k^T: a factor, a cap, then slopes over the distance; and the logits of keys that have no value."""
+    """What becomes of q k^T: a factor, a cap, slopes over the distance; and the logits of keys that have no value."""
 
     scale: float
     softcap: float | None = None

@@ -1,4 +1,4 @@
-"""Attention with its scores written out, for models whose caps, sinks and slopes the library's attention does not know."""
+"""Attention with its scores written out, for caps, sinks and slopes, which the library's attention does not know."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCORES_AT_ONCE = 1 << 24
 
 
 class Scoring(NamedTuple):
-    """What becomes of q k^T: a factor, a cap, then slopes over the distance; and the logits of keys that have no value."""
+    """What becomes of q k^T: a factor, a cap, slopes over the distance; and the logits of keys that have no value."""
 
     scale: float
     softcap: float | None
