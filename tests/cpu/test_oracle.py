@@ -18,11 +18,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.models.bloom import modeling_bloom as bloom
+from transformers.models.mpt import modeling_mpt as mpt
 
 from families import FAMILIES, random_config
 from oracle import CPU, TOLERANCE, PagedDriver, Reference, build_reference, error, load, paged_logits
 from penstock.kernels import Batch, Ops, make_ops, native
-from penstock.layers import Placement
+from penstock.layers import Placement, alibi_slopes
 from penstock.models import Decoder, load_decoder, numerics_id
 from penstock.spec.hf import read_model_spec
 
@@ -208,6 +210,19 @@ def test_longrope_by_the_context_served(served: int, length: int, tmp_path: Path
         for n in (served, 64, 65, 512)
     }
     assert len(ids) == 2
+
+
+# Linear position biases
+
+
+@pytest.mark.parametrize("heads", [*range(1, 34), 112])
+def test_slopes_are_those_of_transformers(heads: int) -> None:
+    """MPT's rule, with any steepness, and BLOOM's, which sums up to the same, in another precision."""
+    ours = alibi_slopes(heads, 8.0, Placement(torch.float32, CPU))
+    torch.testing.assert_close(ours, bloom._get_alibi_slopes(heads, CPU), rtol=1e-5, atol=0)
+    for most in (8, 16):
+        theirs = mpt.build_mpt_alibi_tensor(heads, 2, most)[:, 0, 0]
+        torch.testing.assert_close(-alibi_slopes(heads, most, Placement(torch.float32, CPU)), theirs, rtol=1e-6, atol=0)
 
 
 # MXFP4

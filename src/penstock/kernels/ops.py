@@ -89,6 +89,12 @@ class Ops(Protocol):
         it as stored; ``residual_TD`` may be overwritten by it."""
         ...
 
+    def add_layer_norm(
+        self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """As ``add_norm``, with ``layer_norm``."""
+        ...
+
     def linear(
         self,
         x_TK: Tensor,
@@ -147,8 +153,8 @@ class Ops(Protocol):
     ) -> Tensor:
         """softmax(scale q k^T) v: [T, N d]. Query head n reads KV head n // (N / H). A row at position p sees the
         positions in (p - window, p] of its own request. With ``softcap`` a score s becomes softcap * tanh(s / softcap);
-        ``slopes_N``, fp32, then make it s + slope * (the key's position - p), the distance exact, product and sum rounded
-        each (ALiBi, Press et al. 2021); ``sinks_N`` adds exp(sink) to each head's sum of weights, and no value.
+        ``slopes_N``, fp32, then make it s + slope * (key's position - p), the distance exact, the product rounded before
+        the sum (ALiBi, Press et al. 2021); ``sinks_N`` adds exp(sink) to each head's sum of weights, and no value.
 
         K and V are read only as stored, those of this step's rows too (rule 5): of int8 pools, a score is
         (q . codes) * k scale * scale, and a value weight * v scale times its codes. Scores, weights and sums stay

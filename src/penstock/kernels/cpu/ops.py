@@ -76,6 +76,12 @@ class CpuOps:
         residual_TD = residual_TD.contiguous()
         return _norm(delta_TD, residual_TD, weight_D, None, eps, centred=False), residual_TD
 
+    def add_layer_norm(
+        self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        residual_TD = residual_TD.contiguous()
+        return _norm(delta_TD, residual_TD, weight_D, bias_D, eps, centred=True), residual_TD
+
     def linear(
         self,
         x_TK: Tensor,
@@ -302,21 +308,11 @@ def _norm(
     share_threads()
     x_TD, (rows, width) = x_TD.contiguous(), x_TD.shape
     _same(x_TD, x_TD.dtype, residual_TD)
-    _same(x_TD, torch.float32 if weight_D.dtype == torch.float32 else x_TD.dtype, weight_D, bias_D)
+    wide = weight_D.dtype == torch.float32
+    _same(x_TD, torch.float32 if wide else x_TD.dtype, weight_D, bias_D)
     out_TD = torch.empty_like(x_TD)
-    _native.norm(
-        x_TD.data_ptr(),
-        _address(residual_TD),
-        weight_D.data_ptr(),
-        _address(bias_D),
-        weight_D.dtype == torch.float32,
-        centred,
-        out_TD.data_ptr(),
-        rows,
-        width,
-        eps,
-        DTYPES[x_TD.dtype],
-    )
+    places = (x_TD.data_ptr(), _address(residual_TD), weight_D.data_ptr(), _address(bias_D))
+    _native.norm(*places, wide, centred, out_TD.data_ptr(), rows, width, eps, DTYPES[x_TD.dtype])
     return out_TD
 
 
@@ -376,11 +372,9 @@ def _attention(
     _same(q_TNd, torch.int32, tables_RM)
     _same(q_TNd, torch.float32, sinks_N, slopes_N)
     out_TC = q_TNd.new_empty(rows, heads * head_dim)
+    places = (q_TNd.data_ptr(), *_pools(kv, q_TNd), out_TC.data_ptr(), tables_RM.data_ptr())
     _native.attention(
-        q_TNd.data_ptr(),
-        *_pools(kv, q_TNd),
-        out_TC.data_ptr(),
-        tables_RM.data_ptr(),
+        *places,
         tables_RM.shape[1],
         batch.block_size,
         batch.row_starts_R1.data_ptr(),

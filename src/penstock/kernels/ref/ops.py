@@ -53,6 +53,12 @@ class RefOps:
         sum_TD = (residual_TD.float() + delta_TD.float()).to(residual_TD.dtype)
         return self.norm(sum_TD, weight_D, eps), sum_TD
 
+    def add_layer_norm(
+        self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        sum_TD = (residual_TD.float() + delta_TD.float()).to(residual_TD.dtype)
+        return self.layer_norm(sum_TD, weight_D, bias_D, eps), sum_TD
+
     def linear(
         self,
         x_TK: Tensor,

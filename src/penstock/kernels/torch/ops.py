@@ -58,6 +58,12 @@ class TorchOps:
             out_TD[rows] = rms_norm_(sum_tD.to(torch.float32, copy=True), weight_D, eps)
         return out_TD, residual_TD
 
+    def add_layer_norm(
+        self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        residual_TD = residual_TD.add_(delta_TD)
+        return self.layer_norm(residual_TD, weight_D, bias_D, eps), residual_TD
+
     def linear(
         self,
         x_TK: Tensor,
