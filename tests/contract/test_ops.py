@@ -50,8 +50,8 @@ def _add_norm(ops, x, w):  # type: ignore[no-untyped-def]
     return torch.cat(ops.add_norm(*(half.contiguous() for half in x.chunk(2, -1)), w, EPS), -1)
 
 
-def _add_layer_norm(ops, x, w, b):  # type: ignore[no-untyped-def]
-    return torch.cat(ops.add_layer_norm(*(half.contiguous() for half in x.chunk(2, -1)), w, b, EPS), -1)
+def _add_centred(ops, x, w, b):  # type: ignore[no-untyped-def]
+    return torch.cat(ops.add_norm(*(half.contiguous() for half in x.chunk(2, -1)), w, EPS, b, centred=True), -1)
 
 
 def _rms(x: Tensor, w: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ ROW_OPS: dict[str, RowOp] = {
         _add_norm,
         lambda x, w: torch.cat((_rms(sum(x.chunk(2, -1)), w), sum(x.chunk(2, -1))), -1),
     ),
-    "add_layer_norm": RowOp(
+    "add_norm, centred": RowOp(
         lambda s: 2 * s.hidden,
         lambda s: [(s.hidden,), (s.hidden,)],
-        _add_layer_norm,
+        _add_centred,
         lambda x, w, b: torch.cat((F.layer_norm(sum(x.chunk(2, -1)), w.shape, w, b, EPS), sum(x.chunk(2, -1))), -1),
     ),
     "linear": RowOp(

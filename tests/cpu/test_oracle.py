@@ -359,7 +359,7 @@ def sink_off(reference: Reference, ops: Ops) -> Decoder:
 def slopes_halved(reference: Reference, ops: Ops) -> Decoder:
     decoder = load(reference, ops)
     for block in decoder.blocks:
-        block.attention.slopes_N /= 2
+        block.attention.slopes_N = block.attention.slopes_N / 2
     return decoder
 
 

@@ -48,7 +48,7 @@ class LayerNorm:
     def __call__(self, residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         if delta_TD is None:
             return self.ops.layer_norm(residual_TD, self.weight_D, self.bias_D, self.eps), residual_TD
-        return self.ops.add_layer_norm(delta_TD, residual_TD, self.weight_D, self.bias_D, self.eps)
+        return self.ops.add_norm(delta_TD, residual_TD, self.weight_D, self.eps, self.bias_D, centred=True)
 
 
 @dataclass(slots=True)

@@ -98,6 +98,7 @@ class _Builder:
     def __init__(self, tensors: Source, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack) -> None:
         self.tensors, self.spec, self.ops, self.placement, self.pack = tensors, spec, ops, placement, pack
         self.tables: dict[RopeSpec, Tensor] = {}
+        self.slopes_N = None if spec.alibi is None else alibi_slopes(spec.heads, spec.alibi, placement)
 
     def decoder(self) -> Decoder:
         spec, ops, slots = self.spec, self.ops, model_slots(self.spec)
@@ -141,7 +142,7 @@ class _Builder:
             scale=spec.head_dim**-0.5 if spec.attn_scale is None else spec.attn_scale,
             softcap=spec.attn_softcap,
             sinks_N=self.fuse(slots, "sinks") if spec.sinks else None,
-            slopes_N=None if spec.alibi is None else alibi_slopes(spec.heads, spec.alibi, self.placement),
+            slopes_N=self.slopes_N,
         )
 
     def qkv_order(self) -> Tensor | None:

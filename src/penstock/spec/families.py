@@ -162,9 +162,9 @@ FAMILIES: dict[str, Family] = {
     "MptForCausalLM": Family(
         "mpt",
         names={
-            "hidden_size": ("d_model",),
-            "num_attention_heads": ("n_heads",),
-            "num_hidden_layers": ("n_layers",),
+            "hidden_size": ("d_model", "hidden_size"),
+            "num_attention_heads": ("n_heads", "num_attention_heads"),
+            "num_hidden_layers": ("n_layers", "num_hidden_layers"),
             "max_position_embeddings": ("max_seq_len",),
             "layer_norm_eps": ("layer_norm_epsilon",),
             "alibi_bias_max": ("attn_config.alibi_bias_max",),

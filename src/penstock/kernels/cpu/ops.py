@@ -72,15 +72,18 @@ class CpuOps:
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
         return _norm(x_TD, None, weight_D, bias_D, eps, centred=True)
 
-    def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        residual_TD = residual_TD.contiguous()
-        return _norm(delta_TD, residual_TD, weight_D, None, eps, centred=False), residual_TD
-
-    def add_layer_norm(
-        self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+    def add_norm(
+        self,
+        delta_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        bias_D: Tensor | None = None,
+        *,
+        centred: bool = False,
     ) -> tuple[Tensor, Tensor]:
         residual_TD = residual_TD.contiguous()
-        return _norm(delta_TD, residual_TD, weight_D, bias_D, eps, centred=True), residual_TD
+        return _norm(delta_TD, residual_TD, weight_D, bias_D, eps, centred=centred), residual_TD
 
     def linear(
         self,

@@ -49,15 +49,20 @@ class RefOps:
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
         return each_row(lambda x_D: layer_norm(x_D.float(), weight_D, bias_D, eps).to(x_TD.dtype), x_TD)
 
-    def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        sum_TD = (residual_TD.float() + delta_TD.float()).to(residual_TD.dtype)
-        return self.norm(sum_TD, weight_D, eps), sum_TD
-
-    def add_layer_norm(
-        self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
+    def add_norm(
+        self,
+        delta_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        bias_D: Tensor | None = None,
+        *,
+        centred: bool = False,
     ) -> tuple[Tensor, Tensor]:
         sum_TD = (residual_TD.float() + delta_TD.float()).to(residual_TD.dtype)
-        return self.layer_norm(sum_TD, weight_D, bias_D, eps), sum_TD
+        if centred:
+            return self.layer_norm(sum_TD, weight_D, bias_D, eps), sum_TD
+        return self.norm(sum_TD, weight_D, eps), sum_TD
 
     def linear(
         self,

@@ -51,18 +51,24 @@ class TorchOps:
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
         return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
 
-    def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self,
+        delta_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        bias_D: Tensor | None = None,
+        *,
+        centred: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        if centred:
+            residual_TD.add_(delta_TD)
+            return self.layer_norm(residual_TD, weight_D, bias_D, eps), residual_TD
         out_TD = torch.empty_like(residual_TD)
         for rows in tiles(out_TD):
             sum_tD = residual_TD[rows].add_(delta_TD[rows])
             out_TD[rows] = rms_norm_(sum_tD.to(torch.float32, copy=True), weight_D, eps)
         return out_TD, residual_TD
-
-    def add_layer_norm(
-        self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        residual_TD = residual_TD.add_(delta_TD)
-        return self.layer_norm(residual_TD, weight_D, bias_D, eps), residual_TD
 
     def linear(
         self,
