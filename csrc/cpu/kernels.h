@@ -102,7 +102,7 @@ struct Attention {
     int64_t window;  // 0: all
     bool whole;      // a row sees all of its request, later positions too
     float scale, softcap;  // softcap 0: none
-    const float* sinks;    // [N] or null
+    const float *sinks, *slopes;  // [N] or null; slopes not with ``whole``
 };
 
 // How a row's token is drawn. What is off: min_gap = -inf, top_p = inf, top_k = size; temperature 0 is greedy. ``ruled``: not

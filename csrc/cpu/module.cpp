@@ -147,10 +147,10 @@ Call<Heads> heads(Address qkv, Address q_weight, Address k_weight, bool wide_wei
 Call<Attention> attention(Address q, Address k_pool, Address v_pool, Address k_scales, Address v_scales, Address out,
                           Address tables, int64_t columns, int64_t block_size, Address starts, Address contexts,
                           int64_t requests, int64_t heads, int64_t kv_heads, int64_t width, int64_t window, bool whole,
-                          float scale, float softcap, Address sinks, int dtype) {
+                          float scale, float softcap, Address sinks, Address slopes, int dtype) {
     return {{at(q), at(k_pool), at(v_pool), at(k_scales), at(v_scales), at(out), at<int32_t>(tables), columns, block_size,
              at<int64_t>(starts), at<int64_t>(contexts), requests, heads, kv_heads, width, window, whole, scale, softcap,
-             at<float>(sinks)},
+             at<float>(sinks), at<float>(slopes)},
             (Dtype)dtype};
 }
 

@@ -18,17 +18,26 @@ constexpr int QUERIES = 48;  // of one item: so many share the widening of a seg
 constexpr int ROWS = 6;      // of one block of sums: twelve of AVX2's sixteen registers
 constexpr int64_t GROUPS = SEGMENT / LANES;
 
+// The numbers of a segment's keys.
+struct Numbers {
+    alignas(64) float of[SEGMENT];
+    constexpr Numbers() : of() {
+        for (int64_t i = 0; i < SEGMENT; i++) of[i] = (float)i;
+    }
+};
+constexpr Numbers NUMBERS;
+
 // Rows of one request that are computed together, and the query heads of a KV head, counted from its first.
 struct Item {
     int64_t request, row, rows, head, heads;
     int64_t first, last;  // segments that some row sees
 };
 
-// One query: keys first .. last, and where its result goes.
+// One query: keys first .. last, and where its result goes. With a slope it stands at the last.
 struct Query {
     int64_t first, last;
     int64_t out;  // in elements, like its place in q
-    float sink;
+    float sink, slope;
     bool has_sink;
 };
 
@@ -174,7 +183,8 @@ public:
             int64_t last = a.whole ? a.contexts[item.request] - 1 : position;
             for (int64_t j = item.head; j < item.head + item.heads; j++, count_++) {
                 int64_t head = kv_head * group + j, at = (row * a.heads + head) * a.width;
-                queries_[count_] = {first, last, at, a.sinks ? a.sinks[head] : 0, a.sinks != nullptr};
+                float sink = a.sinks ? a.sinks[head] : 0, slope = a.slopes ? a.slopes[head] : 0;
+                queries_[count_] = {first, last, at, sink, slope, a.sinks != nullptr};
             }
         }
         direct_ = count_ <= ROWS && width_ % LANES == 0;
@@ -355,6 +365,7 @@ private:
             if (a_.softcap != 0) x = cap * tanh(x / cap);
             store(s + i, x);
         }
+        if (a_.slopes) lean(s, low, high, queries_[q].slope, p.index * SEGMENT - queries_[q].last);
         for (int64_t i = low; i < begin; i++) s[i] = none;
         for (int64_t i = end; i < high; i++) s[i] = none;
         F top = splat(none);
@@ -368,6 +379,12 @@ private:
             store(s + i, w);
         }
         p.weight[q] = sum(total);
+    }
+
+    // Adds slope * (key's position - query's) to scores; ``ahead``: of the segment's first key. Distances are exact.
+    static void lean(float* s, int64_t low, int64_t high, float slope, int64_t ahead) {
+        F by = splat(slope), first = splat((float)ahead);
+        for (int64_t i = low; i < high; i += LANES) store(s + i, load(s + i) + by * (load(NUMBERS.of + i) + first));
     }
 
     void add_widened(Partial& p, int64_t from, int64_t to) {

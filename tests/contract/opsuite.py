@@ -151,11 +151,11 @@ def run_attention(
     seed: int = 0,
     softcap: float | None = None,
     sinks_N: Tensor | None = None,
+    slopes_N: Tensor | None = None,
     kv_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     batch, kv = paged(ops, sequences, block_size, window, device, seed, kv_dtype)
     q_TNd = torch.cat([s.q_TNd for s in sequences]).to(device)
-    if sinks_N is not None:
-        sinks_N = sinks_N.to(device)
-    out = ops.attention(q_TNd, kv, batch, 0, window, q_TNd.shape[-1] ** -0.5, softcap, sinks_N)
+    more = (softcap, *on(device, sinks_N, slopes_N))
+    out = ops.attention(q_TNd, kv, batch, 0, window, q_TNd.shape[-1] ** -0.5, *more)
     return list(out.split([s.count for s in sequences]))

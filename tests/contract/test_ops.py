@@ -50,6 +50,10 @@ def _add_norm(ops, x, w):  # type: ignore[no-untyped-def]
     return torch.cat(ops.add_norm(*(half.contiguous() for half in x.chunk(2, -1)), w, EPS), -1)
 
 
+def _add_centred(ops, x, w, b):  # type: ignore[no-untyped-def]
+    return torch.cat(ops.add_norm(*(half.contiguous() for half in x.chunk(2, -1)), w, EPS, b, centred=True), -1)
+
+
 def _rms(x: Tensor, w: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * w
 
@@ -78,6 +82,12 @@ ROW_OPS: dict[str, RowOp] = {
         _vector,
         _add_norm,
         lambda x, w: torch.cat((_rms(sum(x.chunk(2, -1)), w), sum(x.chunk(2, -1))), -1),
+    ),
+    "add_norm, centred": RowOp(
+        lambda s: 2 * s.hidden,
+        lambda s: [(s.hidden,), (s.hidden,)],
+        _add_centred,
+        lambda x, w, b: torch.cat((F.layer_norm(sum(x.chunk(2, -1)), w.shape, w, b, EPS), sum(x.chunk(2, -1))), -1),
     ),
     "linear": RowOp(
         _hidden,

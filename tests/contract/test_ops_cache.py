@@ -17,13 +17,18 @@ from penstock.base import ConfigError
 from penstock.kernels import SEGMENT, Batch, GroupBatch, KVLayer, Ops, make_ops
 
 INT8 = [name for name in BACKENDS if name != "torch"]
-SCORINGS = ["plain", "capped", "sinks", "capped with sinks"]
+SCORINGS = ["plain", "capped", "sinks", "capped with sinks", "slopes", "capped with sinks and slopes"]
 
 
 def scoring(kind: str, shape: Shape) -> dict[str, float | Tensor | None]:
-    """A cap that the scores of random vectors reach, and sinks among the greatest of them."""
-    sinks_N = 2 + 2 * torch.randn(shape.heads)
-    return {"softcap": 1.5 if "capped" in kind else None, "sinks_N": sinks_N if "sinks" in kind else None}
+    """A cap that the scores of random vectors reach, sinks among the greatest of them, and slopes under which one head
+    sees a few keys and another some hundreds."""
+    sinks_N, slopes_N = 2 + 2 * torch.randn(shape.heads), 2.0 ** -torch.linspace(1, 8, shape.heads)
+    return {
+        "softcap": 1.5 if "capped" in kind else None,
+        "sinks_N": sinks_N if "sinks" in kind else None,
+        "slopes_N": slopes_N if "slopes" in kind else None,
+    }
 
 
 @pytest.mark.parametrize("window", [None, 1, 33, 128, 300])
@@ -36,7 +41,7 @@ def test_attention(dtype: torch.dtype, window: int | None, shape: Shape, place: 
 
 @pytest.mark.parametrize("window", [None, 33])
 @pytest.mark.parametrize("kind", SCORINGS[1:])
-def test_attention_with_caps_and_sinks(
+def test_attention_with_more_than_a_scale(
     kind: str, window: int | None, shape: Shape, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So few scores at once that chunks are cut into pieces.
@@ -50,13 +55,15 @@ def test_attention_with_caps_and_sinks(
 
 @pytest.mark.parametrize("window", [None, 1, 33, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "slopes"])
 @pytest.mark.parametrize("backend", INT8)
-def test_attention_to_int8(backend: str, dtype: torch.dtype, window: int | None, shape: Shape) -> None:
+def test_attention_to_int8(backend: str, kind: str, dtype: torch.dtype, window: int | None, shape: Shape) -> None:
     """The same as ``ref``, and near attention to what was not rounded."""
     sequences, ops = [s for s in mixed(shape, dtype) if s.context < 600], make_ops(backend)
-    ref = torch.cat(run_attention(make_ops("ref"), sequences, 16, window, kv_dtype=torch.int8))
-    agree(torch.cat(run_attention(ops, sequences, 16, window, kv_dtype=torch.int8)), ref, dtype)
-    exact = torch.cat(run_attention(make_ops("ref"), sequences, 16, window))
+    more = scoring(kind, shape)
+    ref = torch.cat(run_attention(make_ops("ref"), sequences, 16, window, kv_dtype=torch.int8, **more))
+    agree(torch.cat(run_attention(ops, sequences, 16, window, kv_dtype=torch.int8, **more)), ref, dtype)
+    exact = torch.cat(run_attention(make_ops("ref"), sequences, 16, window, **more))
     assert 0 < float((ref - exact).abs().max()) < 0.05 * float(exact.abs().max())
 
 
@@ -73,6 +80,8 @@ def test_attention_is_attention(kind: str, shape: Shape) -> None:
             scores = more["softcap"] * (scores / more["softcap"]).tanh()
         at = torch.arange(sequence.context)
         ahead = at[None] - at[sequence.context - sequence.count :, None]
+        if more["slopes_N"] is not None:
+            scores = scores + more["slopes_N"].double()[:, None, None] * ahead
         scores[:, (ahead > 0) | (ahead <= -window)] = float("-inf")
         if more["sinks_N"] is not None:
             sinks = more["sinks_N"].double()[:, None, None].expand(-1, sequence.count, 1)
@@ -92,7 +101,9 @@ def test_one_kind_of_slice_at_a_time(shape: Shape, place: Place) -> None:
 
 @pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
-@pytest.mark.parametrize(("window", "kind"), [(None, "plain"), (60, "plain"), (None, "capped with sinks")])
+@pytest.mark.parametrize(
+    ("window", "kind"), [(None, "plain"), (60, "plain"), (None, "capped with sinks"), (60, "slopes")]
+)
 def test_attention_bits(
     window: int | None, kind: str, kv_dtype: torch.dtype | None, backend: str, shape: Shape
 ) -> None:

@@ -20,6 +20,8 @@ CONFIGS = {
     "granite": "GraniteConfig",
     "smollm3": "SmolLM3Config",
     "stablelm": "StableLmConfig",
+    "mpt": "MptConfig",
+    "bloom": "BloomConfig",
     "qwen2_moe": "Qwen2MoeConfig",
     "qwen3_moe": "Qwen3MoeConfig",
     "mixtral": "MixtralConfig",
@@ -34,6 +36,8 @@ OWN_HEAD_DIM = ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "
 
 def random_config(family: str, rng: random.Random) -> Config:
     """Head counts may be odd, head_dim is any even number from 8 to 128, windows and contexts are short."""
+    if family in ("mpt", "bloom"):
+        return _alibi(family, rng)
     kv_heads, group = rng.choice([(1, 1), (1, 3), (3, 1), (2, 2), (5, 1), (3, 2), (1, 7), (2, 4)])
     heads = kv_heads * group
     config: Config = {
@@ -55,6 +59,21 @@ def random_config(family: str, rng: random.Random) -> Config:
         config["hidden_size"] = heads * 2 * rng.randrange(4, 33)
         del config["head_dim"]
     return config | OWN.get(family, lambda *_: {})(config, rng)
+
+
+def _alibi(family: str, rng: random.Random) -> Config:
+    """These two have few keys, and names of their own for most."""
+    heads = rng.choice([1, 2, 3, 5, 6, 8, 12])
+    config: Config = {
+        "vocab_size": rng.randrange(90, 300),
+        "hidden_size": heads * 2 * rng.randrange(4, 17),
+        "num_attention_heads": heads,
+        "num_hidden_layers": rng.choice([2, 3]),
+        "layer_norm_epsilon": rng.choice([1e-5, 1e-3]),
+        "pad_token_id": 0,
+    }
+    own = {"mpt": {"max_seq_len": 512, "attn_config": {"softmax_scale": rng.choice([None, 0.15])}}}
+    return config | own.get(family, {})
 
 
 def random_rope(rng: random.Random, *kinds: str) -> Config:

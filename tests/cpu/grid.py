@@ -125,6 +125,19 @@ MODELS = {
         final_logit_softcapping=12.0,
         query_pre_attn_scalar=8,
     ),
+    "slopes": Model(
+        "BLOOM: linear position biases over 6 heads, LayerNorm, a norm on the embedding, no gate",
+        {
+            "architectures": ["BloomForCausalLM"],
+            "vocab_size": 512,
+            "hidden_size": 48,
+            "n_head": 6,
+            "n_layer": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": "float32",
+        },
+    ),
     "norms": tiny("OLMo 2: one norm over all queries and one over all keys, norms after blocks", "Olmo2ForCausalLM"),
 }
 

@@ -27,6 +27,8 @@ CPU = torch.device("cpu")
 UNREADABLE = 2**31 - 1
 LOGIT_STD = 8.0
 """Wide enough that two random logits rarely tie; errors are measured relative to the largest logit."""
+WIDE = ("q_proj", "k_proj", "qkv_proj", "Wqkv", "query_key_value", "router", "mlp.gate.weight")
+"""Linears whose outputs are spread further."""
 TIE = 2e-5
 """Distance of two router logits, of standard deviation near 1, below which float32 may choose either expert."""
 
@@ -86,23 +88,24 @@ def build_reference(family: str, rng: random.Random, folder: Path, **overrides: 
 
 
 def _randomize(family: str, name: str, weight: Tensor) -> None:
-    if "norm" in name and name.endswith("weight"):
+    if ("norm" in name or "ln_f" in name) and name.endswith("weight"):
         weight.normal_(0.0 if family.startswith("gemma") else 1.0, 0.3)
     elif name.endswith("bias"):
         weight.normal_(0.0, 0.3)
     elif name.endswith("sinks"):
         weight.normal_(1.0, 1.0)
-    elif "embed" in name:
+    elif "embed" in name or "wte" in name:
         weight.normal_(0.0, weight.shape[1] ** -0.5 if family.startswith("gemma") else 1.0)
     else:
-        wide = any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "router", "mlp.gate.weight"))
+        wide = any(part in name for part in WIDE)
         fan_in = weight.shape[-2] if family == "gpt_oss" and "experts" in name else weight.shape[-1]
         weight.normal_(0.0, (1.5 if wide else 1.0) / fan_in**0.5)
 
 
 def _spread_logits(family: str, model: transformers.PreTrainedModel) -> None:
     """Through the final norm, whose weight Gemma stores less one."""
-    norm, config, cap = model.model.norm, model.config, getattr(model.config, "final_logit_softcapping", None)
+    norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "norm_f", "ln_f"))
+    config, cap = model.config, getattr(model.config, "final_logit_softcapping", None)
     config.final_logit_softcapping = None
     factor = LOGIT_STD / model(torch.randint(config.vocab_size, (1, 64))).logits.std()
     for name, weight in norm.named_parameters():

@@ -27,8 +27,9 @@ KINDS = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "num_hidden_layers": 3},
     "qwen3": {},
+    "bloom": {},
 }
-"""Families of which torch computes nothing; the second has two KV groups."""
+"""Families of which torch computes nothing; the second has two KV groups, the last slopes."""
 
 
 def build(family: str, folder: Path, quant: str = "none", **config: object) -> tuple[Decoder, Ops]:

@@ -135,8 +135,8 @@ def logits(path: Path, quantization: Quantization, backend: str = BACKEND, count
 
 
 def load(path: Path, quantization: Quantization = "none", backend: str = BACKEND) -> tuple[Decoder, Any]:
-    ops = make_ops(backend)
-    return load_decoder(path, SPEC, ops, PLACEMENT, Packing(ops, SPEC, PLACEMENT, quantization)), ops
+    ops, spec = make_ops(backend), read_model_spec(path)
+    return load_decoder(path, spec, ops, PLACEMENT, Packing(ops, spec, PLACEMENT, quantization)), ops
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -162,6 +162,27 @@ def test_a_folder_answers_as_the_model_quantized_on_load(
     assert {path.name for path in out.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
     }
+
+
+OWN_NAMES = {
+    "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 2},
+    "bloom": {"hidden_size": 128, "n_head": 4, "n_layer": 2},
+}
+
+
+@pytest.mark.parametrize("family", OWN_NAMES)
+def test_names_and_orders_of_other_families(family: str, tmp_path: Path) -> None:
+    """The embedding is found by any name, and rows that lie head by head are put in order with their scales."""
+    config = OWN_NAMES[family] | {"model_type": family, "vocab_size": 90, "torch_dtype": "bfloat16"}
+    weights = {name: torch.randn(s).div(8).bfloat16() for name, s in checkpoint_tensors(model_spec(config)).items()}
+    (source := tmp_path / "plain").mkdir()
+    write_model(source, config, **{name.replace(".", "__"): weight for name, weight in weights.items()})
+    write_quantized(source, tmp_path / "out", read_model_spec(source), Recipe("int4"))
+    assert torch.equal(logits(source, "int4"), logits(tmp_path / "out", "none"))
+    assert stored_quantization(tmp_path / "out", "none") == "int4"
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert said["ignore"] == ["lm_head"]
+    assert any(group["targets"] == ["Embedding"] for group in said["config_groups"].values())
 
 
 def test_shards_and_plain_embeddings(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

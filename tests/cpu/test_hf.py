@@ -178,6 +178,20 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "max_position_embeddings": 4096, "layer_norm_eps": 1e-05, "partial_rotary_factor": 0.25, "rope_theta": 10000,
         "use_qkv_bias": True, "vocab_size": 100352, "tie_word_embeddings": False, "torch_dtype": "float16",
     }),
+    "mpt-7b": (6_649_286_656, {
+        "architectures": ["MptForCausalLM"], "model_type": "mpt", "d_model": 4096, "n_heads": 32, "n_layers": 32,
+        "attn_config": {
+            "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_type": "multihead_attention",
+            "attn_uses_sequence_id": False, "clip_qkv": None, "prefix_lm": False, "qk_ln": False, "softmax_scale": None,
+        },
+        "expansion_ratio": 4, "learned_pos_emb": True, "logit_scale": None, "max_seq_len": 2048, "no_bias": True,
+        "norm_type": "low_precision_layernorm", "vocab_size": 50432, "torch_dtype": "bfloat16",
+    }),
+    "bloom-560m": (559_214_592, {
+        "architectures": ["BloomForCausalLM"], "model_type": "bloom", "apply_residual_connection_post_layernorm": False,
+        "layer_norm_epsilon": 1e-05, "n_embed": 1024, "n_inner": None, "n_layer": 24, "num_attention_heads": 16,
+        "offset_alibi": 100, "vocab_size": 250880, "torch_dtype": "float16",
+    }),
     "Qwen1.5-MoE-A2.7B": (14_315_784_192, {
         "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "decoder_sparse_step": 1,
         "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 8192, "max_window_layers": 21,
@@ -269,6 +283,19 @@ def test_what_published_configurations_mean() -> None:
     assert published("SmolLM3-3B", no_rope_layers=None) == published("SmolLM3-3B")
 
 
+def test_what_published_configurations_with_biases_mean() -> None:
+    mpt, bloom = published("mpt-7b"), published("bloom-560m")
+    assert (mpt.alibi, mpt.norm, mpt.norm_bias, mpt.mlp_gate, mpt.activation) == (8.0, "layer", False, False, "gelu")
+    assert (mpt.ffn, mpt.kv_heads, mpt.max_positions, mpt.tied, mpt.attn_scale) == (16384, 32, 2048, True, None)
+    assert mpt.rope_of(0) is None
+    inner = PUBLISHED["mpt-7b"][1]["attn_config"]
+    steep = published("mpt-7b", attn_config=inner | {"alibi_bias_max": 16, "softmax_scale": 0.1}, max_seq_len=65536)
+    assert (steep.alibi, steep.attn_scale, steep.max_positions) == (16.0, 0.1, 65536)
+    assert (bloom.alibi, bloom.norm_bias, bloom.embed_norm, bloom.activation) == (8.0, True, True, "gelu_tanh")
+    assert (bloom.qkv_bias, bloom.o_bias, bloom.mlp_bias, bloom.ffn, bloom.heads) == (True, True, True, 4096, 16)
+    assert published("bloom-560m", n_embed=None, hidden_size=1024, n_inner=4096) == bloom
+
+
 def test_what_published_sparse_configurations_mean() -> None:
     qwen2, qwen3 = published("Qwen1.5-MoE-A2.7B").moe, published("Qwen3-30B-A3B").moe
     assert qwen2 == MoESpec(experts=60, active=4, ffn=1408, layers=(True,) * 24, normalize=False, shared_ffn=5632)
@@ -312,6 +339,16 @@ def test_yarn_states_the_context_it_reaches() -> None:
             "qk_layernorm = True and use_parallel_residual = True, which this build lacks",
         ),
         ("stablelm-2-1_6b", {"partial_rotary_factor": 0.05}, "config_invalid", "partial_rotary_factor"),
+        ("mpt-7b", {"attn_config": {"clip_qkv": 6}}, "unsupported_value", "attn_config.clip_qkv = 6, which"),
+        ("mpt-7b", {"attn_config": {"alibi": False}}, "unsupported_value", "attn_config.alibi = True is implemented"),
+        ("mpt-7b", {"attn_config": {"qk_ln": True}}, "unsupported_value", "attn_config.qk_ln"),
+        ("mpt-7b", {"attn_config": {"alibi_bias_max": 0}}, "config_invalid", "attn_config.alibi_bias_max = 0"),
+        ("mpt-7b", {"attn_config": [8]}, "config_invalid", "attn_config"),
+        ("mpt-7b", {"no_bias": False}, "unsupported_value", "no_bias"),
+        ("mpt-7b", {"n_heads": None}, "config_invalid", "lacks n_heads"),
+        ("mpt-7b", {"max_seq_len": 1 << 25}, "config_invalid", "max_seq_len"),
+        ("bloom-560m", {"apply_residual_connection_post_layernorm": True}, "unsupported_value", "post_layernorm"),
+        ("bloom-560m", {"n_embed": "1024"}, "config_invalid", "n_embed"),
         ("OLMoE-1B-7B", {"clip_qkv": 8.0}, "unsupported_value", "clip_qkv"),
         ("OLMoE-1B-7B", {"num_experts": 10_000}, "config_invalid", "more than 131072 experts in 16 layers"),
         ("OLMoE-1B-7B", {"num_experts_per_tok": 65}, "config_invalid", "num_experts_per_tok"),
@@ -402,7 +439,7 @@ def test_what_cannot_run_is_refused_by_name(change: dict[str, Any], code: str, n
     assert code_of(error) == code
 
 
-ROPE_KEYS = ["type", "factor", "x", "rope_theta", "full_attention", "short_factor"]
+INNER_KEYS = ["type", "factor", "x", "rope_theta", "full_attention", "short_factor", "clip_qkv", "alibi_bias_max"]
 KEYS = [
     *CONFIG,
     "rope_scaling",
@@ -413,6 +450,7 @@ KEYS = [
     "partial_rotary_factor",
 ]
 KEYS += ["num_experts", "num_experts_per_tok", "mlp_only_layers", "no_rope_layers", "sliding_window_pattern"]
+KEYS += ["d_model", "n_heads", "attn_config", "n_embed", "n_inner", "expansion_ratio", "seq_length"]
 KEYS += ["query_pre_attn_scalar", "attn_logit_softcapping", "quantization_config", "logits_scaling", "layer_norm_eps"]
 
 
@@ -421,7 +459,7 @@ KEYS += ["query_pre_attn_scalar", "attn_logit_softcapping", "quantization_config
     key=st.sampled_from(KEYS),
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), inner),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(INNER_KEYS), inner),
         max_leaves=5,
     ),
     name=st.sampled_from(sorted(FAMILIES)),
@@ -429,6 +467,7 @@ KEYS += ["query_pre_attn_scalar", "attn_logit_softcapping", "quantization_config
 def test_any_value_gives_a_spec_or_a_coded_error(key: str, value: Any, name: str) -> None:
     config = {k: v for k, v in CONFIG.items() if k != "tie_word_embeddings"} | {"query_pre_attn_scalar": 8}
     config |= {"architectures": [name], "model_type": FAMILIES[name].name, "num_experts": 4, "num_experts_per_tok": 2}
+    config |= {"d_model": 24, "n_heads": 3, "n_layers": 2}
     config |= {key: value} if FAMILIES[name].text_config is None else {"text_config": config | {key: value}}
     try:
         spec = model_spec(config)

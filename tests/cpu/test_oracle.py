@@ -18,11 +18,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.models.bloom import modeling_bloom as bloom
+from transformers.models.mpt import modeling_mpt as mpt
 
 from families import FAMILIES, random_config
 from oracle import CPU, TOLERANCE, PagedDriver, Reference, build_reference, error, load, paged_logits
 from penstock.kernels import Batch, Ops, make_ops, native
-from penstock.layers import Placement
+from penstock.layers import Placement, alibi_slopes
 from penstock.models import Decoder, load_decoder, numerics_id
 from penstock.spec.hf import read_model_spec
 
@@ -68,7 +70,7 @@ def test_logits(family: str, seed: int, tmp_path: Path) -> None:
             assert worst <= TOLERANCE, (backend, chunk, block_size, reference.spec)
 
 
-@pytest.mark.parametrize("family", fast(["llama", "gemma2", "qwen2_moe", "gpt_oss"]))
+@pytest.mark.parametrize("family", fast(["llama", "gemma2", "mpt", "qwen2_moe", "gpt_oss"]))
 def test_bits_do_not_depend_on_chunks_blocks_or_mates(family: str, tmp_path: Path) -> None:
     rng = random.Random(f"bits {family}")
     reference, ops = build_reference(family, rng, tmp_path), make_ops("ref")
@@ -210,6 +212,19 @@ def test_longrope_by_the_context_served(served: int, length: int, tmp_path: Path
     assert len(ids) == 2
 
 
+# Linear position biases
+
+
+@pytest.mark.parametrize("heads", [*range(1, 34), 112])
+def test_slopes_are_those_of_transformers(heads: int) -> None:
+    """MPT's rule, with any steepness, and BLOOM's, which sums up to the same, in another precision."""
+    ours = alibi_slopes(heads, 8.0, Placement(torch.float32, CPU))
+    torch.testing.assert_close(ours, bloom._get_alibi_slopes(heads, CPU), rtol=1e-5, atol=0)
+    for most in (8, 16):
+        theirs = mpt.build_mpt_alibi_tensor(heads, 2, most)[:, 0, 0]
+        torch.testing.assert_close(-alibi_slopes(heads, most, Placement(torch.float32, CPU)), theirs, rtol=1e-6, atol=0)
+
+
 # MXFP4
 
 
@@ -341,6 +356,20 @@ def sink_off(reference: Reference, ops: Ops) -> Decoder:
     return decoder
 
 
+def slopes_halved(reference: Reference, ops: Ops) -> Decoder:
+    decoder = load(reference, ops)
+    for block in decoder.blocks:
+        block.attention.slopes_N = block.attention.slopes_N / 2
+    return decoder
+
+
+def slope_of_another_head(reference: Reference, ops: Ops) -> Decoder:
+    decoder = load(reference, ops)
+    for block in decoder.blocks:
+        block.attention.slopes_N = block.attention.slopes_N.roll(1)
+    return decoder
+
+
 MUTATIONS: dict[Callable[[Reference, Ops], Decoder], tuple[str, dict[str, Any]]] = {
     rope_theta: ("llama", {}),
     window_off_by_one: ("mistral", {"sliding_window": 20}),
@@ -354,6 +383,8 @@ MUTATIONS: dict[Callable[[Reference, Ops], Decoder], tuple[str, dict[str, Any]]]
     logit_softcap_off: ("gemma2", {"final_logit_softcapping": 30.0}),
     expert_order: ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 1}),
     sink_off: ("gpt_oss", {}),
+    slopes_halved: ("mpt", {}),
+    slope_of_another_head: ("bloom", {"num_attention_heads": 6, "hidden_size": 60}),
 }
 
 

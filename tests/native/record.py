@@ -33,7 +33,7 @@ NAMES: dict[str, list[str]] = {
     "draw": "*logits *limits *sites *tokens rows size".split(),
     "attention": (
         "*q *k_pool *v_pool *k_scales *v_scales *out *tables columns block_size *starts *contexts requests heads"
-        " kv_heads width window whole ~scale ~softcap *sinks dtype".split()
+        " kv_heads width window whole ~scale ~softcap *sinks *slopes dtype".split()
     ),
 }
 WRITTEN = {"weight": ("pack",), "out": None, "residual": None, "tokens": None, "q": ("heads",)} | dict.fromkeys(
@@ -92,7 +92,7 @@ def sizes(call: str, a: dict[str, Any]) -> dict[str, tuple[int, int]]:
         blocks = max((b for b in used if b != 2**31 - 1), default=-1) + 1
         row = (starts[-1] * a["heads"] * d * one, dtype)
         own = {"q": row, "out": row, "tables": (4 * len(table), RAW), "starts": (8 * count + 8, RAW)}
-        own |= {"contexts": (8 * count, RAW), "sinks": (4 * a["heads"], RAW)}
+        own |= {"contexts": (8 * count, RAW), "sinks": (4 * a["heads"], RAW), "slopes": (4 * a["heads"], RAW)}
     pool, scale = (blocks * kv * d * size * stored, RAW if a["k_scales"] else dtype), (blocks * kv * size * 2, 1)
     return own | {"k_pool": pool, "v_pool": pool, "k_scales": scale, "v_scales": scale}
 
@@ -133,7 +133,7 @@ def recorded(call: str, native: Callable[..., None]) -> Callable[..., None]:
 
 
 _recorder = ModuleType("penstock.kernels._native")
-_recorder.__spec__ = _native.__spec__
+_recorder.__spec__, _recorder.__file__ = _native.__spec__, _native.__file__
 for _name in dir(_native):
     if not _name.startswith("__"):
         setattr(_recorder, _name, getattr(_native, _name))

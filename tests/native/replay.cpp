@@ -120,7 +120,7 @@ void run(Call& c) {
         kernels.heads(a, dtype);
     } else {
         Attention a{p(), p(), p(), p(), p(), p(), c.at<int32_t>(), n(), n(), c.at<int64_t>(), c.at<int64_t>(), n(), n(), n(), n(), n(),
-                    n() != 0, c.real(), c.real(), c.at<float>()};
+                    n() != 0, c.real(), c.real(), c.at<float>(), c.at<float>()};
         kernels.attention(a, dtype);
     }
 }

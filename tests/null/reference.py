@@ -181,6 +181,7 @@ def traits(family: Any) -> str:
         "norms after blocks": family.norm_place != "pre",
         "attention sinks": family.sinks,
         "partial rotary": family.partial_rotary,
+        "linear position biases (ALiBi)": family.alibi,
         "LayerNorm": family.norm == "layer",
         "text part only": family.text_config is not None,
     }

@@ -183,15 +183,16 @@ def _named(tensors: Tensors) -> list[tuple[str, str]]:
 
 
 def _config(tensors: Tensors, formats: Mapping[str, WeightFormat], spec: ModelSpec, recipe: Recipe) -> dict[str, Any]:
+    embedding = model_slots(spec)["embedding"]
     outside = {name for slot, named in model_slots(spec).items() if slot in OUTER for name in named}
     modules = {name: part_of(stored, "").removesuffix(".") for name, stored in tensors.stored_as.items()}
     matrices = [name for name, stored in tensors.stored_as.items() if len(tensors.checkpoint.entry(stored).shape) == 2]
-    kept = [modules[name] for name in matrices if name not in formats and not name.endswith("embed_tokens.weight")]
+    kept = [modules[name] for name in matrices if name not in formats and name not in embedding]
     if spec.tied:
         kept.append("lm_head")
     integers = [name for name in matrices if name in outside & formats.keys()]
     # The embedding goes by its class: that is how vLLM finds it.
-    outer = ["Embedding" if name.endswith("embed_tokens.weight") else modules[name] for name in integers]
+    outer = ["Embedding" if name in embedding else modules[name] for name in integers]
     return compressed_config(recipe.quantization, recipe.group, outer, sorted(kept))
 
 

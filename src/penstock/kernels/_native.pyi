@@ -89,6 +89,7 @@ def attention(
     scale: float,
     softcap: float,
     sinks: int,
+    slopes: int,
     dtype: int,
 ) -> None: ...
 def draw(logits: int, limits: int, sites: int, tokens: int, rows: int, size: int) -> None: ...

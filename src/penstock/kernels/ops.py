@@ -85,9 +85,18 @@ class Ops(Protocol):
         """LayerNorm, (x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016). Rounded once: the output."""
         ...
 
-    def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(norm(residual + delta), residual + delta). The sum is rounded as it is stored, and the norm reads
-        it as stored; ``residual_TD`` may be overwritten by it."""
+    def add_norm(
+        self,
+        delta_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        bias_D: Tensor | None = None,
+        *,
+        centred: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(residual + delta), residual + delta); if ``centred``, ``layer_norm`` with the bias. The sum is rounded
+        as it is stored, and the norm reads it as stored; ``residual_TD`` may be overwritten by it."""
         ...
 
     def linear(
@@ -144,10 +153,12 @@ class Ops(Protocol):
         scale: float,
         softcap: float | None = None,
         sinks_N: Tensor | None = None,
+        slopes_N: Tensor | None = None,
     ) -> Tensor:
         """softmax(scale q k^T) v: [T, N d]. Query head n reads KV head n // (N / H). A row at position p sees the
         positions in (p - window, p] of its own request. With ``softcap`` a score s becomes softcap * tanh(s / softcap);
-        ``sinks_N`` adds exp(sink) to each head's sum of weights, and no value.
+        ``slopes_N``, fp32, then make it s + slope * (key's position - p), the distance exact and the product rounded
+        before the sum (ALiBi, Press et al. 2021). ``sinks_N`` adds exp(sink) to each head's sum of weights, no value.
 
         K and V are read only as stored, those of this step's rows too (rule 5): of int8 pools, a score is
         (q . codes) * k scale * scale, and a value weight * v scale times its codes. Scores, weights and sums stay

@@ -3,12 +3,12 @@
 from penstock.kernels import SEGMENT, Batch, GroupedWeight, KVLayer, Ops, Weight
 from penstock.layers.attention import Attention
 from penstock.layers.embedding import Embedding, Head
-from penstock.layers.linear import FeedForward, GateUp, Linear, RowLinear
+from penstock.layers.linear import FeedForward, GateUp, Linear, RowLinear, Up
 from penstock.layers.moe import Experts, Router, SharedExpert, SparseFeedForward
 from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormAfter, Scaled, as_it_is, not_normed
 from penstock.layers.packing import Pack, Packing
 from penstock.layers.placement import Placement, frozen_bytes
-from penstock.layers.rope import rope_table
+from penstock.layers.rope import alibi_slopes, rope_table
 from penstock.quant import (
     AT_ONCE,
     BITS,
@@ -59,7 +59,9 @@ __all__ = [
     "Scaled",
     "SharedExpert",
     "SparseFeedForward",
+    "Up",
     "Weight",
+    "alibi_slopes",
     "as_it_is",
     "decode_mxfp4",
     "decode_rows",

@@ -46,8 +46,21 @@ class GateUp:
 
 
 @dataclass(slots=True)
+class Up:
+    """The same without a gate: a linear and its activation."""
+
+    ops: Ops
+    weight_FD: Weight
+    bias_F: Tensor | None
+    activation: Activation
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self.ops.linear(x_TD, self.weight_FD, self.bias_F, 1, self.activation)
+
+
+@dataclass(slots=True)
 class FeedForward:
-    gate_up: GateUp
+    gate_up: GateUp | Up
     down: RowLinear
 
     def __call__(self, x_TD: Tensor) -> Tensor:

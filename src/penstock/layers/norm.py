@@ -42,12 +42,13 @@ class Norm:
 class LayerNorm:
     ops: Ops
     weight_D: Tensor
-    bias_D: Tensor
+    bias_D: Tensor | None
     eps: float
 
     def __call__(self, residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        residual_TD = added(residual_TD, delta_TD)
-        return self.ops.layer_norm(residual_TD, self.weight_D, self.bias_D, self.eps), residual_TD
+        if delta_TD is None:
+            return self.ops.layer_norm(residual_TD, self.weight_D, self.bias_D, self.eps), residual_TD
+        return self.ops.add_norm(delta_TD, residual_TD, self.weight_D, self.eps, self.bias_D, centred=True)
 
 
 @dataclass(slots=True)
@@ -74,14 +75,10 @@ class Scaled:
 
 def not_normed(residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
     """The residual itself is the block's input (OLMo 2)."""
-    residual_TD = added(residual_TD, delta_TD)
+    if delta_TD is not None:
+        residual_TD = residual_TD + delta_TD  # rounded as it is stored
     return residual_TD, residual_TD
 
 
 def as_it_is(delta_TD: Tensor) -> Tensor:
     return delta_TD
-
-
-def added(residual_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
-    """Rounded as the residual is stored."""
-    return residual_TD if delta_TD is None else residual_TD + delta_TD

@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al. 2021), resolved at load into a table over absolute positions."""
+"""Positions: rotary embedding (Su et al. 2021), resolved at load into a table over absolute positions, and the slopes
+of linear biases."""
 
 from __future__ import annotations
 
@@ -32,6 +33,14 @@ def rope_table(rope: RopeSpec, head_dim: int, positions: int, placement: Placeme
         table_Pd[start : start + POSITIONS_AT_ONCE] = rows_Pd[: positions - start]
     torch.set_num_threads(threads)
     return table_Pd.to(placement.device)
+
+
+def alibi_slopes(heads: int, most: float, placement: Placement) -> Tensor:
+    """fp32 [N] (ALiBi, Press et al. 2021). 2^(-i most / n) for i = 1 .. n, n being the next power of two; where that is
+    more than there are heads, even i come first, and then as many odd ones as are needed."""
+    n = 1 << (heads - 1).bit_length()
+    order = range(1, n + 1) if n == heads else [*range(2, n + 1, 2), *range(1, n + 1, 2)]
+    return torch.tensor([2.0 ** (-i * most / n) for i in order[:heads]], device=placement.device)
 
 
 def inverse_frequencies(rope: RopeSpec, rotated: int) -> Tensor:

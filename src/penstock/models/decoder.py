@@ -1,4 +1,4 @@
-"""The decoder of every family: attention and gated feed-forward around a residual stream."""
+"""The decoder of every family: attention and feed-forward around a residual stream."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from penstock.layers import (
     KVLayer,
     SparseFeedForward,
     as_it_is,
+    not_normed,
 )
 from penstock.spec import ModelSpec
 
@@ -47,11 +48,16 @@ class Block:
 
 @dataclass(slots=True)
 class Decoder:
+    """Attributes:
+    embed_norm: what the first block reads of the embedding.
+    """
+
     spec: ModelSpec
     embedding: Embedding
     blocks: list[Block]
     norm: BlockInput
     head: Head
+    embed_norm: BlockInput = not_normed
 
     def forward(self, ids_T: Tensor, batch: Batch, kv: list[KVLayer]) -> tuple[Tensor, Tensor]:
         """Computes all rows of a step, writing their K and V.
@@ -63,7 +69,7 @@ class Decoder:
         Returns:
             (residual, delta), [T, D]: what ``hidden`` takes.
         """
-        residual_TD, delta_TD = self.embedding(ids_T), None
+        (residual_TD, _), delta_TD = self.embed_norm(self.embedding(ids_T), None), None
         for block, layer in zip(self.blocks, kv, strict=True):
             residual_TD, delta_TD = block(residual_TD, delta_TD, batch, layer)
         assert delta_TD is not None  # a ModelSpec has at least one layer

@@ -37,7 +37,9 @@ from penstock.layers import (
     Scaled,
     SharedExpert,
     SparseFeedForward,
+    Up,
     Weight,
+    alibi_slopes,
     as_it_is,
     decode_mxfp4,
     not_normed,
@@ -96,6 +98,7 @@ class _Builder:
     def __init__(self, tensors: Source, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack) -> None:
         self.tensors, self.spec, self.ops, self.placement, self.pack = tensors, spec, ops, placement, pack
         self.tables: dict[RopeSpec, Tensor] = {}
+        self.slopes_N = None if spec.alibi is None else alibi_slopes(spec.heads, spec.alibi, placement)
 
     def decoder(self) -> Decoder:
         spec, ops, slots = self.spec, self.ops, model_slots(self.spec)
@@ -110,6 +113,7 @@ class _Builder:
             blocks,
             self.before(slots, "norm"),
             Head(ops, head_VD, spec.logit_scale, spec.logit_softcap),
+            self.before(slots, "embed_norm"),
         )
 
     def block(self, layer: int, group: int) -> Block:
@@ -128,7 +132,7 @@ class _Builder:
         rope = spec.rope_of(layer)
         return Attention(
             ops=self.ops,
-            qkv=Linear(self.ops, *self.linear(slots, "qkv")),
+            qkv=Linear(self.ops, *self.linear(slots, "qkv", self.qkv_order())),
             out=RowLinear(self.ops, *self.linear(slots, "out"), slot_segments(spec, "out.weight")),
             norms=(self.norm_weight(slots, "q_norm"), self.norm_weight(slots, "k_norm")) if normed else None,
             eps=spec.norm_eps,
@@ -138,7 +142,14 @@ class _Builder:
             scale=spec.head_dim**-0.5 if spec.attn_scale is None else spec.attn_scale,
             softcap=spec.attn_softcap,
             sinks_N=self.fuse(slots, "sinks") if spec.sinks else None,
+            slopes_N=self.slopes_N,
         )
+
+    def qkv_order(self) -> Tensor | None:
+        """Of the checkpoint's rows, where they are not all of q, then k, then v."""
+        if not names_of(self.spec).per_head:
+            return None
+        return torch.arange(3 * self.spec.q_size).view(self.spec.heads, 3, -1).transpose(0, 1).flatten()
 
     def rope_table(self, rope: RopeSpec) -> Tensor:
         """One for all layers that embed positions alike."""
@@ -147,11 +158,11 @@ class _Builder:
         return self.tables[rope]
 
     def feed_forward(self, slots: Slots, of: str = "") -> FeedForward:
-        down = f"{of}down"
-        return FeedForward(
-            GateUp(self.ops, *self.linear(slots, f"{of}gate_up"), self.spec.activation),
-            RowLinear(self.ops, *self.linear(slots, down), slot_segments(self.spec, f"{down}.weight")),
-        )
+        down, ops, act = f"{of}down", self.ops, self.spec.activation
+        gated = f"{of}gate_up.weight" in slots
+        up = GateUp(ops, *self.linear(slots, f"{of}gate_up"), act) if gated else Up(ops, *self.linear(slots, "up"), act)
+        segments = slot_segments(self.spec, f"{down}.weight")
+        return FeedForward(up, RowLinear(ops, *self.linear(slots, down), segments))
 
     def sparse(self, slots: Slots, moe: MoESpec) -> SparseFeedForward:
         gate_up = self.experts(slots, "experts.gate_up", 2 * moe.ffn, paired=True)
@@ -199,8 +210,8 @@ class _Builder:
         if f"{slot}.weight" not in slots:
             return not_normed
         if self.spec.norm == "layer":
-            weight, bias = self.fuse(slots, f"{slot}.weight"), self.fuse(slots, f"{slot}.bias")
-            return LayerNorm(self.ops, weight, bias, self.spec.norm_eps)
+            bias = self.fuse(slots, f"{slot}.bias") if self.spec.norm_bias else None
+            return LayerNorm(self.ops, self.fuse(slots, f"{slot}.weight"), bias, self.spec.norm_eps)
         return Norm(self.ops, self.norm_weight(slots, f"{slot}.weight"), self.spec.norm_eps)
 
     def after(self, slots: Slots, slot: str) -> BlockOutput:
@@ -213,16 +224,20 @@ class _Builder:
         weight = self.fuse(slots, slot)
         return weight.float() + self.spec.norm_offset if self.spec.norm_offset else weight
 
-    def linear(self, slots: Slots, slot: str) -> tuple[Weight, Tensor | None]:
-        weight = self.matrix(slots, f"{slot}.weight")
-        return weight, self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
+    def linear(self, slots: Slots, slot: str, order: Tensor | None = None) -> tuple[Weight, Tensor | None]:
+        """``order``: of the checkpoint's rows."""
+        weight = self.matrix(slots, f"{slot}.weight", order=order)
+        bias = self.fuse(slots, f"{slot}.bias") if f"{slot}.bias" in slots else None
+        return weight, bias if bias is None or order is None else bias[order]
 
-    def matrix(self, slots: Slots, slot: str, rows: int | None = None) -> Weight:
+    def matrix(self, slots: Slots, slot: str, rows: int | None = None, order: Tensor | None = None) -> Weight:
         """A packed matrix, or a stack of those of ``rows`` each."""
         names = list(slots[slot])
 
         def source() -> Tensor | GroupedWeight:
             weight = self.tensors.weight(*names)
+            if order is not None:
+                weight = weight[order]
             return weight if rows is None else stack(weight, rows)
 
         return self.pack(slot, names[0], source)

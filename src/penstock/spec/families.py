@@ -16,13 +16,19 @@ every second, from the first; of those, the ones below ``max_window_layers``; al
 class Family:
     """Attributes:
     name: its ``model_type``.
+    names: its own keys for some of the common ones; of several the first that is there counts.
+    inner: an object of the configuration whose keys are read as ``inner.key``.
     defaults: values of absent keys, where transformers' configuration class differs from the common ones.
     fixed: keys that may only have this value, as no other is implemented; absent and null are fine.
     qkv_bias, o_bias, mlp_bias: a constant, or the config key that decides.
+    mlp_gate: the feed-forward is gated.
     mha: without ``num_key_value_heads`` there are as many as heads.
     window: see Pattern; ``gated``: windows are off unless ``use_sliding_window``.
     partial_rotary: ``partial_rotary_factor`` is honoured.
     local_rope: windowed layers have a rope of their own (``rope_local_base_freq``).
+    alibi: linear position biases in place of rope; ``alibi_bias_max`` is 8 where there is no such key.
+    norm_bias: of a LayerNorm.
+    embed_norm: the embedding is normalized.
     scaled_embedding: the embedding is multiplied by the square root of its width.
     expert_width: the key with the width of an expert; None for a dense family.
     normalized_router: the chosen experts' weights are divided by their sum; a constant, or the config key that decides.
@@ -30,19 +36,25 @@ class Family:
     """
 
     name: str
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inner: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
+    mlp_gate: bool = True
     qk_norm: Literal["none", "head", "all"] = "none"
     mha: bool = False
     window: Pattern = "none"
     gated: bool = False
     partial_rotary: bool = False
     local_rope: bool = False
+    alibi: bool = False
     activation: str = "hidden_act"
     norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = True
+    embed_norm: bool = False
     norm_offset: float = 0.0
     norm_place: Literal["pre", "post", "both"] = "pre"
     scaled_embedding: bool = False
@@ -146,6 +158,57 @@ FAMILIES: dict[str, Family] = {
         mha=True,
         partial_rotary=True,
         norm="layer",
+    ),
+    "MptForCausalLM": Family(
+        "mpt",
+        names={
+            "hidden_size": ("d_model", "hidden_size"),
+            "num_attention_heads": ("n_heads", "num_attention_heads"),
+            "num_key_value_heads": ("n_heads", "num_attention_heads"),
+            "num_hidden_layers": ("n_layers", "num_hidden_layers"),
+            "max_position_embeddings": ("max_seq_len",),
+            "layer_norm_eps": ("layer_norm_epsilon",),
+            "alibi_bias_max": ("attn_config.alibi_bias_max",),
+            "attn_scale": ("attn_config.softmax_scale",),
+        },
+        inner="attn_config",
+        defaults={"max_seq_len": 2048, "hidden_act": "gelu", "tie_word_embeddings": True},
+        fixed={
+            "attn_config.alibi": True,
+            "attn_config.attn_type": "multihead_attention",
+            "attn_config.clip_qkv": None,
+            "attn_config.qk_ln": False,
+            "attn_config.prefix_lm": False,
+            "attn_config.attn_uses_sequence_id": False,
+            "no_bias": True,
+            "logit_scale": None,
+            "norm_type": "low_precision_layernorm",
+        },
+        alibi=True,
+        mlp_gate=False,
+        norm="layer",
+        norm_bias=False,
+    ),
+    "BloomForCausalLM": Family(
+        "bloom",
+        names={
+            "hidden_size": ("n_embed", "hidden_size"),
+            "intermediate_size": ("n_inner",),
+            "num_attention_heads": ("n_head", "num_attention_heads"),
+            "num_key_value_heads": ("n_head", "num_attention_heads"),
+            "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+            "max_position_embeddings": ("seq_length",),
+            "layer_norm_eps": ("layer_norm_epsilon",),
+        },
+        defaults={"seq_length": 2048, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        fixed={"apply_residual_connection_post_layernorm": False},
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        alibi=True,
+        mlp_gate=False,
+        norm="layer",
+        embed_norm=True,
     ),
     "Qwen2MoeForCausalLM": Family(
         "qwen2_moe",

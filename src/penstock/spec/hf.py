@@ -17,7 +17,7 @@ from penstock.formats import read_json_object
 from penstock.spec.compressed import METHOD, check_compressed
 from penstock.spec.families import FAMILIES, Family
 from penstock.spec.fields import Fields, bad_config, unsupported
-from penstock.spec.model import Activation, Dtype, ModelSpec, MoESpec
+from penstock.spec.model import Activation, Dtype, ModelSpec, MoESpec, RopeSpec
 from penstock.spec.rope import read_rope
 
 MAX_WINDOW = 1 << 31
@@ -61,7 +61,7 @@ def model_spec(config: Mapping[str, Any], also: Collection[str] = ()) -> ModelSp
             missing, of the wrong type, out of range or contradicts another.
     """
     family = _family(config, also)
-    fields = Fields(dict(family.defaults) | _text_config(config, family))
+    fields = Fields(dict(family.defaults) | _text_config(config, family), names=family.names)
     packed = _packed(fields, family)
     if others := {key: only for key, only in family.fixed.items() if fields.get(key, only) != only}:
         said = " and ".join(f"{key} = {repr(fields.get(key))[:80]}" for key in others)
@@ -75,13 +75,13 @@ def model_spec(config: Mapping[str, Any], also: Collection[str] = ()) -> ModelSp
         raise bad_config("num_key_value_heads", kv_heads, f"it must divide num_attention_heads, which is {heads}")
     layers = fields.integer("num_hidden_layers", 1, 1 << 12)
     unrotated = _unrotated(fields, layers) if family.name == "smollm3" else ()
-    rope, local_rope, max_positions = read_rope(fields, family, head_dim)
+    rope, local_rope, max_positions = _positions(fields, family, head_dim)
     eps = "layer_norm_eps" if family.norm == "layer" else "rms_norm_eps"
     return ModelSpec(
         family=family.name,
         vocab_size=fields.integer("vocab_size", 1, 1 << 24),
         hidden=hidden,
-        ffn=fields.integer("intermediate_size", 1, 1 << 22),
+        ffn=_ffn(fields, family, hidden),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -93,13 +93,17 @@ def model_spec(config: Mapping[str, Any], also: Collection[str] = ()) -> ModelSp
         qkv_bias=fields.flag_or_key(family.qkv_bias),
         o_bias=fields.flag_or_key(family.o_bias),
         mlp_bias=fields.flag_or_key(family.mlp_bias),
+        mlp_gate=family.mlp_gate,
         qk_norm=family.qk_norm,
         tied=fields.flag("tie_word_embeddings", default="tie_word_embeddings" in family.defaults)
         or is_headless(config),
         dtype=_dtype(fields),
         local_rope=local_rope,
         unrotated=unrotated,
+        alibi=fields.number("alibi_bias_max", 0.0, 64.0, default=8.0) if family.alibi else None,
         norm=family.norm,
+        norm_bias=family.norm_bias,
+        embed_norm=family.embed_norm,
         norm_offset=family.norm_offset,
         norm_place=family.norm_place,
         sinks=family.sinks,
@@ -156,6 +160,11 @@ def unknown_architecture(name: str, implemented: Sequence[str]) -> ModelFormatEr
 
 
 def _text_config(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    if family.inner is not None:
+        inner = config.get(family.inner) or {}
+        if not isinstance(inner, Mapping):
+            raise bad_config(family.inner, inner, "it must be an object")
+        return dict(config) | {f"{family.inner}.{key}": value for key, value in inner.items()}
     if family.text_config is None:
         return dict(config)
     inner = config.get(family.text_config)
@@ -186,8 +195,21 @@ def _packed(fields: Fields, family: Family) -> bool:
 def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
     head_dim = fields.integer("head_dim", 1, 1024, default=None if hidden % heads else hidden // heads)
     if head_dim % 2:
-        raise bad_config("head_dim", head_dim, "rotary embedding needs an even head_dim")
+        raise bad_config("head_dim", head_dim, "the kernels need an even head_dim")
     return head_dim
+
+
+def _ffn(fields: Fields, family: Family, hidden: int) -> int:
+    if family.name == "mpt":
+        return hidden * fields.integer("expansion_ratio", 1, 64, default=4)
+    return fields.integer("intermediate_size", 1, 1 << 22, default=4 * hidden if family.name == "bloom" else None)
+
+
+def _positions(fields: Fields, family: Family, head_dim: int) -> tuple[RopeSpec, RopeSpec | None, int]:
+    """As ``read_rope``. Without a rope contexts end where fp32 no longer counts in ones."""
+    if family.alibi:
+        return RopeSpec(), None, fields.integer("max_position_embeddings", 1, 1 << 24)
+    return read_rope(fields, family, head_dim)
 
 
 def _unrotated(fields: Fields, layers: int) -> tuple[int, ...]:
@@ -266,6 +288,8 @@ def _scales(fields: Fields, family: Family, hidden: int) -> dict[str, Any]:
             "residual_scale": fields.number("residual_multiplier", 0.0, 1e6, default=1.0),
             "logit_scale": 1.0 / fields.number("logits_scaling", 0.0, 1e6, default=1.0),
         }
+    if family.name == "mpt" and fields.get("attn_scale") is not None:
+        return {"attn_scale": fields.number("attn_scale", 0.0, 1e6)}
     scales: dict[str, Any] = {"embed_scale": hidden**0.5} if family.scaled_embedding else {}
     if family.norm_place == "both":  # Gemma 2 and 3
         scales["attn_scale"] = fields.number("query_pre_attn_scalar", 0.0, 1e6) ** -0.5

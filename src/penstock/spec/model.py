@@ -107,7 +107,7 @@ class ModelSpec:
 
     Attributes:
         family: registered name of the architecture, such as "llama".
-        hidden, ffn: widths of the residual stream and of the gated feed-forward.
+        hidden, ffn: widths of the residual stream and of the feed-forward, which is gated unless ``mlp_gate`` is false.
         windows: attention window of each layer, None for full attention; its length is the layer count.
         max_positions: longest context the checkpoint was made for, rope scaling included.
         qkv_bias, o_bias, mlp_bias: whether these linears add a bias.
@@ -116,12 +116,15 @@ class ModelSpec:
         dtype: of the weights as stored.
         rope: of full-attention layers, and of windowed ones too unless ``local_rope`` is set (Gemma 3).
         unrotated: layers without any position embedding (SmolLM 3).
-        norm: RMSNorm, or LayerNorm with weight and bias.
+        alibi: instead of rope, scores fall with the distance of their key, in each head by a slope of its own, from
+            2^(-alibi / heads) to 2^-alibi (Press et al. 2021); None for a model with rope.
+        norm: RMSNorm, or LayerNorm, with a bias if ``norm_bias``.
         norm_offset: added to every norm weight (Gemma: 1).
         norm_place: "pre" normalizes what a block reads; "post" what it adds (OLMo 2); "both" (Gemma 2).
         attn_scale: factor of the scores; head_dim^-0.5 by default.
         attn_softcap, logit_softcap: x becomes cap * tanh(x / cap) (Gemma 2).
         sinks: each head has a learned logit that takes part in the softmax and has no value (gpt-oss).
+        embed_norm: the embedding is normalized before the first block (BLOOM).
         embed_scale, residual_scale, logit_scale: factors of the embedding, of what each block adds, of the logits.
         moe: sparse feed-forward layers.
     """
@@ -141,18 +144,22 @@ class ModelSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    mlp_gate: bool = True
     qk_norm: Literal["none", "head", "all"] = "none"
     tied: bool = False
     dtype: Dtype = "bfloat16"
     local_rope: RopeSpec | None = None
     unrotated: tuple[int, ...] = ()
+    alibi: float | None = None
     norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = True
     norm_offset: float = 0.0
     norm_place: Literal["pre", "post", "both"] = "pre"
     attn_scale: float | None = None
     attn_softcap: float | None = None
     logit_softcap: float | None = None
     sinks: bool = False
+    embed_norm: bool = False
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -172,7 +179,7 @@ class ModelSpec:
 
     def rope_of(self, layer: int) -> RopeSpec | None:
         """How a layer embeds positions; None if it does not."""
-        if layer in self.unrotated:
+        if layer in self.unrotated or self.alibi is not None:
             return None
         return self.rope if self.windows[layer] is None else self.local_rope or self.rope
 

@@ -37,7 +37,7 @@ FORMATS: dict[Quantization, WeightFormat | None] = {"none": None, "int8": Weight
 OUTER = ("embedding", "head")
 """With int4 they have 8 bits: an error of theirs reaches the logits as it is. With 4 they made half of the bundled
 model's divergence; GGUF's 4-bit mixtures keep them finer too."""
-OUTER_MODULES = ("embed_tokens", "lm_head")
+OUTER_MODULES = ("embed_tokens", "wte", "word_embeddings", "lm_head")
 
 PLAIN = ("router.", "shared.gate.")
 """Linears that stay as they are: a few outputs that decide for whole layers."""

@@ -33,11 +33,12 @@ def active_parameters(spec: ModelSpec) -> int:
 
 def weight_bytes(spec: ModelSpec, dtype: Dtype, quantization: Quantization = "none") -> int:
     """Resident weights, those of norms with an offset in fp32, and the rope tables (fp32 cos and sin of every
-    position)."""
+    position) or slopes."""
     ropes = {rope for layer in range(spec.layers) if (rope := spec.rope_of(layer))}
     tables = sum(spec.max_positions * (rope.dims or spec.head_dim) * 4 for rope in ropes)
+    slopes = 0 if spec.alibi is None else spec.heads * 4
     widened = _norm_parameters(spec) * (4 - DTYPE_BYTES[dtype]) if spec.norm_offset else 0
-    plain = parameters(spec) * DTYPE_BYTES[dtype] + widened + tables
+    plain = parameters(spec) * DTYPE_BYTES[dtype] + widened + tables + slopes
     return plain if quantization == "none" else plain - _saved_bytes(_unpacked(spec), DTYPE_BYTES[dtype], quantization)
 
 

@@ -6,7 +6,8 @@ one below the other in the order of the list.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from penstock.base.segments import ffn_segments, sum_segments
 from penstock.spec.model import ModelSpec
@@ -25,7 +26,10 @@ class Names:
 
     Attributes:
         model, head: prefix of all but the head, and the head.
-        qkv: inside ``self_attn``; ``gate_up``, ``down``: of a feed-forward and of each expert.
+        embedding, embed_norm, norm, layers: the modules below it.
+        norms: of a layer, where they are not _NORMS; ``attention``: prefix of what is around them.
+        qkv, out: inside the attention; ``gate_up``, ``down``: of a feed-forward and of each expert.
+        per_head: rows of q, k and v lie together head by head, not q of all heads, then k, then v.
         mlp, sparse: prefixes of a dense and of a sparse feed-forward; ``router`` is inside the latter.
         stacked: each of the experts' linears is one tensor [experts, in, out], with gate and up in turn.
         ignored: prefixes of what is not the decoder's.
@@ -34,7 +38,15 @@ class Names:
 
     model: str = "model."
     head: str = "lm_head"
+    embedding: str = "embed_tokens"
+    embed_norm: str = ""
+    norm: str = "norm"
+    layers: str = "layers."
+    norms: Mapping[str, str] = field(default_factory=dict)
+    attention: str = "self_attn."
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    per_head: bool = False
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
     mlp: str = "mlp."
@@ -54,6 +66,31 @@ class Names:
 
 _NAMES = {
     "phi3": Names(qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+    "mpt": Names(
+        model="transformer.",
+        embedding="wte",
+        norm="norm_f",
+        layers="blocks.",
+        norms={"attention_norm": "norm_1", "ffn_norm": "norm_2"},
+        attention="attn.",
+        qkv=("Wqkv",),
+        out="out_proj",
+        mlp="ffn.",
+        gate_up=("up_proj",),
+    ),
+    "bloom": Names(
+        model="transformer.",
+        embedding="word_embeddings",
+        embed_norm="word_embeddings_layernorm",
+        norm="ln_f",
+        layers="h.",
+        attention="self_attention.",
+        qkv=("query_key_value",),
+        out="dense",
+        per_head=True,
+        gate_up=("dense_h_to_4h",),
+        down="dense_4h_to_h",
+    ),
     "mixtral": Names(sparse="block_sparse_moe.", gate_up=("w1", "w3"), down="w2"),
     "gpt_oss": Names(router="router", stacked=True),
     "gemma3": Names(
@@ -110,8 +147,10 @@ def slot_segments(spec: ModelSpec, slot: str) -> int:
 def model_slots(spec: ModelSpec) -> Slots:
     """Slots outside the layers."""
     names = names_of(spec)
-    slots: Slots = {"embedding": {f"{names.model}embed_tokens.weight": (spec.vocab_size, spec.hidden)}}
-    slots |= _norm(spec, "norm", f"{names.model}norm")
+    slots: Slots = {"embedding": {f"{names.model}{names.embedding}.weight": (spec.vocab_size, spec.hidden)}}
+    if spec.embed_norm:
+        slots |= _norm(spec, "embed_norm", names.model + names.embed_norm)
+    slots |= _norm(spec, "norm", names.model + names.norm)
     if not spec.tied:
         slots["head"] = {f"{names.head}.weight": (spec.vocab_size, spec.hidden)}
     return slots
@@ -120,22 +159,23 @@ def model_slots(spec: ModelSpec) -> Slots:
 def layer_slots(spec: ModelSpec, layer: int) -> Slots:
     """Slots of one layer."""
     names = names_of(spec)
-    prefix = f"{names.model}layers.{layer}."
+    prefix = f"{names.model}{names.layers}{layer}."
     slots: Slots = {}
-    for slot, name in _NORMS[spec.norm_place].items():
+    for slot, name in (names.norms or _NORMS[spec.norm_place]).items():
         slots |= _norm(spec, slot, prefix + name)
-    slots |= _attention(spec, names, f"{prefix}self_attn.")
+    slots |= _attention(spec, names, prefix + names.attention)
     if spec.moe is not None and spec.moe.layers[layer]:
         return slots | _sparse(spec, names, prefix + names.sparse)
-    mlp, gate_up = prefix + names.mlp, (spec.ffn, spec.ffn)
-    slots |= _linear("gate_up", [mlp + name for name in names.gate_up], gate_up, spec.hidden, spec.mlp_bias)
+    mlp, up = prefix + names.mlp, "gate_up" if spec.mlp_gate else "up"
+    rows = (spec.ffn, spec.ffn) if spec.mlp_gate else (spec.ffn,)
+    slots |= _linear(up, [mlp + name for name in names.gate_up], rows, spec.hidden, spec.mlp_bias)
     return slots | _linear("down", [mlp + names.down], (spec.hidden,), spec.ffn, spec.mlp_bias)
 
 
 def _attention(spec: ModelSpec, names: Names, prefix: str) -> Slots:
     rows = (spec.q_size, spec.kv_size, spec.kv_size)
     slots = _linear("qkv", [prefix + name for name in names.qkv], rows, spec.hidden, spec.qkv_bias)
-    slots |= _linear("out", [f"{prefix}o_proj"], (spec.hidden,), spec.q_size, spec.o_bias)
+    slots |= _linear("out", [prefix + names.out], (spec.hidden,), spec.q_size, spec.o_bias)
     if spec.qk_norm != "none":
         widths = (spec.head_dim,) * 2 if spec.qk_norm == "head" else (spec.q_size, spec.kv_size)
         for name, width in zip(("q_norm", "k_norm"), widths, strict=True):
@@ -170,7 +210,7 @@ def _sparse(spec: ModelSpec, names: Names, prefix: str) -> Slots:
 
 
 def _norm(spec: ModelSpec, slot: str, name: str) -> Slots:
-    kinds = ("weight", "bias") if spec.norm == "layer" else ("weight",)
+    kinds = ("weight", "bias") if spec.norm == "layer" and spec.norm_bias else ("weight",)
     return {f"{slot}.{kind}": {f"{name}.{kind}": (spec.hidden,)} for kind in kinds}
 
 

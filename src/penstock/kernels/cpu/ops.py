@@ -72,9 +72,18 @@ class CpuOps:
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
         return _norm(x_TD, None, weight_D, bias_D, eps, centred=True)
 
-    def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self,
+        delta_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        bias_D: Tensor | None = None,
+        *,
+        centred: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         residual_TD = residual_TD.contiguous()
-        return _norm(delta_TD, residual_TD, weight_D, None, eps, centred=False), residual_TD
+        return _norm(delta_TD, residual_TD, weight_D, bias_D, eps, centred=centred), residual_TD
 
     def linear(
         self,
@@ -139,9 +148,10 @@ class CpuOps:
         scale: float,
         softcap: float | None = None,
         sinks_N: Tensor | None = None,
+        slopes_N: Tensor | None = None,
     ) -> Tensor:
         sinks_N = None if sinks_N is None else sinks_N.float()
-        return _attention(q_TNd, kv, batch, group, scale, window or 0, softcap or 0.0, sinks_N)
+        return _attention(q_TNd, kv, batch, group, scale, window or 0, softcap or 0.0, sinks_N, slopes_N)
 
     def attend_whole(self, qkv_TC: Tensor, heads: int, row_starts: Sequence[int], scale: float) -> Tensor:
         """Through a cache of its own, where each sequence starts a block."""
@@ -301,21 +311,11 @@ def _norm(
     share_threads()
     x_TD, (rows, width) = x_TD.contiguous(), x_TD.shape
     _same(x_TD, x_TD.dtype, residual_TD)
-    _same(x_TD, torch.float32 if weight_D.dtype == torch.float32 else x_TD.dtype, weight_D, bias_D)
+    wide = weight_D.dtype == torch.float32
+    _same(x_TD, torch.float32 if wide else x_TD.dtype, weight_D, bias_D)
     out_TD = torch.empty_like(x_TD)
-    _native.norm(
-        x_TD.data_ptr(),
-        _address(residual_TD),
-        weight_D.data_ptr(),
-        _address(bias_D),
-        weight_D.dtype == torch.float32,
-        centred,
-        out_TD.data_ptr(),
-        rows,
-        width,
-        eps,
-        DTYPES[x_TD.dtype],
-    )
+    places = (x_TD.data_ptr(), _address(residual_TD), weight_D.data_ptr(), _address(bias_D))
+    _native.norm(*places, wide, centred, out_TD.data_ptr(), rows, width, eps, DTYPES[x_TD.dtype])
     return out_TD
 
 
@@ -366,18 +366,18 @@ def _attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks_N: Tensor | None = None,
+    slopes_N: Tensor | None = None,
     *,
     whole: bool = False,
 ) -> Tensor:
     share_threads()
     q_TNd, (rows, heads, head_dim), tables_RM = q_TNd.contiguous(), q_TNd.shape, batch.groups[group].tables_RM
     _same(q_TNd, torch.int32, tables_RM)
+    _same(q_TNd, torch.float32, sinks_N, slopes_N)
     out_TC = q_TNd.new_empty(rows, heads * head_dim)
+    places = (q_TNd.data_ptr(), *_pools(kv, q_TNd), out_TC.data_ptr(), tables_RM.data_ptr())
     _native.attention(
-        q_TNd.data_ptr(),
-        *_pools(kv, q_TNd),
-        out_TC.data_ptr(),
-        tables_RM.data_ptr(),
+        *places,
         tables_RM.shape[1],
         batch.block_size,
         batch.row_starts_R1.data_ptr(),
@@ -391,6 +391,7 @@ def _attention(
         scale,
         softcap,
         _address(sinks_N),
+        _address(slopes_N),
         DTYPES[q_TNd.dtype],
     )
     return out_TC

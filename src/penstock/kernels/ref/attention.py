@@ -21,11 +21,12 @@ class Row(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """What becomes of q k^T: a factor, then a cap; and the logits of keys that have no value."""
+    """What becomes of q k^T: a factor, a cap, slopes over the distance; and the logits of keys that have no value."""
 
     scale: float
     softcap: float | None = None
     sinks_N: Tensor | None = None
+    slopes_N: Tensor | None = None
 
 
 class Partial(NamedTuple):
@@ -57,7 +58,8 @@ def attend_segment(q_Hgd: Tensor, kv: KVLayer, row: Row, segment: int, scoring: 
     block_size = kv.k_PBHd.shape[1]
     positions_n = torch.arange(first, last + 1, device=row.table_M.device)
     slots_n = row.table_M[positions_n // block_size] * block_size + positions_n % block_size
-    return attend_keys(q_Hgd, *(flat(pool)[slots_n] for pool in kv.pools()), scoring=scoring)
+    distances_n = positions_n - row.last
+    return attend_keys(q_Hgd, *(flat(pool)[slots_n] for pool in kv.pools()), scoring=scoring, distances_n=distances_n)
 
 
 def attend_keys(
@@ -68,6 +70,7 @@ def attend_keys(
     v_scales_nH: Tensor | None = None,
     *,
     scoring: Scoring,
+    distances_n: Tensor | None = None,
 ) -> Partial:
     k_Hnd = k_nHd.float().transpose(0, 1)
     v_Hdn = v_nHd.float().permute(1, 2, 0).contiguous()
@@ -77,6 +80,8 @@ def attend_keys(
     scores_Hgn = scores_Hgn * scoring.scale
     if scoring.softcap is not None:
         scores_Hgn = scoring.softcap * torch.tanh(scores_Hgn / scoring.softcap)
+    if scoring.slopes_N is not None and distances_n is not None:
+        scores_Hgn = scores_Hgn + scoring.slopes_N.view(*q_Hgd.shape[:2], 1) * distances_n.float()
     top_Hg = scores_Hgn.amax(-1)
     weights_Hgn = torch.exp(scores_Hgn - top_Hg.unsqueeze(-1))
     weight_Hg = weights_Hgn.sum(-1)

@@ -49,8 +49,19 @@ class RefOps:
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
         return each_row(lambda x_D: layer_norm(x_D.float(), weight_D, bias_D, eps).to(x_TD.dtype), x_TD)
 
-    def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self,
+        delta_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        bias_D: Tensor | None = None,
+        *,
+        centred: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         sum_TD = (residual_TD.float() + delta_TD.float()).to(residual_TD.dtype)
+        if centred:
+            return self.layer_norm(sum_TD, weight_D, bias_D, eps), sum_TD
         return self.norm(sum_TD, weight_D, eps), sum_TD
 
     def linear(
@@ -109,8 +120,9 @@ class RefOps:
         scale: float,
         softcap: float | None = None,
         sinks_N: Tensor | None = None,
+        slopes_N: Tensor | None = None,
     ) -> Tensor:
-        tables_RM, scoring = batch.groups[group].tables_RM, Scoring(scale, softcap, sinks_N)
+        tables_RM, scoring = batch.groups[group].tables_RM, Scoring(scale, softcap, sinks_N, slopes_N)
         out = []
         for request, (start, end) in enumerate(pairwise(batch.row_starts)):
             for row in range(start, end):

@@ -51,7 +51,19 @@ class TorchOps:
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
         return F.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
 
-    def add_norm(self, delta_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self,
+        delta_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        bias_D: Tensor | None = None,
+        *,
+        centred: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        if centred:
+            residual_TD.add_(delta_TD)
+            return self.layer_norm(residual_TD, weight_D, bias_D, eps), residual_TD
         out_TD = torch.empty_like(residual_TD)
         for rows in tiles(out_TD):
             sum_tD = residual_TD[rows].add_(delta_TD[rows])
@@ -113,12 +125,13 @@ class TorchOps:
         scale: float,
         softcap: float | None = None,
         sinks_N: Tensor | None = None,
+        slopes_N: Tensor | None = None,
     ) -> Tensor:
         notes = batch.groups[group]
         if notes.plan is None:
             notes.plan = make_plan(batch, notes.tables_RM, window, kv)
         assert isinstance(notes.plan, GroupPlan)
-        return attend(q_TNd, kv, notes.plan, Scoring(scale, softcap, sinks_N))
+        return attend(q_TNd, kv, notes.plan, Scoring(scale, softcap, sinks_N, slopes_N))
 
     def attend_whole(self, qkv_TC: Tensor, heads: int, row_starts: Sequence[int], scale: float) -> Tensor:
         return attend_whole(qkv_TC, heads, row_starts, scale)

@@ -1,4 +1,4 @@
-"""Attention with its scores written out, for models whose caps and sinks the library's attention does not know."""
+"""Attention with its scores written out, for caps, sinks and slopes, which the library's attention does not know."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ SCORES_AT_ONCE = 1 << 24
 
 
 class Scoring(NamedTuple):
-    """What becomes of q k^T: a factor, then a cap; and the logits of keys that have no value."""
+    """What becomes of q k^T: a factor, a cap, slopes over the distance; and the logits of keys that have no value."""
 
     scale: float
     softcap: float | None
     sinks_N: Tensor | None
+    slopes_N: Tensor | None
 
     @property
     def plain(self) -> bool:
-        return self.softcap is None and self.sinks_N is None
+        return self.softcap is None and self.sinks_N is None and self.slopes_N is None
 
 
 def scored(
@@ -38,12 +39,20 @@ def scored(
         scores = (q_bHgpd.flatten(2, 3).float() @ k_bHdn).mul_(scoring.scale).view(b, heads, g, -1, keys)
         if scoring.softcap is not None:
             scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
-        if mask_tn is not None:
-            mask_pn = mask_tn if mask_tn.shape[-2] == 1 else mask_tn[..., start : start + piece, :]
+        mask_pn = mask_tn if mask_tn is None or mask_tn.shape[-2] == 1 else mask_tn[..., start : start + piece, :]
+        if scoring.slopes_N is not None:
+            scores.addcmul_(scoring.slopes_N.view(heads, g, 1, 1), _distances(keys, mask_pn, scores.device))
+        if mask_pn is not None:
             scores.masked_fill_(~mask_pn, float("-inf"))
         total = _exp_(scores, scoring.sinks_N)
         out_bHgtd[:, :, :, start : start + piece] = (scores.flatten(2, 3) @ v_bHnd).view_as(q_bHgpd) / total
     return out_bHgtd
+
+
+def _distances(keys: int, mask_pn: Tensor | None, device: torch.device) -> Tensor:
+    """fp32, of each key from its row's own, which is the last that the row sees."""
+    at_n = torch.arange(keys, dtype=torch.float32, device=device)
+    return at_n - (keys - 1 if mask_pn is None else at_n.where(mask_pn, 0).amax(-1, keepdim=True))
 
 
 def _exp_(scores_bHgpn: Tensor, sinks_N: Tensor | None) -> Tensor:
