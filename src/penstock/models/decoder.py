@@ -75,10 +75,10 @@ class Decoder:
         assert delta_TD is not None  # a ModelSpec has at least one layer
         return residual_TD, delta_TD
 
-    def hidden(self, residual_TD: Tensor, delta_TD: Tensor, rows_R: Tensor) -> Tensor:
-        """Final hidden states [R, D] of the rows ``rows_R`` (int64), as stored, final norm applied."""
-        residual_RD, delta_RD = residual_TD[rows_R], delta_TD[rows_R]
-        if not len(rows_R):  # a chunk of a prompt: its K and V are all that was wanted
+    def hidden(self, residual_TD: Tensor, delta_TD: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        """Final hidden states [R, D] of the rows ``rows_R`` (int64) or all, as stored, final norm applied."""
+        residual_RD, delta_RD = (x_TD if rows_R is None else x_TD[rows_R] for x_TD in (residual_TD, delta_TD))
+        if not len(residual_RD):  # a chunk of a prompt: its K and V are all that was wanted
             return residual_RD
         hidden_RD, _ = self.norm(residual_RD, delta_RD)
         return hidden_RD

@@ -100,9 +100,10 @@ class Runner:
         started = time.perf_counter()
         self._apply(plan)
         step = self.inputs.build(plan.slices)
-        rows_R, extras = step.out_rows_R, self.reporter.wanted(plan.slices, step.batch.row_starts)
+        rows_R = step.out_rows_R if len(step.draws) < len(step.ids_T) else None
+        extras = self.reporter.wanted(plan.slices, step.batch.row_starts)
         if extras is not None:
-            rows_R = torch.cat((rows_R, torch.tensor(extras.rows, dtype=rows_R.dtype, device=rows_R.device)))
+            rows_R = torch.cat((step.out_rows_R, step.out_rows_R.new_tensor(extras.rows)))
         hidden_RD = self.decoder.hidden(*self.forward(step.ids_T, step.batch), rows_R)
         pending = PendingStep(len(plan.slices), step, None, None, extras, started)
         if draws := len(step.draws):
