@@ -26,16 +26,23 @@ class BlockOutput(Protocol):
 
 @dataclass(slots=True)
 class Norm:
-    """RMSNorm."""
+    """RMSNorm, or none: then the residual itself is the block's input (OLMo 2).
+
+    Attributes:
+        scale: factor of what a block adds (Granite).
+    """
 
     ops: Ops
-    weight_D: Tensor
+    weight_D: Tensor | None
     eps: float
+    scale: float = 1.0
 
     def __call__(self, residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        if delta_TD is None:
-            return self.ops.norm(residual_TD, self.weight_D, self.eps), residual_TD
-        return self.ops.add_norm(delta_TD, residual_TD, self.weight_D, self.eps)
+        if delta_TD is not None:
+            return self.ops.add_norm(delta_TD, residual_TD, self.weight_D, self.eps, self.scale)
+        if self.weight_D is None:
+            return residual_TD, residual_TD
+        return self.ops.norm(residual_TD, self.weight_D, self.eps), residual_TD
 
 
 @dataclass(slots=True)
@@ -44,9 +51,11 @@ class LayerNorm:
     weight_D: Tensor
     bias_D: Tensor
     eps: float
+    scale: float = 1.0
 
     def __call__(self, residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        residual_TD = added(residual_TD, delta_TD)
+        if delta_TD is not None:
+            _, residual_TD = self.ops.add_norm(delta_TD, residual_TD, None, self.eps, self.scale)
         return self.ops.layer_norm(residual_TD, self.weight_D, self.bias_D, self.eps), residual_TD
 
 
@@ -62,26 +71,5 @@ class NormAfter:
         return self.ops.norm(delta_TD, self.weight_D, self.eps)
 
 
-@dataclass(slots=True)
-class Scaled:
-    """A factor on what a block adds (Granite), rounded as it is stored."""
-
-    factor: float
-
-    def __call__(self, delta_TD: Tensor) -> Tensor:
-        return delta_TD * self.factor
-
-
-def not_normed(residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The residual itself is the block's input (OLMo 2)."""
-    residual_TD = added(residual_TD, delta_TD)
-    return residual_TD, residual_TD
-
-
 def as_it_is(delta_TD: Tensor) -> Tensor:
     return delta_TD
-
-
-def added(residual_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
-    """Rounded as the residual is stored."""
-    return residual_TD if delta_TD is None else residual_TD + delta_TD
