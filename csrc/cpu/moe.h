@@ -103,7 +103,9 @@ void some_experts(const Experts& a, int64_t first, int64_t rows) {
         if (a.shared) open = splat(1) + exp(splat(0) - splat(value((const T*)a.gates + first + row)));
         for (int64_t i = 0; i < width; i += LANES) {
             int64_t n = width - i;
-            auto weighted = [&](int64_t slot) { return splat(weights[slot]) * load_upto(m.out.data() + places[slot] * width + i, n); };
+            auto weighted = [&](int64_t slot) {
+                return splat(weights[slot]) * load_upto(m.out.data() + places[slot] * width + i, n);
+            };
             F total = weighted(0);
             for (int64_t slot = 1; slot < a.active; slot++) total = total + weighted(slot);
             if (a.shared) total = as_stored<T>(total) + load_upto((const T*)a.shared + at + i, n) / open;

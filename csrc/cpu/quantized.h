@@ -357,7 +357,8 @@ void grouped_linears_of(const Linear* products, int64_t count) {
         int64_t at = row * groups;
         return CodeRows{m.codes.data() + row * stride, m.scales.data() + at, m.offsets.data() + at, m.totals.data() + at, stride, groups};
     };
-    auto compute = any.format.bits == 8 ? all_outputs<T, GroupedPanel<8>, decltype(rows_at)> : all_outputs<T, GroupedPanel<4>, decltype(rows_at)>;
+    using At = decltype(rows_at);
+    auto compute = any.format.bits == 8 ? all_outputs<T, GroupedPanel<8>, At> : all_outputs<T, GroupedPanel<4>, At>;
     compute(products, count, any.inputs, rows_at);
 }
 

@@ -24,13 +24,13 @@ if native():
     from penstock.kernels.cpu.capture import MOST_ROWS, Captured
 
 CPU = torch.device("cpu")
-GROUPS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+IN_GROUPS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 KINDS = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "num_hidden_layers": 3},
     "granite": {"embedding_multiplier": 3.3, "residual_multiplier": 0.22},
-    "qwen2_moe": GROUPS
+    "qwen2_moe": IN_GROUPS
     | {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3, "mlp_only_layers": []},
-    "qwen3_moe": GROUPS | {"moe_intermediate_size": 40, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3},
+    "qwen3_moe": IN_GROUPS | {"moe_intermediate_size": 40, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3},
 }
 """What random configurations leave to chance: two KV groups, factors, experts of small integers, and experts whose
 second linear stays plain."""
