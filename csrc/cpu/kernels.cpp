@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "draw.h"
 #include "linear.h"
+#include "moe.h"
 #include "quantize.h"
 #include "quantized.h"
 #include "rows.h"
@@ -37,10 +38,7 @@ void quantize(const Plain& a, Dtype dtype) {
     by_dtype(dtype, [&](auto t) { quantize_of<decltype(t)>(a); });
 }
 void linear(const Linear& a, Dtype dtype) {
-    by_dtype(dtype, [&](auto t) {
-        using T = decltype(t);
-        a.format.bits ? grouped_linear_of<T>(a) : linear_of<T>(a);
-    });
+    by_dtype(dtype, [&](auto t) { linears_of<decltype(t)>(&a, 1); });
 }
 void norm(const Norm& a, Dtype dtype) {
     by_dtype(dtype, [&](auto t) { norm_of<decltype(t)>(a); });
@@ -55,6 +53,11 @@ void attention(const Attention& a, Dtype dtype) {
     });
 }
 
+void route(const Route& a) { route_rows(a); }
+void experts(const Experts& a, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) { experts_of<decltype(t)>(a); });
+}
+
 void draw(const Draws& a) { draw_rows(a); }
 
 }  // namespace
@@ -62,6 +65,6 @@ void draw(const Draws& a) { draw_rows(a); }
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)
 extern const Table table;
-const Table table{NAME(PENSTOCK_ISA), pack, quantize, pack_grouped, embed, linear, norm, heads, attention, draw};
+const Table table{NAME(PENSTOCK_ISA), pack, quantize, pack_grouped, embed, linear, norm, heads, attention, route, experts, draw};
 
 }  // namespace penstock::PENSTOCK_ISA

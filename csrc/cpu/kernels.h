@@ -50,6 +50,7 @@ struct Embed {
     void* out;           // [T, D]
     int64_t rows, outputs, inputs;
     Format format;
+    float factor;  // of every number, rounded again
 };
 
 struct Linear {
@@ -68,12 +69,12 @@ struct Linear {
 struct Norm {
     const void* x;   // [T, D]
     void* residual;  // null, or [T, D]: x is added to it, and the sum is normed
-    const void *weight, *bias;  // bias may be null
+    const void *weight, *bias;  // null weight: nothing is normed; bias may be null
     bool wide_weight;           // weight and bias are fp32
     bool centred;               // LayerNorm: the mean is taken away first
     void* out;
     int64_t rows, width;
-    float eps;
+    float eps, factor;  // factor: of x before it is added, rounded
 };
 
 struct Heads {
@@ -105,6 +106,28 @@ struct Attention {
     const float *sinks, *slopes;  // [N] or null; slopes not with ``whole``
 };
 
+// The experts of each row and their weights.
+struct Route {
+    const float* logits;  // [T, E]
+    int64_t* chosen;      // [T, A], the largest logits in descending order
+    float* weights;       // [T, A]
+    int64_t rows, experts, active;
+    bool normalize;  // weights are divided by the sum of the chosen, not of all
+};
+
+struct Experts {
+    const void* x;                       // [T, D]
+    const int64_t* chosen;               // [T, A]
+    const float* weights;                // [T, A]
+    const void *gate_up, *gate_up_bias;  // [E, 2 F, D], packed; [E, 2 F] or null
+    const void *down, *down_bias;        // [E, D, F], packed; [E, D] or null
+    const void *shared, *gates;          // null, or [T, D] and [T]: what every row uses, as far as its gate lets it
+    void* out;                           // [T, D]
+    int64_t rows, active, experts, width, inner;
+    Activation activation;
+    Format gate_up_format, down_format;
+};
+
 // How a row's token is drawn. What is off: min_gap = -inf, top_p = inf, top_k = size; temperature 0 is greedy. ``ruled``: not
 // 0 if rules may have made logits -inf.
 struct DrawLimits {
@@ -133,6 +156,8 @@ struct Table {
     void (*norm)(const Norm&, Dtype);
     void (*heads)(const Heads&, Dtype);
     void (*attention)(const Attention&, Dtype);
+    void (*route)(const Route&);
+    void (*experts)(const Experts&, Dtype);
     void (*draw)(const Draws&);
 };
 

@@ -485,23 +485,29 @@ void lay(const Linear& a, Vector<T>& out) {
 }
 #endif
 
-// All outputs, shared out among the threads. ``rows_at(row)`` are the rows of x from ``row`` on, ``row_bytes`` one of them.
+// All outputs of products that differ in their weights and rows alone, shared out among the threads. ``rows_at(a, row)`` are
+// the rows of a product's x from ``row`` on, ``row_bytes`` one of them.
 template <class T, class Panel, class RowsAt>
-void all_outputs(const Linear& a, int64_t row_bytes, const RowsAt& rows_at) {
+void all_outputs(const Linear* products, int64_t count, int64_t row_bytes, const RowsAt& rows_at) {
     constexpr bool tiled = std::is_same_v<Panel, PanelOf<bf16>>;
-    int64_t group_size = a.gated ? PANEL : 2 * PANEL, outputs = a.gated ? a.outputs / 2 : a.outputs;
-    int64_t groups = (outputs + group_size - 1) / group_size;
-    int64_t tall = std::max<int64_t>(BLOCK, ROWS_BYTES / row_bytes / BLOCK * BLOCK);
-    int64_t stacks = (a.rows + tall - 1) / tall;
+    int64_t outputs = products->gated ? products->outputs / 2 : products->outputs;
+    int64_t group_size = products->gated ? PANEL : 2 * PANEL, groups = (outputs + group_size - 1) / group_size;
+    int64_t tall = std::max<int64_t>(BLOCK, ROWS_BYTES / row_bytes / BLOCK * BLOCK), stacks = 0;
+    auto stacks_of = [&](const Linear& a) { return (a.rows + tall - 1) / tall; };
+    for (int64_t i = 0; i < count; i++) stacks += stacks_of(products[i]);
     // Enough items to share them out evenly, and few enough not to count.
-    int64_t at_once = std::max<int64_t>(1, groups * stacks / (threads() * (a.rows > BLOCK ? 16 : 32)));
+    int64_t at_once = std::max<int64_t>(1, groups * stacks / (threads() * (products->rows > BLOCK ? 16 : 32)));
     int64_t lots = (groups + at_once - 1) / at_once;
-    // Few rows leave the weights to be read from memory, and long runs of it are read fastest.
-    int64_t deep = a.rows > BLOCK ? DEEPEST : a.inputs;
     parallel(stacks * lots, [&](int64_t item, int) {
+        int64_t stack = item / lots;
+        const Linear* product = products;
+        for (; stack >= stacks_of(*product); product++) stack -= stacks_of(*product);
+        const Linear& a = *product;
         static thread_local Vector<float> memory;
         memory.resize((size_t)(2 * TOGETHER * a.segments * SIZE));
-        int64_t first_row = item / lots * tall, last_row = std::min(first_row + tall, a.rows);
+        // Few rows leave the weights to be read from memory, and long runs of it are read fastest.
+        int64_t deep = a.rows > BLOCK ? DEEPEST : a.inputs;
+        int64_t first_row = stack * tall, last_row = std::min(first_row + tall, a.rows);
         int64_t first = item % lots * at_once, last = std::min(first + at_once, groups);
         for (int64_t row = first_row; row < last_row; row += BLOCK) {
             int rows = (int)std::min<int64_t>(BLOCK, last_row - row);
@@ -510,8 +516,8 @@ void all_outputs(const Linear& a, int64_t row_bytes, const RowsAt& rows_at) {
             if (tiled && (row == first_row || rows < BLOCK)) configure(std::min(rows, 16), rows - std::min(rows, 16));
 #endif
             for (int64_t group = first; group < last; group += TOGETHER) {
-                int count = (int)std::min<int64_t>(TOGETHER, last - group);
-                some_outputs<T, Panel>(a, rows_at(row), row, rows, group, count, deep, memory.data());
+                int few = (int)std::min<int64_t>(TOGETHER, last - group);
+                some_outputs<T, Panel>(a, rows_at(a, row), row, rows, group, few, deep, memory.data());
             }
         }
 #if defined(__AMX_BF16__)
@@ -521,20 +527,30 @@ void all_outputs(const Linear& a, int64_t row_bytes, const RowsAt& rows_at) {
 }
 
 template <class T>
-void linear_of(const Linear& a) {
-    int64_t row_bytes = a.inputs * (int64_t)sizeof(T);
-    auto as_it_is = [&](int64_t row) { return Rows<T>{(const T*)a.x + row * a.inputs, a.inputs, 1}; };
+void plain_linears_of(const Linear* products, int64_t count) {
+    int64_t row_bytes = products->inputs * (int64_t)sizeof(T);
 #if defined(__AMX_BF16__)
     // Rows a power of two apart fall into few sets of the first-level cache: many rows are laid side by side first.
-    if (std::is_same_v<T, bf16> && a.rows > BLOCK && a.inputs / a.segments % DEEP == 0) {
-        static thread_local Vector<T> tiles;
+    static thread_local Vector<T> tiles;
+    static thread_local Vector<Linear> others;
+    others.clear();
+    for (int64_t i = 0; i < count; i++) {
+        const Linear& a = products[i];
+        if (!std::is_same_v<T, bf16> || a.rows <= BLOCK || a.inputs / a.segments % DEEP) {
+            others.push_back(a);
+            continue;
+        }
         lay(a, tiles);
         const T* laid = tiles.data();
-        return all_outputs<T, PanelOf<T>>(
-            a, row_bytes, [&](int64_t row) { return Rows<T>{laid + row * a.inputs, DEEP, BLOCK}; });
+        all_outputs<T, PanelOf<T>>(
+            &a, 1, row_bytes, [&](const Linear&, int64_t row) { return Rows<T>{laid + row * a.inputs, DEEP, BLOCK}; });
     }
+    products = others.data(), count = (int64_t)others.size();
+    if (!count) return;
 #endif
-    all_outputs<T, PanelOf<T>>(a, row_bytes, as_it_is);
+    all_outputs<T, PanelOf<T>>(products, count, row_bytes, [](const Linear& a, int64_t row) {
+        return Rows<T>{(const T*)a.x + row * a.inputs, a.inputs, 1};
+    });
 }
 
 inline int64_t packed_at(int64_t lane, int64_t k, int width, int64_t inputs, bool pairs) {
@@ -559,6 +575,13 @@ void pack_of(T* weight, int64_t outputs, int64_t inputs) {
 }
 
 template <class T>
+INLINE void scale_row(T* row, int64_t width, float factor) {
+    for (int64_t i = 0; factor != 1 && i < width; i += LANES) {
+        store_upto(row + i, load_upto(row + i, width - i) * splat(factor), width - i);
+    }
+}
+
+template <class T>
 void embed_of(const Embed& a) {
     constexpr bool pairs = sizeof(T) == 2;
     parallel(a.rows, [&](int64_t row, int) {
@@ -567,6 +590,7 @@ void embed_of(const Embed& a) {
         const T* panel = (const T*)a.table + first * a.inputs;
         T* out = (T*)a.out + row * a.inputs;
         for (int64_t k = 0; k < a.inputs; k++) out[k] = panel[packed_at(a.ids[row] - first, k, width, a.inputs, pairs)];
+        scale_row(out, a.inputs, a.factor);
     });
 }
 

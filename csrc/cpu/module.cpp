@@ -101,6 +101,8 @@ void run(const Call<Linear>& call) { kernels().linear(call.args, call.dtype); }
 void run(const Call<Norm>& call) { kernels().norm(call.args, call.dtype); }
 void run(const Call<Heads>& call) { kernels().heads(call.args, call.dtype); }
 void run(const Call<Attention>& call) { kernels().attention(call.args, call.dtype); }
+void run(const Call<Route>& call) { kernels().route(call.args); }
+void run(const Call<Experts>& call) { kernels().experts(call.args, call.dtype); }
 
 thread_local Tape* tape = nullptr;  // what this thread runs is noted on it
 void forget(Tape* gone) {
@@ -122,8 +124,8 @@ auto runs_and_notes(Call<Args> (*make)(Given...)) {
 }
 
 Call<Embed> embed(Address table, Address ids, Address out, int64_t rows, int64_t outputs, int64_t inputs, int bits, int group,
-                  int dtype) {
-    return {{at(table), at<int64_t>(ids), at(out), rows, outputs, inputs, {bits, group}}, (Dtype)dtype};
+                  float factor, int dtype) {
+    return {{at(table), at<int64_t>(ids), at(out), rows, outputs, inputs, {bits, group}, factor}, (Dtype)dtype};
 }
 Call<Linear> linear(Address x, Address weight, Address bias, Address out, int64_t rows, int64_t outputs, int64_t inputs,
                     int segments, int activation, bool gated, bool wide, int bits, int group, int dtype) {
@@ -132,8 +134,8 @@ Call<Linear> linear(Address x, Address weight, Address bias, Address out, int64_
             (Dtype)dtype};
 }
 Call<Norm> norm(Address x, Address residual, Address weight, Address bias, bool wide_weight, bool centred, Address out,
-                int64_t rows, int64_t width, float eps, int dtype) {
-    return {{at(x), at(residual), at(weight), at(bias), wide_weight, centred, at(out), rows, width, eps}, (Dtype)dtype};
+                int64_t rows, int64_t width, float eps, float factor, int dtype) {
+    return {{at(x), at(residual), at(weight), at(bias), wide_weight, centred, at(out), rows, width, eps, factor}, (Dtype)dtype};
 }
 Call<Heads> heads(Address qkv, Address q_weight, Address k_weight, bool wide_weight, bool whole_row, Address rope, int64_t half,
                   Address positions, Address slots, Address q, Address k_pool, Address v_pool, Address k_scales,
@@ -151,6 +153,18 @@ Call<Attention> attention(Address q, Address k_pool, Address v_pool, Address k_s
     return {{at(q), at(k_pool), at(v_pool), at(k_scales), at(v_scales), at(out), at<int32_t>(tables), columns, block_size,
              at<int64_t>(starts), at<int64_t>(contexts), requests, heads, kv_heads, width, window, whole, scale, softcap,
              at<float>(sinks), at<float>(slopes)},
+            (Dtype)dtype};
+}
+Call<Route> route(Address logits, Address chosen, Address weights, int64_t rows, int64_t experts, int64_t active, bool normalize) {
+    return {{at<float>(logits), at<int64_t>(chosen), at<float>(weights), rows, experts, active, normalize}, Dtype::f32};
+}
+Call<Experts> experts(Address x, Address chosen, Address weights, Address gate_up, Address gate_up_bias, Address down,
+                      Address down_bias, Address shared, Address gates, Address out, int64_t rows, int64_t active,
+                      int64_t experts, int64_t width, int64_t inner, int activation, int gate_up_bits, int gate_up_group,
+                      int down_bits, int down_group, int dtype) {
+    return {{at(x), at<int64_t>(chosen), at<float>(weights), at(gate_up), at(gate_up_bias), at(down), at(down_bias), at(shared),
+             at(gates), at(out), rows, active, experts, width, inner, (Activation)activation, {gate_up_bits, gate_up_group},
+             {down_bits, down_group}},
             (Dtype)dtype};
 }
 
@@ -194,6 +208,8 @@ NB_MODULE(_native, m) {
     m.def("norm", runs_and_notes(norm), Free());
     m.def("heads", runs_and_notes(heads), Free());
     m.def("attention", runs_and_notes(attention), Free());
+    m.def("route", runs_and_notes(route), Free());
+    m.def("experts", runs_and_notes(experts), Free());
 
     m.def("draw", [](Address logits, Address limits, Address sites, Address tokens, int64_t rows, int64_t size) {
         kernels().draw({at<float>(logits), at<DrawLimits>(limits), at<DrawSite>(sites), at<int64_t>(tokens), rows, size});

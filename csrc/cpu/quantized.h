@@ -330,12 +330,17 @@ struct CodeMemory {
 
 constexpr int64_t CODED_AT_ONCE = 1 << 14;  // numbers worth a thread
 
+// Products whose rows of x follow one another.
 template <class T>
-void grouped_linear_of(const Linear& a) {
+void grouped_linears_of(const Linear* products, int64_t count) {
     static thread_local CodeMemory memory;  // the caller's; other threads read it
-    int64_t group = a.format.group, groups = a.inputs / group, scales = a.rows * groups;
-    int64_t stride = a.inputs + 64;  // rows a power of two apart would fall into few sets of the first-level cache
-    if ((int64_t)memory.codes.size() < a.rows * stride) memory.codes.resize((size_t)(a.rows * stride));
+    const Linear& any = *products;
+    const T* x = (const T*)any.x;
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; i++) rows += products[i].rows;
+    int64_t group = any.format.group, groups = any.inputs / group, scales = rows * groups;
+    int64_t stride = any.inputs + 64;  // rows a power of two apart would fall into few sets of the first-level cache
+    if ((int64_t)memory.codes.size() < rows * stride) memory.codes.resize((size_t)(rows * stride));
     if ((int64_t)memory.scales.size() < scales) {
         memory.scales.resize((size_t)scales);
         memory.offsets.resize((size_t)scales);
@@ -347,7 +352,7 @@ void grouped_linear_of(const Linear& a) {
         for (int64_t i = first; i < last; i++) {
             int8_t* codes = m.codes.data() + i / groups * stride + i % groups * GROUP;
             size_t n = (size_t)i;
-            code_group<GROUP>((const T*)a.x + i * GROUP, codes, m.scales[n], m.offsets[n], m.totals[n]);
+            code_group<GROUP>(x + i * GROUP, codes, m.scales[n], m.offsets[n], m.totals[n]);
         }
     };
     parallel((scales + at_once - 1) / at_once, [&](int64_t item, int) {
@@ -356,11 +361,19 @@ void grouped_linear_of(const Linear& a) {
         if (group == 64) return code.template operator()<64>(first, last);
         code.template operator()<MAX_GROUP>(first, last);
     });
-    auto rows_at = [&](int64_t row) {
+    auto rows_at = [&](const Linear& a, int64_t row) {
+        row += ((const T*)a.x - x) / a.inputs;
         int64_t at = row * groups;
         return CodeRows{m.codes.data() + row * stride, m.scales.data() + at, m.offsets.data() + at, m.totals.data() + at, stride, groups};
     };
-    a.format.bits == 8 ? all_outputs<T, GroupedPanel<8>>(a, a.inputs, rows_at) : all_outputs<T, GroupedPanel<4>>(a, a.inputs, rows_at);
+    using At = decltype(rows_at);
+    auto compute = any.format.bits == 8 ? all_outputs<T, GroupedPanel<8>, At> : all_outputs<T, GroupedPanel<4>, At>;
+    compute(products, count, any.inputs, rows_at);
+}
+
+template <class T>
+void linears_of(const Linear* products, int64_t count) {
+    products->format.bits ? grouped_linears_of<T>(products, count) : plain_linears_of<T>(products, count);
 }
 
 // Where the code of a lane and input of a group stands, and by how much it is shifted.
@@ -417,6 +430,7 @@ void grouped_embed_of(const Embed& a) {
                 store((T*)a.out + row * a.inputs + g * a.format.group + k, load(numbers + k) * factor);
             }
         }
+        scale_row((T*)a.out + row * a.inputs, a.inputs, a.factor);
     });
 }
 

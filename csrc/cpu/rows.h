@@ -59,6 +59,13 @@ void each_row(int64_t rows, int64_t width, const Work& work) {
 }
 
 template <class T>
+INLINE F as_stored(F v) {
+    T numbers[LANES];
+    store(numbers, v);
+    return load(numbers);
+}
+
+template <class T>
 void norm_of(const Norm& a) {
     each_row(a.rows, a.width, [&](int64_t row, float* numbers) {
         const T* x = (const T*)a.x + row * a.width;
@@ -68,11 +75,13 @@ void norm_of(const Norm& a) {
             int64_t n = a.width - i;
             F v = load_upto(x + i, n);
             if (residual) {
+                if (a.factor != 1) v = as_stored<T>(v * splat(a.factor));
                 store_upto(residual + i, load_upto(residual + i, n) + v, n);
                 v = load_upto(residual + i, n);  // as stored
             }
             store_upto(numbers + i, v, n);
         }
+        if (!a.weight) return;
         if (a.centred) centre(numbers, a.width);
         rms_norm<T>(numbers, a.weight, a.wide_weight, a.width, a.eps);
         for (int64_t i = 0; a.bias && i < a.width; i += LANES) {

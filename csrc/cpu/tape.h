@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <map>
+#include <type_traits>
 #include <variant>
 #include <vector>
 
@@ -17,7 +18,7 @@ struct Call {
     Args args;
     Dtype dtype;
 };
-using AnyCall = std::variant<Call<Embed>, Call<Linear>, Call<Norm>, Call<Heads>, Call<Attention>>;
+using AnyCall = std::variant<Call<Embed>, Call<Linear>, Call<Norm>, Call<Heads>, Call<Attention>, Call<Route>, Call<Experts>>;
 
 // What changes from step to step. Of each KV group: slots, block tables and their columns.
 struct Step {
@@ -44,7 +45,7 @@ template <class See>
 void passed_on(Norm& a, Dtype dtype, const See& see) {
     see(a.x, a.width * bytes_of(dtype), true, false);
     if (a.residual) see(a.residual, a.width * bytes_of(dtype), true, true);
-    see(a.out, a.width * bytes_of(dtype), false, true);
+    if (a.out) see(a.out, a.width * bytes_of(dtype), false, true);
 }
 template <class See>
 void passed_on(Heads& a, Dtype dtype, const See& see) {
@@ -56,11 +57,26 @@ void passed_on(Attention& a, Dtype dtype, const See& see) {
     see(a.q, a.heads * a.width * bytes_of(dtype), true, false);
     see(a.out, a.heads * a.width * bytes_of(dtype), false, true);
 }
+template <class See>
+void passed_on(Route& a, Dtype, const See& see) {
+    see(a.logits, a.experts * 4, true, false);
+    see(a.chosen, a.active * 8, false, true);
+    see(a.weights, a.active * 4, false, true);
+}
+template <class See>
+void passed_on(Experts& a, Dtype dtype, const See& see) {
+    see(a.x, a.width * bytes_of(dtype), true, false);
+    see(a.chosen, a.active * 8, true, false);
+    see(a.weights, a.active * 4, true, false);
+    if (a.shared) see(a.shared, a.width * bytes_of(dtype), true, false);
+    if (a.shared) see(a.gates, bytes_of(dtype), true, false);
+    see(a.out, a.width * bytes_of(dtype), false, true);
+}
 
 // What of a call is the step's. KV groups are told apart by the slots or tables that they had when the tape was made.
+template <class Args>
+void take_step(Args& a, const Step&, const Step& now) { a.rows = now.rows; }
 inline void take_step(Embed& a, const Step&, const Step& now) { a.rows = now.rows, a.ids = now.ids; }
-inline void take_step(Linear& a, const Step&, const Step& now) { a.rows = now.rows; }
-inline void take_step(Norm& a, const Step&, const Step& now) { a.rows = now.rows; }
 inline void take_step(Heads& a, const Step& then, const Step& now) {
     a.rows = now.rows, a.positions = now.positions;
     for (size_t g = 0; g < now.slots.size(); g++) {
@@ -81,9 +97,9 @@ inline void take_step(Attention& a, const Step& then, const Step& now) {
 }
 
 // Whether a call was made for this step and no other.
+template <class Args>
+bool is_of(const Args& a, const Step& step) { return a.rows == step.rows; }
 inline bool is_of(const Embed& a, const Step& step) { return a.rows == step.rows && a.ids == step.ids; }
-inline bool is_of(const Linear& a, const Step& step) { return a.rows == step.rows; }
-inline bool is_of(const Norm& a, const Step& step) { return a.rows == step.rows; }
 inline bool is_of(const Heads& a, const Step& step) {
     bool found = std::find(step.slots.begin(), step.slots.end(), a.slots) != step.slots.end();
     return found && a.rows == step.rows && a.positions == step.positions;
@@ -141,7 +157,7 @@ public:
         size_t next = 0;
         each_value([&](size_t, const void* address, int64_t, bool read, bool, auto& pointer) {
             if (!read) current[address] = next++;
-            pointer = memory + values_[current[address]].offset;
+            pointer = (std::remove_reference_t<decltype(pointer)>)(memory + values_[current[address]].offset);
         });
     }
 

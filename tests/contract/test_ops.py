@@ -46,12 +46,17 @@ def _inner(s: Shape) -> Widths:
     return [(s.ffn, s.hidden), (s.ffn,)]
 
 
-def _add_norm(ops, x, w):  # type: ignore[no-untyped-def]
-    return torch.cat(ops.add_norm(*(half.contiguous() for half in x.chunk(2, -1)), w, EPS), -1)
+def _add_norm(ops, x, w, scale=1.0):  # type: ignore[no-untyped-def]
+    return torch.cat(ops.add_norm(*(half.contiguous() for half in x.chunk(2, -1)), w, EPS, scale), -1)
+
+
+def _sum(x: Tensor, scale: float) -> Tensor:
+    delta, residual = x.chunk(2, -1)
+    return residual + scale * delta
 
 
 def _add_centred(ops, x, w, b):  # type: ignore[no-untyped-def]
-    return torch.cat(ops.add_norm(*(half.contiguous() for half in x.chunk(2, -1)), w, EPS, b, centred=True), -1)
+    return torch.cat(ops.add_norm(*(half.contiguous() for half in x.chunk(2, -1)), w, EPS, 1.0, b, centred=True), -1)
 
 
 def _rms(x: Tensor, w: Tensor) -> Tensor:
@@ -88,6 +93,18 @@ ROW_OPS: dict[str, RowOp] = {
         lambda s: [(s.hidden,), (s.hidden,)],
         _add_centred,
         lambda x, w, b: torch.cat((F.layer_norm(sum(x.chunk(2, -1)), w.shape, w, b, EPS), sum(x.chunk(2, -1))), -1),
+    ),
+    "add_norm of a part": RowOp(
+        lambda s: 2 * s.hidden,
+        _vector,
+        lambda ops, x, w: _add_norm(ops, x, w, 0.22),
+        lambda x, w: torch.cat((_rms(_sum(x, 0.22), w), _sum(x, 0.22)), -1),
+    ),
+    "add_norm without norm": RowOp(
+        lambda s: 2 * s.hidden,
+        lambda _: [],
+        lambda ops, x: _add_norm(ops, x, None, 1.7),
+        lambda x: torch.cat((_sum(x, 1.7), _sum(x, 1.7)), -1),
     ),
     "linear": RowOp(
         _hidden,
@@ -237,12 +254,24 @@ def test_add_norm_reads_the_sum_as_stored(place: Place) -> None:
     assert torch.equal(residual, one) and torch.equal(normed, one)
 
 
+def test_add_norm_adds_the_product_as_stored(place: Place) -> None:
+    """(1 + 2^-7) * (1 + 2^-8) is 1 + 2^-6 in bfloat16; with all of its bits the sum would be one unit larger."""
+    ops, device = place
+    one = torch.ones(1, 64, dtype=torch.bfloat16, device=device)
+    _, total = ops.add_norm(one * (1 + 2**-7), one * (3 * 2**-9), None, 0.0, 1 + 2**-8)
+    product = ((1 + 2**-7) * (1 + 2**-8) * one.float()).bfloat16()
+    assert torch.equal(total, (product.float() + 3 * 2**-9).bfloat16())
+    assert not torch.equal(total, (one.float() * ((1 + 2**-7) * (1 + 2**-8) + 3 * 2**-9)).bfloat16())
+
+
 def test_embed(place: Place) -> None:
     ops, device = place
     for dtype in DTYPES:
         table_VD = torch.randn(21, 7, device=device).to(dtype)
         ids_T = torch.tensor([3, 20, 3], device=device)
-        assert torch.equal(ops.embed(ids_T, *packed(ops, table_VD), table_VD.dtype), table_VD[ids_T])
+        for scale in (1.0, 7.3):
+            rows_TD = ops.embed(ids_T, *packed(ops, table_VD), table_VD.dtype, scale)
+            assert torch.equal(rows_TD, table_VD[ids_T] * scale)
 
 
 @pytest.mark.parametrize(("units", "segments"), [(1, 1), (14, 2), (8, 8), (12, 4), (96, 8), (7, 1), (40, 8)])

@@ -91,9 +91,11 @@ def test_embedding_rows(form: tuple[int, int], ops: Ops) -> None:
     _, table = rows_and_weight(form, 1)
     ids_T = torch.tensor([0, 15, 16, 99, 99, 3])
     for dtype in (torch.float32, torch.bfloat16):
-        ours = ops.embed(ids_T, ops.pack(table), dtype)
-        assert torch.equal(ours, make_ops("ref").embed(ids_T, table, dtype))
-        assert torch.equal(ours, table.widened()[ids_T].to(dtype))
+        rows_TD = table.widened()[ids_T].to(dtype)
+        for scale in (1.0, 7.3):
+            ours = ops.embed(ids_T, ops.pack(table), dtype, scale)
+            assert torch.equal(ours, make_ops("ref").embed(ids_T, table, dtype, scale))
+            assert torch.equal(ours, rows_TD * scale)
 
 
 def test_experts(form: tuple[int, int], ops: Ops) -> None:

@@ -116,6 +116,34 @@ def test_expert_bits(backend: str) -> None:
             assert all(torch.equal(a, b[rows]) for a, b in zip(run(rows), expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_many_rows(dtype: torch.dtype) -> None:
+    """More rows than are routed together, and more of one expert than fit a block of its product."""
+    if "cpu" not in EXACT:
+        pytest.skip("installed without a compiler")
+    ops, rows, weights = make_ops("cpu"), 1100, expert_weights(dtype, bias=True)
+    gate_up, down = packed(ops, weights["gate_up_E2FD"], weights["down_EDF"])
+    args = (gate_up, weights["gate_up_bias_E2F"], down, weights["down_bias_ED"], "silu")
+    x_TD, chosen_TA, weights_TA = torch.randn(rows, D).to(dtype), choices(rows, random.Random(2)), torch.rand(rows, A)
+    shared = (torch.randn(rows, D).to(dtype), torch.randn(rows, 1).to(dtype))
+    whole = ops.experts(x_TD, chosen_TA, weights_TA, *args, shared)  # type: ignore[arg-type]
+    for row in (0, 31, 32, 700, 1023, 1024, rows - 1):
+        own, y, gate = (part[row : row + 1] for part in (weights_TA, *shared))
+        alone = ops.experts(x_TD[row : row + 1], chosen_TA[row : row + 1], own, *args, (y, gate))  # type: ignore[arg-type]
+        assert torch.equal(alone[0], whole[row]), row
+
+
+def test_logits_that_are_no_numbers(place: Place) -> None:
+    """They are chosen first, in the order of ids, and spoil the weights."""
+    ops, device = place
+    x_TD, weight_ED = torch.randn(9, D), torch.randn(E, D)
+    weight_ED[2], weight_ED[4] = float("nan"), float("nan")
+    expected_TA, _ = make_ops("ref").route(x_TD, weight_ED, None, A, True)
+    chosen_TA, weights_TA = ops.route(*on(device, x_TD, *packed(ops, weight_ED), None), A, True)
+    assert torch.equal(chosen_TA.cpu(), expected_TA) and (expected_TA[:, :2] == torch.tensor([2, 4])).all()
+    assert weights_TA.isnan().all()
+
+
 def test_slots_add_in_order(place: Place) -> None:
     """2^30 + 1 - 2^30 is 0 in fp32 in this order and 1 in another: the slots' order is the sum's."""
     ops, device = place

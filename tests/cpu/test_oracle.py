@@ -289,7 +289,7 @@ def qk_norm_off(reference: Reference, ops: Ops) -> Decoder:
 def norm_order(reference: Reference, ops: Ops) -> Decoder:
     """Normalizes what is added, not the sum."""
 
-    def add_norm(delta: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+    def add_norm(delta: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, _: float) -> Any:
         total = residual + ops.norm(delta, weight, eps)
         return total, total
 

@@ -23,12 +23,17 @@ LARGEST = 2 << 20
 NAMES: dict[str, list[str]] = {
     "pack": "*weight outputs inputs dtype".split(),
     "pack_grouped": "*codes *scales *zeros *out outputs inputs bits group".split(),
-    "embed": "*table *ids *out rows outputs inputs bits group dtype".split(),
+    "embed": "*table *ids *out rows outputs inputs bits group ~factor dtype".split(),
     "linear": ("*x *weight *bias *out rows outputs inputs segments activation gated wide bits group dtype".split()),
-    "norm": "*x *residual *weight *bias wide_weight centred *out rows width ~eps dtype".split(),
+    "norm": "*x *residual *weight *bias wide_weight centred *out rows width ~eps ~factor dtype".split(),
     "heads": (
         "*qkv *q_weight *k_weight wide_weight whole_row *rope half *positions *slots *q *k_pool *v_pool *k_scales"
         " *v_scales rows heads kv_heads width block_size ~eps dtype".split()
+    ),
+    "route": "*logits *chosen *weights rows experts active normalize".split(),
+    "experts": (
+        "*x *chosen *weights *gate_up *gate_up_bias *down *down_bias *shared *gates *out rows active experts width"
+        " inner activation gate_up_bits gate_up_group down_bits down_group dtype".split()
     ),
     "draw": "*logits *limits *sites *tokens rows size".split(),
     "attention": (
@@ -36,39 +41,56 @@ NAMES: dict[str, list[str]] = {
         " kv_heads width window whole ~scale ~softcap *sinks *slopes dtype".split()
     ),
 }
-WRITTEN = {"weight": ("pack",), "out": None, "residual": None, "tokens": None, "q": ("heads",)} | dict.fromkeys(
-    ("k_pool", "v_pool", "k_scales", "v_scales"), ("heads",)
-)
+WRITTEN = {"weight": ("pack",), "out": None, "residual": None, "tokens": None, "q": ("heads",)}
+WRITTEN |= dict.fromkeys(("chosen", "weights"), ("route",))
+WRITTEN |= dict.fromkeys(("k_pool", "v_pool", "k_scales", "v_scales"), ("heads",))
 
 
 def int64s(address: int, count: int) -> tuple[int, ...]:
     return struct.unpack(f"<{count}q", ctypes.string_at(address, 8 * count))
 
 
+def matrix_bytes(outputs: int, inputs: int, bits: int, group: int, each: int) -> int:
+    """Of a packed weight; ``each`` number of a plain one."""
+    return -(-outputs // PANEL) * _native.panel_bytes(inputs, bits, group) if bits else outputs * inputs * each
+
+
 def sizes(call: str, a: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Bytes, and type of the elements, of each buffer."""
     dtype = a.get("dtype", RAW)
     one, n, k, rows = BYTES.get(dtype, 1), a.get("outputs", 0), a.get("inputs", 0), a.get("rows", 0)
-    panels = -(-n // PANEL) * _native.panel_bytes(k, a["bits"], a["group"]) if a.get("bits") else 0
+    matrix = matrix_bytes(n, k, a.get("bits", 0), a.get("group", 0), one)
     groups = n * k // a["group"] if a.get("bits") else 0
     match call:
         case "pack":
             return {"weight": (n * k * one, dtype)}
         case "embed":
-            return {"table": (panels or n * k * one, RAW), "ids": (8 * rows, RAW), "out": (rows * k * one, dtype)}
+            return {"table": (matrix, RAW), "ids": (8 * rows, RAW), "out": (rows * k * one, dtype)}
         case "draw":
             return {"logits": (4 * rows * a["size"], 0), "limits": (32 * rows, RAW), "sites": (40 * rows, RAW)} | {
                 "tokens": (8 * rows, RAW)
             }
         case "pack_grouped":
-            return {"codes": (n * k, RAW), "scales": (2 * groups, RAW), "zeros": (groups, RAW), "out": (panels, RAW)}
+            return {"codes": (n * k, RAW), "scales": (2 * groups, RAW), "zeros": (groups, RAW), "out": (matrix, RAW)}
         case "linear":
             columns, out = n // 2 if a["gated"] else n, (4, 0) if a["wide"] else (one, dtype)
-            found = {"x": (rows * k * one, dtype), "weight": (panels or n * k * one, RAW), "bias": (n * one, dtype)}
+            found = {"x": (rows * k * one, dtype), "weight": (matrix, RAW), "bias": (n * one, dtype)}
             return found | {"out": (rows * columns * out[0], out[1])}
         case "norm":
             row, weight = (rows * a["width"] * one, dtype), (a["width"] * (4 if a["wide_weight"] else one), RAW)
             return {"x": row, "residual": row, "out": row, "weight": weight, "bias": weight}
+        case "route":
+            slots = rows * a["active"]
+            return {"logits": (rows * a["experts"] * 4, 0), "chosen": (slots * 8, RAW), "weights": (slots * 4, 0)}
+        case "experts":
+            row, slots = (rows * a["width"] * one, dtype), rows * a["active"]
+            count, width, inner = a["experts"], a["width"], a["inner"]
+            up = count * matrix_bytes(2 * inner, width, a["gate_up_bits"], a["gate_up_group"], one)
+            down = count * matrix_bytes(width, inner, a["down_bits"], a["down_group"], one)
+            found = {"x": row, "out": row, "shared": row, "gates": (rows * one, dtype)}
+            found |= {"gate_up": (up, RAW), "gate_up_bias": (count * 2 * inner * one, dtype), "down": (down, RAW)}
+            found |= {"down_bias": (count * width * one, dtype)}
+            return found | {"chosen": (slots * 8, RAW), "weights": (slots * 4, 0)}
     d, kv, size, stored = a["width"], a["kv_heads"], a["block_size"], 1 if a["k_scales"] else one
     if call == "heads":
         slots = int64s(a["slots"], rows)

@@ -98,7 +98,7 @@ void run(Call& c) {
         struct { void* w; int64_t outputs, inputs; } a{p(), n(), n()};
         kernels.pack(a.w, a.outputs, a.inputs, dtype);
     } else if (c.name == "embed") {
-        Embed a{p(), c.at<int64_t>(), p(), n(), n(), n(), {(int)n(), (int)n()}};
+        Embed a{p(), c.at<int64_t>(), p(), n(), n(), n(), {(int)n(), (int)n()}, c.real()};
         kernels.embed(a, dtype);
     } else if (c.name == "draw") {
         Draws a{c.at<float>(), c.at<DrawLimits>(), c.at<DrawSite>(), c.at<int64_t>(), n(), n()};
@@ -111,9 +111,16 @@ void run(Call& c) {
         Linear a{p(), p(), p(), p(), n(), n(), n(), (int)n(), (Activation)n(), n() != 0, n() != 0, {(int)n(), (int)n()}};
         kernels.linear(a, dtype);
     } else if (c.name == "norm") {
-        struct { void *x, *residual, *weight, *bias; bool wide, centred; void* out; int64_t rows, width; float eps; } a{
-            p(), p(), p(), p(), n() != 0, n() != 0, p(), n(), n(), c.real()};
-        kernels.norm({a.x, a.residual, a.weight, a.bias, a.wide, a.centred, a.out, a.rows, a.width, a.eps}, dtype);
+        struct { void *x, *residual, *weight, *bias; bool wide, centred; void* out; int64_t rows, width; float eps, factor; } a{
+            p(), p(), p(), p(), n() != 0, n() != 0, p(), n(), n(), c.real(), c.real()};
+        kernels.norm({a.x, a.residual, a.weight, a.bias, a.wide, a.centred, a.out, a.rows, a.width, a.eps, a.factor}, dtype);
+    } else if (c.name == "route") {
+        Route a{c.at<float>(), c.at<int64_t>(), c.at<float>(), n(), n(), n(), n() != 0};
+        kernels.route(a);
+    } else if (c.name == "experts") {
+        Experts a{p(), c.at<int64_t>(), c.at<float>(), p(), p(), p(), p(), p(), p(), p(), n(), n(), n(), n(), n(), (Activation)n(),
+                  {(int)n(), (int)n()}, {(int)n(), (int)n()}};
+        kernels.experts(a, dtype);
     } else if (c.name == "heads") {
         Heads a{p(), p(), p(), n() != 0, n() != 0, c.at<float>(), n(), c.at<int64_t>(), c.at<int64_t>(), p(), p(), p(), p(), p(),
                 n(), n(), n(), n(), n(), c.real()};

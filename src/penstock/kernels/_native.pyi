@@ -14,7 +14,16 @@ def pack_grouped(
     codes: int, scales: int, zeros: int, out: int, outputs: int, inputs: int, bits: int, group: int
 ) -> None: ...
 def embed(
-    table: int, ids: int, out: int, rows: int, outputs: int, inputs: int, bits: int, group: int, dtype: int
+    table: int,
+    ids: int,
+    out: int,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    bits: int,
+    group: int,
+    factor: float,
+    dtype: int,
 ) -> None: ...
 def linear(
     x: int,
@@ -43,6 +52,7 @@ def norm(
     rows: int,
     width: int,
     eps: float,
+    factor: float,
     dtype: int,
 ) -> None: ...
 def heads(
@@ -90,6 +100,30 @@ def attention(
     softcap: float,
     sinks: int,
     slopes: int,
+    dtype: int,
+) -> None: ...
+def route(logits: int, chosen: int, weights: int, rows: int, experts: int, active: int, normalize: bool) -> None: ...
+def experts(
+    x: int,
+    chosen: int,
+    weights: int,
+    gate_up: int,
+    gate_up_bias: int,
+    down: int,
+    down_bias: int,
+    shared: int,
+    gates: int,
+    out: int,
+    rows: int,
+    active: int,
+    experts: int,
+    width: int,
+    inner: int,
+    activation: int,
+    gate_up_bits: int,
+    gate_up_group: int,
+    down_bits: int,
+    down_group: int,
     dtype: int,
 ) -> None: ...
 def draw(logits: int, limits: int, sites: int, tokens: int, rows: int, size: int) -> None: ...

@@ -73,8 +73,9 @@ class Ops(Protocol):
         """
         ...
 
-    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
-        """Rows of the table, [T, D]; those of a grouped one are rounded once, to ``dtype``."""
+    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """Rows of the table times ``scale``, [T, D]. Rounded: a grouped table's rows, and the product (unless it is by
+        1), to ``dtype``."""
         ...
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -89,14 +90,16 @@ class Ops(Protocol):
         self,
         delta_TD: Tensor,
         residual_TD: Tensor,
-        weight_D: Tensor,
+        weight_D: Tensor | None,
         eps: float,
+        scale: float = 1.0,
         bias_D: Tensor | None = None,
         *,
         centred: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(norm(residual + delta), residual + delta); if ``centred``, ``layer_norm`` with the bias. The sum is rounded
-        as it is stored, and the norm reads it as stored; ``residual_TD`` may be overwritten by it."""
+        """(norm(sum), sum) of sum = residual + scale * delta; without a weight (sum, sum). If ``centred`` the norm is
+        ``layer_norm`` with the bias. The product and the sum are rounded as they are stored, and the norm reads the sum
+        as stored; ``residual_TD`` may be overwritten by it."""
         ...
 
     def linear(
@@ -158,7 +161,8 @@ class Ops(Protocol):
         """softmax(scale q k^T) v: [T, N d]. Query head n reads KV head n // (N / H). A row at position p sees the
         positions in (p - window, p] of its own request. With ``softcap`` a score s becomes softcap * tanh(s / softcap);
         ``slopes_N``, fp32, then make it s + slope * (key's position - p), the distance exact and the product rounded
-        before the sum (ALiBi, Press et al. 2021). ``sinks_N`` adds exp(sink) to each head's sum of weights, no value.
+        before the sum (ALiBi, Press et al. 2021). ``sinks_N``, fp32, adds exp(sink) to each head's sum of weights, and
+        no value.
 
         K and V are read only as stored, those of this step's rows too (rule 5): of int8 pools, a score is
         (q . codes) * k scale * scale, and a value weight * v scale times its codes. Scores, weights and sums stay
@@ -190,10 +194,12 @@ class Ops(Protocol):
         down_EDF: Weight,
         down_bias_ED: Tensor | None,
         activation: Activation,
+        shared: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """sum over a of weights[a] * down(gate_up(x)) of expert chosen[a]: [T, D]. Each expert's output stays fp32 and
         comes back to its row unsummed; slots add in ascending order in fp32 (rule 7). Rounded: the product of
-        gate and up, as in ``gate_up``, and the output."""
+        gate and up, as in ``gate_up``, and the output. To the rounded output ``shared`` = (y [T, D], gate [T, 1]) adds
+        y / (1 + exp(-gate)), and the sum is rounded again."""
         ...
 
     def logits(self, x_RD: Tensor, weight_VD: Weight) -> Tensor:

@@ -5,7 +5,7 @@ from penstock.layers.attention import Attention
 from penstock.layers.embedding import Embedding, Head
 from penstock.layers.linear import FeedForward, GateUp, Linear, RowLinear, Up
 from penstock.layers.moe import Experts, Router, SharedExpert, SparseFeedForward
-from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormAfter, Scaled, as_it_is, not_normed
+from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormAfter, as_it_is
 from penstock.layers.packing import Pack, Packing
 from penstock.layers.placement import Placement, frozen_bytes
 from penstock.layers.rope import alibi_slopes, rope_table
@@ -56,7 +56,6 @@ __all__ = [
     "Placement",
     "Router",
     "RowLinear",
-    "Scaled",
     "SharedExpert",
     "SparseFeedForward",
     "Up",
@@ -68,7 +67,6 @@ __all__ = [
     "frozen_bytes",
     "group_rows",
     "in_eight",
-    "not_normed",
     "rope_table",
     "to_grouped",
     "unpack",

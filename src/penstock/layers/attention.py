@@ -19,7 +19,7 @@ class Attention:
     group: index of the KV group this layer belongs to.
     window: positions a query sees, its own included; None for all.
     scale, softcap: factor of the scores before softmax, and their cap after it.
-    sinks_N: a logit of each head that takes part in the softmax and has no value (gpt-oss).
+    sinks_N: an fp32 logit of each head that takes part in the softmax and has no value (gpt-oss).
     slopes_N: how much a score falls with the distance of its key, fp32 (ALiBi).
     """
 

@@ -14,7 +14,7 @@ from penstock.kernels import Ops, Weight
 class Embedding:
     """Attributes:
     dtype: of the vectors, as stored.
-    scale: factor of every vector; the product is rounded as it is stored.
+    scale: factor of every vector.
     """
 
     ops: Ops
@@ -23,8 +23,7 @@ class Embedding:
     scale: float = 1.0
 
     def __call__(self, ids_T: Tensor) -> Tensor:
-        rows_TD = self.ops.embed(ids_T, self.table_VD, self.dtype)
-        return rows_TD if self.scale == 1.0 else rows_TD * self.scale
+        return self.ops.embed(ids_T, self.table_VD, self.dtype, self.scale)
 
 
 @dataclass(slots=True)

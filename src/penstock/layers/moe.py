@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from penstock.kernels import Activation, Ops, Weight
@@ -40,11 +39,11 @@ class Experts:
     down_bias_ED: Tensor | None
     activation: Activation
 
-    def __call__(self, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor) -> Tensor:
-        gate_up = (self.gate_up_E2FD, self.gate_up_bias_E2F)
-        return self.ops.experts(
-            x_TD, chosen_TA, weights_TA, *gate_up, self.down_EDF, self.down_bias_ED, self.activation
-        )
+    def __call__(
+        self, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor, shared: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        gate_up, down = (self.gate_up_E2FD, self.gate_up_bias_E2F), (self.down_EDF, self.down_bias_ED)
+        return self.ops.experts(x_TD, chosen_TA, weights_TA, *gate_up, *down, self.activation, shared)
 
 
 @dataclass(slots=True)
@@ -58,21 +57,19 @@ class SharedExpert:
     ffn: FeedForward
     gate: Linear
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """fp32, not rounded."""
-        return self.ffn(x_TD).float() / (1 + torch.exp(-self.gate(x_TD).float()))
+    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(output, gate), [T, D] and [T, 1]."""
+        return self.ffn(x_TD), self.gate(x_TD)
 
 
 @dataclass(slots=True)
 class SparseFeedForward:
-    """Stands where a FeedForward does. With a shared expert the sum is rounded once more."""
+    """Stands where a FeedForward does."""
 
     router: Router
     experts: Experts
     shared: SharedExpert | None = None
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        routed_TD = self.experts(x_TD, *self.router(x_TD))
-        if self.shared is None:
-            return routed_TD
-        return (routed_TD.float() + self.shared(x_TD)).to(x_TD.dtype)
+        shared = None if self.shared is None else self.shared(x_TD)
+        return self.experts(x_TD, *self.router(x_TD), shared)

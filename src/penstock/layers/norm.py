@@ -26,16 +26,23 @@ class BlockOutput(Protocol):
 
 @dataclass(slots=True)
 class Norm:
-    """RMSNorm."""
+    """RMSNorm, or none: then the residual itself is the block's input (OLMo 2).
+
+    Attributes:
+        scale: factor of what a block adds (Granite).
+    """
 
     ops: Ops
-    weight_D: Tensor
+    weight_D: Tensor | None
     eps: float
+    scale: float = 1.0
 
     def __call__(self, residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        if delta_TD is None:
-            return self.ops.norm(residual_TD, self.weight_D, self.eps), residual_TD
-        return self.ops.add_norm(delta_TD, residual_TD, self.weight_D, self.eps)
+        if delta_TD is not None:
+            return self.ops.add_norm(delta_TD, residual_TD, self.weight_D, self.eps, self.scale)
+        if self.weight_D is None:
+            return residual_TD, residual_TD
+        return self.ops.norm(residual_TD, self.weight_D, self.eps), residual_TD
 
 
 @dataclass(slots=True)
@@ -44,11 +51,13 @@ class LayerNorm:
     weight_D: Tensor
     bias_D: Tensor | None
     eps: float
+    scale: float = 1.0
 
     def __call__(self, residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         if delta_TD is None:
             return self.ops.layer_norm(residual_TD, self.weight_D, self.bias_D, self.eps), residual_TD
-        return self.ops.add_norm(delta_TD, residual_TD, self.weight_D, self.eps, self.bias_D, centred=True)
+        of_sum = (self.weight_D, self.eps, self.scale, self.bias_D)
+        return self.ops.add_norm(delta_TD, residual_TD, *of_sum, centred=True)
 
 
 @dataclass(slots=True)
@@ -61,23 +70,6 @@ class NormAfter:
 
     def __call__(self, delta_TD: Tensor) -> Tensor:
         return self.ops.norm(delta_TD, self.weight_D, self.eps)
-
-
-@dataclass(slots=True)
-class Scaled:
-    """A factor on what a block adds (Granite), rounded as it is stored."""
-
-    factor: float
-
-    def __call__(self, delta_TD: Tensor) -> Tensor:
-        return delta_TD * self.factor
-
-
-def not_normed(residual_TD: Tensor, delta_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The residual itself is the block's input (OLMo 2)."""
-    if delta_TD is not None:
-        residual_TD = residual_TD + delta_TD  # rounded as it is stored
-    return residual_TD, residual_TD
 
 
 def as_it_is(delta_TD: Tensor) -> Tensor:

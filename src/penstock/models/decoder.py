@@ -17,7 +17,6 @@ from penstock.layers import (
     KVLayer,
     SparseFeedForward,
     as_it_is,
-    not_normed,
 )
 from penstock.spec import ModelSpec
 
@@ -57,7 +56,7 @@ class Decoder:
     blocks: list[Block]
     norm: BlockInput
     head: Head
-    embed_norm: BlockInput = not_normed
+    embed_norm: BlockInput
 
     def forward(self, ids_T: Tensor, batch: Batch, kv: list[KVLayer]) -> tuple[Tensor, Tensor]:
         """Computes all rows of a step, writing their K and V.

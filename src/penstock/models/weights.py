@@ -34,7 +34,6 @@ from penstock.layers import (
     Placement,
     Router,
     RowLinear,
-    Scaled,
     SharedExpert,
     SparseFeedForward,
     Up,
@@ -42,7 +41,6 @@ from penstock.layers import (
     alibi_slopes,
     as_it_is,
     decode_mxfp4,
-    not_normed,
     rope_table,
 )
 from penstock.models.compressed import CompressedTensors
@@ -141,7 +139,7 @@ class _Builder:
             window=spec.windows[layer],
             scale=spec.head_dim**-0.5 if spec.attn_scale is None else spec.attn_scale,
             softcap=spec.attn_softcap,
-            sinks_N=self.fuse(slots, "sinks") if spec.sinks else None,
+            sinks_N=self.fuse(slots, "sinks").float() if spec.sinks else None,
             slopes_N=self.slopes_N,
         )
 
@@ -207,17 +205,16 @@ class _Builder:
         return weight
 
     def before(self, slots: Slots, slot: str) -> BlockInput:
-        if f"{slot}.weight" not in slots:
-            return not_normed
-        if self.spec.norm == "layer":
+        eps, scale, normed = self.spec.norm_eps, self.spec.residual_scale, f"{slot}.weight" in slots
+        if normed and self.spec.norm == "layer":
             bias = self.fuse(slots, f"{slot}.bias") if self.spec.norm_bias else None
-            return LayerNorm(self.ops, self.fuse(slots, f"{slot}.weight"), bias, self.spec.norm_eps)
-        return Norm(self.ops, self.norm_weight(slots, f"{slot}.weight"), self.spec.norm_eps)
+            return LayerNorm(self.ops, self.fuse(slots, f"{slot}.weight"), bias, eps, scale)
+        return Norm(self.ops, self.norm_weight(slots, f"{slot}.weight") if normed else None, eps, scale)
 
     def after(self, slots: Slots, slot: str) -> BlockOutput:
         if f"{slot}.weight" in slots:
             return NormAfter(self.ops, self.norm_weight(slots, f"{slot}.weight"), self.spec.norm_eps)
-        return as_it_is if self.spec.residual_scale == 1.0 else Scaled(self.spec.residual_scale)
+        return as_it_is
 
     def norm_weight(self, slots: Slots, slot: str) -> Tensor:
         """With an offset the weight is fp32: near the offset the storage dtype is coarser than near 0."""

@@ -32,12 +32,12 @@ def active_parameters(spec: ModelSpec) -> int:
 
 
 def weight_bytes(spec: ModelSpec, dtype: Dtype, quantization: Quantization = "none") -> int:
-    """Resident weights, those of norms with an offset in fp32, and the rope tables (fp32 cos and sin of every
-    position) or slopes."""
+    """Resident weights, attention's sinks and those of norms with an offset in fp32, and the rope tables (fp32 cos and
+    sin of every position) or slopes."""
     ropes = {rope for layer in range(spec.layers) if (rope := spec.rope_of(layer))}
     tables = sum(spec.max_positions * (rope.dims or spec.head_dim) * 4 for rope in ropes)
     slopes = 0 if spec.alibi is None else spec.heads * 4
-    widened = _norm_parameters(spec) * (4 - DTYPE_BYTES[dtype]) if spec.norm_offset else 0
+    widened = _wide_parameters(spec) * (4 - DTYPE_BYTES[dtype])
     plain = parameters(spec) * DTYPE_BYTES[dtype] + widened + tables + slopes
     return plain if quantization == "none" else plain - _saved_bytes(_unpacked(spec), DTYPE_BYTES[dtype], quantization)
 
@@ -58,10 +58,13 @@ def _unpacked(spec: ModelSpec) -> ModelSpec:
     return spec if spec.moe is None else replace(spec, moe=replace(spec.moe, packed=False))
 
 
-def _norm_parameters(spec: ModelSpec) -> int:
+def _wide_parameters(spec: ModelSpec) -> int:
+    def wide(slot: str) -> bool:
+        return slot == "sinks" or (spec.norm_offset != 0 and ("norm" in slot or "_after" in slot))
+
     slots = [model_slots(spec), *(layer_slots(spec, layer) for layer in range(spec.layers))]
-    norms = [tensors for of_one in slots for slot, tensors in of_one.items() if "norm" in slot or "_after" in slot]
-    return sum(prod(shape) for tensors in norms for shape in tensors.values())
+    found = [tensors for of_one in slots for slot, tensors in of_one.items() if wide(slot)]
+    return sum(prod(shape) for tensors in found for shape in tensors.values())
 
 
 def kv_dtype_of(config: EngineConfig, dtype: Dtype) -> KVDtype:

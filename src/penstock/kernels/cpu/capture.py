@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from penstock.kernels import _native
+from penstock.kernels.cpu.calls import share_threads
 from penstock.kernels.ops import Forward
 from penstock.kernels.types import Batch
 
@@ -78,11 +79,6 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.only_memory &= func.__name__ in MAKES_OR_VIEWS | ASKS
         return func(*args, **(kwargs or {}))
-
-
-def share_threads() -> None:
-    """As many threads as torch has: one number for the user to set."""
-    _native.set_threads(torch.get_num_threads())
 
 
 def _step(ids_T: Tensor, batch: Batch) -> _native.Step:

@@ -38,10 +38,10 @@ class RefOps:
     def pack(self, weight: Tensor | GroupedWeight) -> Weight:
         return weight
 
-    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
+    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         if isinstance(table_VD, GroupedWeight):
-            return table_VD[ids_T].widened().to(dtype)
-        return plain(table_VD).index_select(0, ids_T)
+            return table_VD[ids_T].widened().to(dtype) * scale
+        return plain(table_VD).index_select(0, ids_T) * scale
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return each_row(lambda x_D: rms_norm(x_D.float(), weight_D, eps).to(x_TD.dtype), x_TD)
@@ -53,13 +53,17 @@ class RefOps:
         self,
         delta_TD: Tensor,
         residual_TD: Tensor,
-        weight_D: Tensor,
+        weight_D: Tensor | None,
         eps: float,
+        scale: float = 1.0,
         bias_D: Tensor | None = None,
         *,
         centred: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        sum_TD = (residual_TD.float() + delta_TD.float()).to(residual_TD.dtype)
+        scaled_TD = (scale * delta_TD.float()).to(delta_TD.dtype)
+        sum_TD = (residual_TD.float() + scaled_TD.float()).to(residual_TD.dtype)
+        if weight_D is None:
+            return sum_TD, sum_TD
         if centred:
             return self.layer_norm(sum_TD, weight_D, bias_D, eps), sum_TD
         return self.norm(sum_TD, weight_D, eps), sum_TD
@@ -157,11 +161,15 @@ class RefOps:
         down_EDF: Weight,
         down_bias_ED: Tensor | None,
         activation: Activation,
+        shared: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         weights = (gate_up_E2FD, gate_up_bias_E2F, down_EDF, down_bias_ED)
         out_TD = torch.empty_like(x_TD)
         for row, chosen in enumerate(chosen_TA.tolist()):
             out_TD[row] = experts_row(x_TD[row], chosen, weights_TA[row], *weights, activation)
+            if shared is not None:
+                y_D, gate_1 = (part[row].float() for part in shared)
+                out_TD[row] = out_TD[row].float() + y_D / (1 + torch.exp(-gate_1))
         return out_TD
 
     def logits(self, x_RD: Tensor, weight_VD: Weight) -> Tensor:

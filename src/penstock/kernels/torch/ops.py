@@ -39,8 +39,9 @@ class TorchOps:
     def pack(self, weight: Tensor | GroupedWeight) -> Weight:
         return weight
 
-    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
-        return F.embedding(ids_T, plain(table_VD))
+    def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        rows_TD = F.embedding(ids_T, plain(table_VD))
+        return rows_TD if scale == 1.0 else rows_TD.mul_(scale)
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         out_TD = torch.empty_like(x_TD)
@@ -55,15 +56,19 @@ class TorchOps:
         self,
         delta_TD: Tensor,
         residual_TD: Tensor,
-        weight_D: Tensor,
+        weight_D: Tensor | None,
         eps: float,
+        scale: float = 1.0,
         bias_D: Tensor | None = None,
         *,
         centred: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        if scale != 1.0:
+            delta_TD = delta_TD * scale
+        if weight_D is None:
+            return residual_TD.add_(delta_TD), residual_TD
         if centred:
-            residual_TD.add_(delta_TD)
-            return self.layer_norm(residual_TD, weight_D, bias_D, eps), residual_TD
+            return self.layer_norm(residual_TD.add_(delta_TD), weight_D, bias_D, eps), residual_TD
         out_TD = torch.empty_like(residual_TD)
         for rows in tiles(out_TD):
             sum_tD = residual_TD[rows].add_(delta_TD[rows])
@@ -154,6 +159,7 @@ class TorchOps:
         down_EDF: Weight,
         down_bias_ED: Tensor | None,
         activation: Activation,
+        shared: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """On a CPU a low-precision expert's output is rounded before it is weighted: see ``product``."""
         active, gate_up_weight, down = chosen_TA.shape[1], plain(gate_up_E2FD), plain(down_EDF)
@@ -166,7 +172,11 @@ class TorchOps:
         first_TD, *others = (out_SD.view(-1, active, x_TD.shape[1]) * weights_TA.unsqueeze(-1)).unbind(1)
         for slot_TD in others:  # in order, as rule 7 has it
             first_TD += slot_TD
-        return first_TD.to(x_TD.dtype)
+        out_TD = first_TD.to(x_TD.dtype)
+        if shared is None:
+            return out_TD
+        y_TD, gate_T1 = shared
+        return (out_TD.float() + y_TD.float() / (1 + torch.exp(-gate_T1.float()))).to(x_TD.dtype)
 
     def logits(self, x_RD: Tensor, weight_VD: Weight) -> Tensor:
         """On a CPU low-precision logits are rounded once: see ``product``."""
