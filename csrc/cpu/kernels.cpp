@@ -36,9 +36,11 @@ void embed(const Embed& a, Dtype dtype) {
 void quantize(const Plain& a, Dtype dtype) {
     by_dtype(dtype, [&](auto t) { quantize_of<decltype(t)>(a); });
 }
-void linear(const Linear& a, Dtype dtype) {
+void linear(const Linear& given, Dtype dtype) {
     by_dtype(dtype, [&](auto t) {
         using T = decltype(t);
+        Linear a = given;
+        if (!IN_ORDER) a.segments = 1;
         a.format.bits ? grouped_linear_of<T>(a) : linear_of<T>(a);
     });
 }

@@ -437,8 +437,17 @@ void all_outputs(const Linear& a, int64_t row_bytes, const RowsAt& rows_at) {
     });
 }
 
+#if defined(PENSTOCK_ANY_ORDER)
+}  // namespace penstock::PENSTOCK_ISA
+#include "../bench/any_order.h"
+namespace penstock::PENSTOCK_ISA {
+#endif
+
 template <class T>
 void linear_of(const Linear& a) {
+#if defined(PENSTOCK_ANY_ORDER)
+    if (one_row<T, PanelOf<T>>(a, (const T*)a.x)) return;
+#endif
     int64_t row_bytes = a.inputs * (int64_t)sizeof(T);
     auto as_it_is = [&](int64_t row) { return Rows<T>{(const T*)a.x + row * a.inputs, a.inputs, 1}; };
 #if defined(__AMX_BF16__)

@@ -227,6 +227,39 @@ inline void some_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g
     }
 }
 
+#if defined(PENSTOCK_ANY_ORDER)
+template <int BITS>
+int64_t row_step(const Linear& a, GroupedPanel<BITS>) {
+    return a.outputs % BLOCK == 0 && a.format.group == 32 && a.inputs % 64 == 0 ? 64 : 0;
+}
+// Two chains of sums, one for every other group.
+template <int BITS>
+INLINE void row_sums(CodeRows x, const GroupedPanel<BITS>* p, int64_t k0, int64_t k1, float* out) {
+    constexpr int GROUP = 32;
+    constexpr Format format{BITS, GROUP};
+    for (int i = 0; i < 2; i++) {
+        F sums[2] = {splat(0), splat(0)};
+        const uint8_t* w = p[i].weight + k0 / GROUP * format.group_bytes();
+        for (int64_t g = k0 / GROUP; g < k1 / GROUP; g += 2) {
+            each<2>([&](auto odd) {
+                fetch_ahead<format.group_bytes()>(w);
+                I products[1];
+                dots<BITS, 1>(w, x.codes + (g + odd) * GROUP, x.stride, GROUP, x.totals + g + odd, x.groups, products);
+                const uint8_t* end = w + GROUP * PANEL * BITS / 8;
+                F scale = load((const fp16*)end);
+                sums[odd] = fma(to_float(products[0]), splat(x.scales[g + odd]) * scale, sums[odd]);
+                if constexpr (BITS == 4) {
+                    F zero = load_bytes(end + 2 * PANEL) * (scale * splat(SIXTEENTH));
+                    sums[odd] = fma(splat(x.offsets[g + odd]), zero, sums[odd]);
+                }
+                w += format.group_bytes();
+            });
+        }
+        store(out + i * PANEL, sums[0] + sums[1]);
+    }
+}
+#endif
+
 template <int BITS, int GROUP>
 INLINE void part_by_groups(
     CodeRows x, int rows, const Pair<GroupedPanel<BITS>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
@@ -351,6 +384,9 @@ void grouped_linear_of(const Linear& a) {
         int64_t at = row * groups;
         return CodeRows{m.codes.data() + row * stride, m.scales.data() + at, m.offsets.data() + at, m.totals.data() + at, stride, groups};
     };
+#if defined(PENSTOCK_ANY_ORDER)
+    if (a.format.bits == 8 ? one_row<T, GroupedPanel<8>>(a, rows_at(0)) : one_row<T, GroupedPanel<4>>(a, rows_at(0))) return;
+#endif
     a.format.bits == 8 ? all_outputs<T, GroupedPanel<8>>(a, a.inputs, rows_at) : all_outputs<T, GroupedPanel<4>>(a, a.inputs, rows_at);
 }
 

@@ -393,6 +393,7 @@ private:
 
     // Merges what the new leaf completes. A right node without its left one takes its place a level up.
     void settle() {
+        if (!IN_ORDER) return depth_ > 1 ? merge_last() : void();
         for (;;) {
             Partial& node = m_.stack[(size_t)depth_ - 1];
             if (node.index % 2 == 0) return;
