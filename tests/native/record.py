@@ -133,7 +133,7 @@ def recorded(call: str, native: Callable[..., None]) -> Callable[..., None]:
 
 
 _recorder = ModuleType("penstock.kernels._native")
-_recorder.__spec__ = _native.__spec__
+_recorder.__spec__, _recorder.__file__ = _native.__spec__, _native.__file__
 for _name in dir(_native):
     if not _name.startswith("__"):
         setattr(_recorder, _name, getattr(_native, _name))
