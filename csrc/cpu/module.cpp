@@ -56,7 +56,9 @@ bool runs(const std::string& name) {
     }
 #elif defined(__aarch64__) && defined(__linux__)
     constexpr unsigned long DOT_PRODUCTS = 1ul << 20;  // HWCAP_ASIMDDP
+    constexpr unsigned long INT8_MATRICES = 1ul << 13;  // HWCAP2_I8MM
     if (name == "dotprod") return getauxval(AT_HWCAP) & DOT_PRODUCTS;
+    if (name == "i8mm") return runs("dotprod") && getauxval(AT_HWCAP2) & INT8_MATRICES;
 #endif
     return name == "portable" || name.ends_with("_emulated");  // the latter in builds for tests alone
 }

@@ -77,6 +77,54 @@ INLINE int32_t quad_at(const int8_t* x) {
     return quad;
 }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+// Codes of four outputs and eight inputs from input k on: a quad and the next one.
+template <int BITS>
+INLINE void eight_inputs(const uint8_t* w, int k, int lane, int32x4_t& first, int32x4_t& second) {
+    if constexpr (BITS == 8) {
+        first = vreinterpretq_s32_u8(vld1q_u8(w + k * PANEL + lane * 4));
+        second = vreinterpretq_s32_u8(vld1q_u8(w + (k + 4) * PANEL + lane * 4));
+    } else {
+        uint8x16_t both = vld1q_u8(w + k / 2 * PANEL + lane * 4);
+        first = vreinterpretq_s32_u8(vandq_u8(both, vdupq_n_u8(15)));
+        second = vreinterpretq_s32_u8(vshrq_n_u8(both, 4));
+    }
+}
+
+// Pairs of rows: an instruction multiplies two rows and two outputs, eight inputs of each, which are quads interleaved. Of R
+// rows, four outputs and 32 inputs these are 4 R products and 8 to interleave, where dot products are 8 R.
+template <int BITS, int R>
+INLINE void pair_dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, I* sums) {
+    static_assert(R % 2 == 0);
+    each<2>([&](auto half) {
+        int32x4_t squares[R / 2][4];  // [row][output] of two rows and two outputs
+        for (auto& pair : squares) {
+            for (auto& square : pair) square = vdupq_n_s32(0);
+        }
+        for (int k = 0; k < group; k += 8) {
+            int8x16_t codes[4];
+            for (int i = 0; i < 2; i++) {
+                int32x4_t first, second;
+                eight_inputs<BITS>(w, k, half * 8 + i * 4, first, second);
+                codes[2 * i] = vreinterpretq_s8_s32(vzip1q_s32(first, second));
+                codes[2 * i + 1] = vreinterpretq_s8_s32(vzip2q_s32(first, second));
+            }
+            for (int r = 0; r < R; r += 2) {
+                int8x16_t rows = vcombine_s8(vld1_s8(x + r * stride + k), vld1_s8(x + (r + 1) * stride + k));
+                for (int i = 0; i < 4; i++) squares[r / 2][i] = vmmlaq_s32(squares[r / 2][i], rows, codes[i]);
+            }
+        }
+        for (int r = 0; r < R; r += 2) {
+            for (int i = 0; i < 4; i += 2) {
+                int64x2_t left = vreinterpretq_s64_s32(squares[r / 2][i]), right = vreinterpretq_s64_s32(squares[r / 2][i + 1]);
+                vst1q_s32(sums[r].v + half * 8 + i * 2, vreinterpretq_s32_s64(vzip1q_s64(left, right)));
+                vst1q_s32(sums[r + 1].v + half * 8 + i * 2, vreinterpretq_s32_s64(vzip2q_s64(left, right)));
+            }
+        }
+    });
+}
+#endif
+
 // sums[r] = the products of one group: R rows of codes, ``stride`` apart, and a panel's codes. ``totals`` are the rows' sums
 // of codes, one every ``step``.
 template <int BITS, int R>
@@ -149,6 +197,9 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
         half(std::integral_constant<int, 1>());
     }
 #else
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    if constexpr (R % 2 == 0) return pair_dots<BITS, R>(w, x, stride, group, sums);
+#endif
     for (int r = 0; r < R; r++) sums[r] = none();
     for (int k = 0; k < group; k += 4) {
         int8_t quads[PANEL * 4];
@@ -178,7 +229,7 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
 #endif
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_MATMUL_INT8)
 constexpr int GROUPED_TALL = 8;  // rows whose sums fit in the registers
 #else
 constexpr int GROUPED_TALL = 4;

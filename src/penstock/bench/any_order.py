@@ -23,6 +23,7 @@ FLAGS = {
     "avx512_bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
     "avx512": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
+    "i8mm": "-march=armv8.2-a+dotprod+i8mm",
     "dotprod": "-march=armv8.2-a+dotprod",
     "portable": "",
 }

@@ -252,7 +252,7 @@ def table(report: DeterminismReport) -> str:
     for cost in report.costs:
         lines.append(
             f"{cost.name:26} {cost.format:5} {1e6 * cost.seconds:9.0f} us {100 * cost.share:7.0f} %  "
-            f" {cost.ratio:.3f} ({cost.low:.3f} to {cost.high:.3f}){' *' * (cost.ratio < 1 - BAR)}"
+            f" {cost.ratio:.3f} ({cost.low:.3f} to {cost.high:.3f}) {cost.build}{' *' * (cost.ratio < 1 - BAR)}"
         )
     reads, rates = [x.read_rate / 1e9 for x in report.limits], [x.int8 / 1e9 for x in report.limits]
     floats = [max(x.fp32, x.bf16) / 1e9 for x in report.limits]

@@ -37,6 +37,7 @@ NEEDS = {
     "avx512_bf16": ("avx512_bf16", "avx512_vnni", "avx512bw", "avx512vl", "avx512dq"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
     "avx2": ("avx2", "fma", "f16c"),
+    "i8mm": ("i8mm", "asimddp"),
     "dotprod": ("asimddp",),
 }
 """Sets of kernels, best first, and the names that Linux has for what they need."""
