@@ -254,6 +254,19 @@ struct GroupedPanel {
     }
 };
 
+// How a group's products join the sums of a row: the scales, and with 4 bits what their zeros take away.
+template <int BITS>
+struct Scales {
+    F scale, zero;
+    explicit INLINE Scales(const uint8_t* end)
+        : scale(load((const fp16*)end)), zero(BITS == 4 ? load_bytes(end + 2 * PANEL) * (scale * splat(SIXTEENTH)) : splat(0)) {}
+    INLINE void add(I products, float own, float offset, float* out) const {
+        F sum = fma(to_float(products), splat(own) * scale, load(out));
+        if constexpr (BITS == 4) sum = fma(splat(offset), zero, sum);
+        store(out, sum);
+    }
+};
+
 // Adds groups [g0, g1) of GROUP inputs to the sums of R rows and one panel, fp32 [R][BLOCK].
 template <int BITS, int R, int GROUP>
 inline void some_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g0, int64_t g1, bool fresh, float* out) {
@@ -265,18 +278,79 @@ inline void some_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g
         I products[R];
         const int32_t* totals = x.totals + row * x.groups + g;
         dots<BITS, R>(w, x.codes + row * x.stride + g * GROUP, x.stride, GROUP, totals, x.groups, products);
-        const uint8_t* end = w + GROUP * PANEL * BITS / 8;
-        F scale = load((const fp16*)end);
-        F zero = BITS == 4 ? load_bytes(end + 2 * PANEL) * (scale * splat(SIXTEENTH)) : splat(0);
+        Scales<BITS> scales(w + GROUP * PANEL * BITS / 8);
         each<R>([&](auto r) {
-            float own = x.scales[(row + r) * x.groups + g];
-            F sum = fma(to_float(products[r]), splat(own) * scale, load(out + r * BLOCK));
-            if constexpr (BITS == 4) sum = fma(splat(x.offsets[(row + r) * x.groups + g]), zero, sum);
-            store(out + r * BLOCK, sum);
+            int64_t at = (row + r) * x.groups + g;
+            scales.add(products[r], x.scales[at], x.offsets[at], out + r * BLOCK);
         });
         asm volatile("" ::: "memory");  // the registers are the next group's: these sums stay in the first-level cache
     }
 }
+
+#if defined(__AMX_INT8__)
+constexpr int TILE_ROWS = 16, TILE_DEPTH = 64;
+
+template <int BITS>
+constexpr bool TILED<GroupedPanel<BITS>> = true;
+
+// Tiles 0-1 are products of 16 rows each, 2-3 the codes of these rows, 4 a panel's: [inputs / 4][16][4], as they are stored.
+template <int BITS>
+INLINE void configure(GroupedPanel<BITS>, const Linear& a, int rows) {
+    if (rows < TILE_ROWS) return;
+    int depth = std::min(a.format.group, TILE_DEPTH);
+    TileConfig config;
+    for (int tile = 0; tile < 4; tile++) {
+        config.rows[tile] = TILE_ROWS;
+        config.row_bytes[tile] = (uint16_t)(tile < 2 ? 64 : depth);
+    }
+    config.rows[4] = (uint8_t)(depth / 4);
+    config.row_bytes[4] = 64;
+    configure(config);
+}
+
+// As some_groups, of 16 or 32 rows: the integers come from tiles, which change no bits.
+template <int BITS, int R, int GROUP>
+inline void tile_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g0, int64_t g1, bool fresh, float* out) {
+    constexpr Format format{BITS, GROUP};
+    constexpr int DEPTH = std::min(GROUP, TILE_DEPTH);
+    alignas(64) int32_t products[R][PANEL];
+    alignas(64) uint8_t bytes[GROUP * PANEL];
+    for (int r = 0; fresh && r < R; r++) store(out + r * BLOCK, splat(0));
+    const uint8_t* w = panel + g0 * format.group_bytes();
+    for (int64_t g = g0; g < g1; g++, w += format.group_bytes()) {
+        const uint8_t* codes = w;
+        if constexpr (BITS == 4) {
+            const __m512i low = _mm512_set1_epi8(15);
+            for (int k = 0; k < GROUP; k += 8) {
+                __m512i both = _mm512_loadu_si512(w + k / 2 * PANEL);
+                _mm512_storeu_si512(bytes + k * PANEL, _mm512_and_si512(both, low));
+                _mm512_storeu_si512(bytes + (k + 4) * PANEL, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+            }
+            codes = bytes;
+            asm volatile("" ::: "memory");  // as in configure
+        }
+        const int8_t* at = x.codes + row * x.stride + g * GROUP;
+        _tile_zero(0);
+        if constexpr (R > TILE_ROWS) _tile_zero(1);
+        for (int k = 0; k < GROUP; k += DEPTH) {
+            _tile_loadd(4, codes + k * PANEL, 64);
+            _tile_loadd(2, at + k, x.stride);
+            _tile_dpbssd(0, 2, 4);
+            if constexpr (R > TILE_ROWS) {
+                _tile_loadd(3, at + TILE_ROWS * x.stride + k, x.stride);
+                _tile_dpbssd(1, 3, 4);
+            }
+        }
+        _tile_stored(0, products[0], 64);
+        if constexpr (R > TILE_ROWS) _tile_stored(1, products[TILE_ROWS], 64);
+        Scales<BITS> scales(w + GROUP * PANEL * BITS / 8);
+        for (int r = 0; r < R; r++) {
+            int64_t place = (row + r) * x.groups + g;
+            scales.add({_mm512_loadu_si512(products[r])}, x.scales[place], x.offsets[place], out + r * BLOCK);
+        }
+    }
+}
+#endif
 
 #if defined(PENSTOCK_ANY_ORDER)
 template <int BITS>
@@ -323,6 +397,15 @@ INLINE void part_by_groups(
                 some_groups<BITS, R, GROUP>(x, row, panel, k0 / GROUP, k1 / GROUP, fresh, out + row * BLOCK + i * PANEL);
             }
         };
+#if defined(__AMX_INT8__)
+        auto tiles = [&]<int R>() {
+            for (; row + R <= rows; row += R) {
+                tile_groups<BITS, R, GROUP>(x, row, panel, k0 / GROUP, k1 / GROUP, fresh, out + row * BLOCK + i * PANEL);
+            }
+        };
+        tiles.template operator()<BLOCK>();
+        tiles.template operator()<TILE_ROWS>();
+#endif
         take.template operator()<GROUPED_TALL>();
         take.template operator()<2>();
         take.template operator()<1>();

@@ -19,7 +19,7 @@ COMPILERS = ("g++", "c++", "clang++")
 
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c"
 FLAGS = {
-    "amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
+    "amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
     "avx512_bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
     "avx512": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
@@ -44,7 +44,7 @@ in order   the product's sources and flags: K ascending in one chain for each ou
            that add along a tree, attention in segments of 128 keys that merge along a tree over absolute positions
 any order  the faster of two builds, line by line. Both: S = 1; products of one row in several chains of sums,
            K cut for threads where outputs are few; attention segments of {LONG_SEGMENT} keys, merged as they come,
-           cut for threads only where heads are few. One of them also with -ffast-math -march=native. Formats,
+           cut for threads only where heads are few. any_order_fast_math: also -ffast-math -march=native. Formats,
            roundings of inputs and layout of weights are the same"""
 
 
