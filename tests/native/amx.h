@@ -1,5 +1,5 @@
 // AMX on a processor without it: the tile instructions in plain C++, from Intel's description of them. What hardware refuses
-// ends the program. For tests only (make emulate); included after avx512.h.
+// ends the program. For tests only (make emulate); included by avx512.h.
 #pragma once
 
 #include <cmath>
