@@ -42,6 +42,7 @@ inline Pieces pieces_of(const Attention& a) {
         }
     }
     int64_t longest = threads() == 1 ? total : std::max(SHORTEST, total * a.kv_heads / (PIECES * threads()));
+    if (!IN_ORDER && (int64_t)all.items.size() * a.kv_heads >= PIECES / 2 * threads()) longest = total;  // nothing to merge
     while ((int64_t)1 << all.level < longest) all.level++;
     for (const Item& item : all.items) {
         int64_t from = item.first >> all.level, to = item.last >> all.level;

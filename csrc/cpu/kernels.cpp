@@ -37,8 +37,12 @@ void embed(const Embed& a, Dtype dtype) {
 void quantize(const Plain& a, Dtype dtype) {
     by_dtype(dtype, [&](auto t) { quantize_of<decltype(t)>(a); });
 }
-void linear(const Linear& a, Dtype dtype) {
-    by_dtype(dtype, [&](auto t) { linears_of<decltype(t)>(&a, 1); });
+void linear(const Linear& given, Dtype dtype) {
+    by_dtype(dtype, [&](auto t) {
+        Linear a = given;
+        if (!IN_ORDER) a.segments = 1;
+        linears_of<decltype(t)>(&a, 1);
+    });
 }
 void norm(const Norm& a, Dtype dtype) {
     by_dtype(dtype, [&](auto t) { norm_of<decltype(t)>(a); });

@@ -161,7 +161,13 @@ struct Table {
     void (*draw)(const Draws&);
 };
 
-// Keys of one attention segment (ops.py).
-constexpr int64_t SEGMENT = 128;
+// Sums in any order: not in the product, but in what `penstock bench determinism` builds to show what the order costs.
+#if defined(PENSTOCK_ANY_ORDER)
+constexpr bool IN_ORDER = false;
+constexpr int64_t SEGMENT = PENSTOCK_ANY_ORDER;
+#else
+constexpr bool IN_ORDER = true;
+constexpr int64_t SEGMENT = 128;  // keys of one attention segment (ops.py)
+#endif
 
 }  // namespace penstock

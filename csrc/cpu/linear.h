@@ -246,7 +246,14 @@ void part_by_rows(
     take.template operator()<1>();
 }
 
+// Whether products with a kind of panel may use tiles, which are configured first and released at the end.
+template <class Panel>
+constexpr bool TILED = false;
+
 #if defined(__AMX_BF16__)
+template <>
+constexpr bool TILED<PanelOf<bf16>> = true;
+
 // Tiles 0-3 are sums [2][2], 4-5 rows of x, 6-7 panels. A tile product adds 32 inputs: their even and their odd
 // products each from zero, then both together to the sum.
 struct alignas(64) TileConfig {
@@ -254,14 +261,18 @@ struct alignas(64) TileConfig {
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
 };
-INLINE void configure(int upper, int lower) {
+INLINE void configure(const TileConfig& config) {
+    asm volatile("" ::: "memory");  // compilers do not know that the instruction reads all of it
+    _tile_loadconfig(&config);
+}
+INLINE void configure(PanelOf<bf16>, const Linear&, int rows) {
+    int upper = std::min(rows, 16), lower = rows - upper;
     TileConfig config;
     for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64;
     config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)upper;
     config.rows[2] = config.rows[3] = config.rows[5] = (uint8_t)(lower ? lower : 1);
     config.rows[6] = config.rows[7] = 16;
-    asm volatile("" ::: "memory");  // compilers do not know that the instruction reads all of it
-    _tile_loadconfig(&config);
+    configure(config);
 }
 
 constexpr int64_t DEEP = 32;
@@ -489,7 +500,6 @@ void lay(const Linear& a, Vector<T>& out) {
 // the rows of a product's x from ``row`` on, ``row_bytes`` one of them.
 template <class T, class Panel, class RowsAt>
 void all_outputs(const Linear* products, int64_t count, int64_t row_bytes, const RowsAt& rows_at) {
-    constexpr bool tiled = std::is_same_v<Panel, PanelOf<bf16>>;
     int64_t outputs = products->gated ? products->outputs / 2 : products->outputs;
     int64_t group_size = products->gated ? PANEL : 2 * PANEL, groups = (outputs + group_size - 1) / group_size;
     int64_t tall = std::max<int64_t>(BLOCK, ROWS_BYTES / row_bytes / BLOCK * BLOCK), stacks = 0;
@@ -511,23 +521,31 @@ void all_outputs(const Linear* products, int64_t count, int64_t row_bytes, const
         int64_t first = item % lots * at_once, last = std::min(first + at_once, groups);
         for (int64_t row = first_row; row < last_row; row += BLOCK) {
             int rows = (int)std::min<int64_t>(BLOCK, last_row - row);
-            (void)tiled;
-#if defined(__AMX_BF16__)
-            if (tiled && (row == first_row || rows < BLOCK)) configure(std::min(rows, 16), rows - std::min(rows, 16));
-#endif
+            if constexpr (TILED<Panel>) {
+                if (row == first_row || rows < BLOCK) configure(Panel(), a, rows);
+            }
             for (int64_t group = first; group < last; group += TOGETHER) {
                 int few = (int)std::min<int64_t>(TOGETHER, last - group);
                 some_outputs<T, Panel>(a, rows_at(a, row), row, rows, group, few, deep, memory.data());
             }
         }
 #if defined(__AMX_BF16__)
-        if (tiled) _tile_release();
+        if constexpr (TILED<Panel>) _tile_release();
 #endif
     });
 }
 
+#if defined(PENSTOCK_ANY_ORDER)
+}  // namespace penstock::PENSTOCK_ISA
+#include "../bench/any_order.h"
+namespace penstock::PENSTOCK_ISA {
+#endif
+
 template <class T>
 void plain_linears_of(const Linear* products, int64_t count) {
+#if defined(PENSTOCK_ANY_ORDER)
+    if (count == 1 && one_row<T, PanelOf<T>>(*products, (const T*)products->x)) return;
+#endif
     int64_t row_bytes = products->inputs * (int64_t)sizeof(T);
 #if defined(__AMX_BF16__)
     // Rows a power of two apart fall into few sets of the first-level cache: many rows are laid side by side first.

@@ -46,8 +46,8 @@ bool runs(const std::string& name) {
     if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     if (name == "amx") {
 #if defined(__linux__)
-        constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
-        if (!runs("avx512_bf16") || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILE)) != (BF16 | TILE)) return false;
+        constexpr unsigned NEEDED = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+        if (!runs("avx512_bf16") || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return false;
         constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl(2)
         return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 #else
@@ -56,7 +56,9 @@ bool runs(const std::string& name) {
     }
 #elif defined(__aarch64__) && defined(__linux__)
     constexpr unsigned long DOT_PRODUCTS = 1ul << 20;  // HWCAP_ASIMDDP
+    constexpr unsigned long INT8_MATRICES = 1ul << 13;  // HWCAP2_I8MM
     if (name == "dotprod") return getauxval(AT_HWCAP) & DOT_PRODUCTS;
+    if (name == "i8mm") return runs("dotprod") && getauxval(AT_HWCAP2) & INT8_MATRICES;
 #endif
     return name == "portable" || name.ends_with("_emulated");  // the latter in builds for tests alone
 }

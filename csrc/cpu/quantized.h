@@ -77,6 +77,54 @@ INLINE int32_t quad_at(const int8_t* x) {
     return quad;
 }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+// Codes of four outputs and eight inputs from input k on: a quad and the next one.
+template <int BITS>
+INLINE void eight_inputs(const uint8_t* w, int k, int lane, int32x4_t& first, int32x4_t& second) {
+    if constexpr (BITS == 8) {
+        first = vreinterpretq_s32_u8(vld1q_u8(w + k * PANEL + lane * 4));
+        second = vreinterpretq_s32_u8(vld1q_u8(w + (k + 4) * PANEL + lane * 4));
+    } else {
+        uint8x16_t both = vld1q_u8(w + k / 2 * PANEL + lane * 4);
+        first = vreinterpretq_s32_u8(vandq_u8(both, vdupq_n_u8(15)));
+        second = vreinterpretq_s32_u8(vshrq_n_u8(both, 4));
+    }
+}
+
+// Pairs of rows: an instruction multiplies two rows and two outputs, eight inputs of each, which are quads interleaved. Of R
+// rows, four outputs and 32 inputs these are 4 R products and 8 to interleave, where dot products are 8 R.
+template <int BITS, int R>
+INLINE void pair_dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, I* sums) {
+    static_assert(R % 2 == 0);
+    each<2>([&](auto half) {
+        int32x4_t squares[R / 2][4];  // [row][output] of two rows and two outputs
+        for (auto& pair : squares) {
+            for (auto& square : pair) square = vdupq_n_s32(0);
+        }
+        for (int k = 0; k < group; k += 8) {
+            int8x16_t codes[4];
+            for (int i = 0; i < 2; i++) {
+                int32x4_t first, second;
+                eight_inputs<BITS>(w, k, half * 8 + i * 4, first, second);
+                codes[2 * i] = vreinterpretq_s8_s32(vzip1q_s32(first, second));
+                codes[2 * i + 1] = vreinterpretq_s8_s32(vzip2q_s32(first, second));
+            }
+            for (int r = 0; r < R; r += 2) {
+                int8x16_t rows = vcombine_s8(vld1_s8(x + r * stride + k), vld1_s8(x + (r + 1) * stride + k));
+                for (int i = 0; i < 4; i++) squares[r / 2][i] = vmmlaq_s32(squares[r / 2][i], rows, codes[i]);
+            }
+        }
+        for (int r = 0; r < R; r += 2) {
+            for (int i = 0; i < 4; i += 2) {
+                int64x2_t left = vreinterpretq_s64_s32(squares[r / 2][i]), right = vreinterpretq_s64_s32(squares[r / 2][i + 1]);
+                vst1q_s32(sums[r].v + half * 8 + i * 2, vreinterpretq_s32_s64(vzip1q_s64(left, right)));
+                vst1q_s32(sums[r + 1].v + half * 8 + i * 2, vreinterpretq_s32_s64(vzip2q_s64(left, right)));
+            }
+        }
+    });
+}
+#endif
+
 // sums[r] = the products of one group: R rows of codes, ``stride`` apart, and a panel's codes. ``totals`` are the rows' sums
 // of codes, one every ``step``.
 template <int BITS, int R>
@@ -149,6 +197,9 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
         half(std::integral_constant<int, 1>());
     }
 #else
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    if constexpr (R % 2 == 0) return pair_dots<BITS, R>(w, x, stride, group, sums);
+#endif
     for (int r = 0; r < R; r++) sums[r] = none();
     for (int k = 0; k < group; k += 4) {
         int8_t quads[PANEL * 4];
@@ -179,12 +230,15 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
 }
 
 // Rows whose sums fit in the registers.
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_MATMUL_INT8)
 template <int BITS>
 constexpr int GROUPED_TALL = 8;
-#else
+#elif defined(__AVX2__)
 template <int BITS>
 constexpr int GROUPED_TALL = BITS == 8 ? 4 : 6;
+#else
+template <int BITS>
+constexpr int GROUPED_TALL = 4;
 #endif
 
 // Rows of x as codes; neighbours are ``stride`` codes, and ``groups`` of the others, apart. Of each group: its scale, the sum of
@@ -206,6 +260,19 @@ struct GroupedPanel {
     }
 };
 
+// How a group's products join the sums of a row: the scales, and with 4 bits what their zeros take away.
+template <int BITS>
+struct Scales {
+    F scale, zero;
+    explicit INLINE Scales(const uint8_t* end)
+        : scale(load((const fp16*)end)), zero(BITS == 4 ? load_bytes(end + 2 * PANEL) * (scale * splat(SIXTEENTH)) : splat(0)) {}
+    INLINE void add(I products, float own, float offset, float* out) const {
+        F sum = fma(to_float(products), splat(own) * scale, load(out));
+        if constexpr (BITS == 4) sum = fma(splat(offset), zero, sum);
+        store(out, sum);
+    }
+};
+
 // Adds groups [g0, g1) of GROUP inputs to the sums of R rows and one panel, fp32 [R][BLOCK].
 template <int BITS, int R, int GROUP>
 inline void some_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g0, int64_t g1, bool fresh, float* out) {
@@ -217,18 +284,112 @@ inline void some_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g
         I products[R];
         const int32_t* totals = x.totals + row * x.groups + g;
         dots<BITS, R>(w, x.codes + row * x.stride + g * GROUP, x.stride, GROUP, totals, x.groups, products);
-        const uint8_t* end = w + GROUP * PANEL * BITS / 8;
-        F scale = load((const fp16*)end);
-        F zero = BITS == 4 ? load_bytes(end + 2 * PANEL) * (scale * splat(SIXTEENTH)) : splat(0);
+        Scales<BITS> scales(w + GROUP * PANEL * BITS / 8);
         each<R>([&](auto r) {
-            float own = x.scales[(row + r) * x.groups + g];
-            F sum = fma(to_float(products[r]), splat(own) * scale, load(out + r * BLOCK));
-            if constexpr (BITS == 4) sum = fma(splat(x.offsets[(row + r) * x.groups + g]), zero, sum);
-            store(out + r * BLOCK, sum);
+            int64_t at = (row + r) * x.groups + g;
+            scales.add(products[r], x.scales[at], x.offsets[at], out + r * BLOCK);
         });
         asm volatile("" ::: "memory");  // the registers are the next group's: these sums stay in the first-level cache
     }
 }
+
+#if defined(__AMX_INT8__)
+constexpr int TILE_ROWS = 16, TILE_DEPTH = 64;
+
+template <int BITS>
+constexpr bool TILED<GroupedPanel<BITS>> = true;
+
+// Tiles 0-1 are products of 16 rows each, 2-3 the codes of these rows, 4 a panel's: [inputs / 4][16][4], as they are stored.
+template <int BITS>
+INLINE void configure(GroupedPanel<BITS>, const Linear& a, int rows) {
+    if (rows < TILE_ROWS) return;
+    int depth = std::min(a.format.group, TILE_DEPTH);
+    TileConfig config;
+    for (int tile = 0; tile < 4; tile++) {
+        config.rows[tile] = TILE_ROWS;
+        config.row_bytes[tile] = (uint16_t)(tile < 2 ? 64 : depth);
+    }
+    config.rows[4] = (uint8_t)(depth / 4);
+    config.row_bytes[4] = 64;
+    configure(config);
+}
+
+// As some_groups, of 16 or 32 rows: the integers come from tiles, which change no bits.
+template <int BITS, int R, int GROUP>
+inline void tile_groups(CodeRows x, int64_t row, const uint8_t* panel, int64_t g0, int64_t g1, bool fresh, float* out) {
+    constexpr Format format{BITS, GROUP};
+    constexpr int DEPTH = std::min(GROUP, TILE_DEPTH);
+    alignas(64) int32_t products[R][PANEL];
+    alignas(64) uint8_t bytes[GROUP * PANEL];
+    for (int r = 0; fresh && r < R; r++) store(out + r * BLOCK, splat(0));
+    const uint8_t* w = panel + g0 * format.group_bytes();
+    for (int64_t g = g0; g < g1; g++, w += format.group_bytes()) {
+        const uint8_t* codes = w;
+        if constexpr (BITS == 4) {
+            const __m512i low = _mm512_set1_epi8(15);
+            for (int k = 0; k < GROUP; k += 8) {
+                __m512i both = _mm512_loadu_si512(w + k / 2 * PANEL);
+                _mm512_storeu_si512(bytes + k * PANEL, _mm512_and_si512(both, low));
+                _mm512_storeu_si512(bytes + (k + 4) * PANEL, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+            }
+            codes = bytes;
+            asm volatile("" ::: "memory");  // as in configure
+        }
+        const int8_t* at = x.codes + row * x.stride + g * GROUP;
+        _tile_zero(0);
+        if constexpr (R > TILE_ROWS) _tile_zero(1);
+        for (int k = 0; k < GROUP; k += DEPTH) {
+            _tile_loadd(4, codes + k * PANEL, 64);
+            _tile_loadd(2, at + k, x.stride);
+            _tile_dpbssd(0, 2, 4);
+            if constexpr (R > TILE_ROWS) {
+                _tile_loadd(3, at + TILE_ROWS * x.stride + k, x.stride);
+                _tile_dpbssd(1, 3, 4);
+            }
+        }
+        _tile_stored(0, products[0], 64);
+        if constexpr (R > TILE_ROWS) _tile_stored(1, products[TILE_ROWS], 64);
+        Scales<BITS> scales(w + GROUP * PANEL * BITS / 8);
+        for (int r = 0; r < R; r++) {
+            int64_t place = (row + r) * x.groups + g;
+            scales.add({_mm512_loadu_si512(products[r])}, x.scales[place], x.offsets[place], out + r * BLOCK);
+        }
+    }
+}
+#endif
+
+#if defined(PENSTOCK_ANY_ORDER)
+template <int BITS>
+int64_t row_step(const Linear& a, GroupedPanel<BITS>) {
+    return a.outputs % BLOCK == 0 && a.format.group == 32 && a.inputs % 64 == 0 ? 64 : 0;
+}
+// Two chains of sums, one for every other group.
+template <int BITS>
+INLINE void row_sums(CodeRows x, const GroupedPanel<BITS>* p, int64_t k0, int64_t k1, float* out) {
+    constexpr int GROUP = 32;
+    constexpr Format format{BITS, GROUP};
+    for (int i = 0; i < 2; i++) {
+        F sums[2] = {splat(0), splat(0)};
+        const uint8_t* w = p[i].weight + k0 / GROUP * format.group_bytes();
+        for (int64_t g = k0 / GROUP; g < k1 / GROUP; g += 2) {
+            each<2>([&](auto odd) {
+                fetch_ahead<format.group_bytes()>(w);
+                I products[1];
+                dots<BITS, 1>(w, x.codes + (g + odd) * GROUP, x.stride, GROUP, x.totals + g + odd, x.groups, products);
+                const uint8_t* end = w + GROUP * PANEL * BITS / 8;
+                F scale = load((const fp16*)end);
+                sums[odd] = fma(to_float(products[0]), splat(x.scales[g + odd]) * scale, sums[odd]);
+                if constexpr (BITS == 4) {
+                    F zero = load_bytes(end + 2 * PANEL) * (scale * splat(SIXTEENTH));
+                    sums[odd] = fma(splat(x.offsets[g + odd]), zero, sums[odd]);
+                }
+                w += format.group_bytes();
+            });
+        }
+        store(out + i * PANEL, sums[0] + sums[1]);
+    }
+}
+#endif
 
 template <int BITS, int GROUP>
 INLINE void part_by_groups(
@@ -242,6 +403,15 @@ INLINE void part_by_groups(
                 some_groups<BITS, R, GROUP>(x, row, panel, k0 / GROUP, k1 / GROUP, fresh, out + row * BLOCK + i * PANEL);
             }
         };
+#if defined(__AMX_INT8__)
+        auto tiles = [&]<int R>() {
+            for (; row + R <= rows; row += R) {
+                tile_groups<BITS, R, GROUP>(x, row, panel, k0 / GROUP, k1 / GROUP, fresh, out + row * BLOCK + i * PANEL);
+            }
+        };
+        tiles.template operator()<BLOCK>();
+        tiles.template operator()<TILE_ROWS>();
+#endif
         take.template operator()<GROUPED_TALL<BITS>>();
         take.template operator()<2>();
         take.template operator()<1>();
@@ -366,6 +536,12 @@ void grouped_linears_of(const Linear* products, int64_t count) {
         int64_t at = row * groups;
         return CodeRows{m.codes.data() + row * stride, m.scales.data() + at, m.offsets.data() + at, m.totals.data() + at, stride, groups};
     };
+#if defined(PENSTOCK_ANY_ORDER)
+    if (count == 1) {
+        const Linear& a = *products;
+        if (a.format.bits == 8 ? one_row<T, GroupedPanel<8>>(a, rows_at(a, 0)) : one_row<T, GroupedPanel<4>>(a, rows_at(a, 0))) return;
+    }
+#endif
     using At = decltype(rows_at);
     auto compute = any.format.bits == 8 ? all_outputs<T, GroupedPanel<8>, At> : all_outputs<T, GroupedPanel<4>, At>;
     compute(products, count, any.inputs, rows_at);

@@ -410,6 +410,7 @@ private:
 
     // Merges what the new leaf completes. A right node without its left one takes its place a level up.
     void settle() {
+        if (!IN_ORDER) return depth_ > 1 ? merge_last() : void();
         for (;;) {
             Partial& node = m_.stack[(size_t)depth_ - 1];
             if (node.index % 2 == 0) return;
@@ -425,6 +426,12 @@ private:
     // The last two of the stack become one; queries that see nothing of one side take the other as it is.
     void merge_last() {
         Partial &a = m_.stack[(size_t)depth_ - 2], &b = m_.stack[(size_t)depth_ - 1];
+        float left[QUERIES], right[QUERIES];
+        for (int q = 0; q < count_; q += LANES) {
+            F x = load(a.top + q), y = load(b.top + q), top = max(x, y);
+            store(left + q, exp(x - top));
+            store(right + q, exp(y - top));
+        }
         for (int q = 0; q < count_; q++) {
             if (!b.seen[q]) continue;
             float *x = a.value + q * padded_, *y = b.value + q * padded_;
@@ -435,11 +442,9 @@ private:
                 a.seen[q] = true;
                 continue;
             }
-            float top = a.top[q] > b.top[q] ? a.top[q] : b.top[q], shrink[LANES] = {a.top[q] - top, b.top[q] - top};
-            store(shrink, exp(load(shrink)));
-            F sa = splat(shrink[0]), sb = splat(shrink[1]);
-            a.top[q] = top;
-            a.weight[q] = a.weight[q] * shrink[0] + b.weight[q] * shrink[1];
+            F sa = splat(left[q]), sb = splat(right[q]);
+            a.top[q] = a.top[q] > b.top[q] ? a.top[q] : b.top[q];
+            a.weight[q] = a.weight[q] * left[q] + b.weight[q] * right[q];
             for (int64_t i = 0; i < padded_; i += LANES) store(x + i, load(x + i) * sa + load(y + i) * sb);
         }
         depth_--;

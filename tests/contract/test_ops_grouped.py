@@ -217,7 +217,7 @@ def test_the_lowest_code(ops: Ops) -> None:
     codes_NK = torch.randint(-128, 128, (32, 128), dtype=torch.int8)
     codes_NK[0], codes_NK[1, ::2] = -128, -128
     weight = GroupedWeight(codes_NK, torch.ones(32, 4, dtype=torch.float16))
-    for x_TK in (torch.full((3, 128), 1.0), torch.full((3, 128), -1.0), torch.randn(3, 128)):
+    for x_TK in (torch.full((51, 128), 1.0), torch.full((3, 128), -1.0), torch.randn(51, 128)):
         same(ops.logits(x_TK, ops.pack(weight)), make_ops("ref").logits(x_TK, weight), ops)
 
 

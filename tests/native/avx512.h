@@ -100,3 +100,6 @@ inline __m512i maskz_loadu_epi32(__mmask16 mask, const void* p) {
 #define __AVX512VNNI__ 1
 #define __AVX512BF16__ 1
 #endif
+#if defined(EMULATE_AMX)
+#include "amx.h"
+#endif

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from penstock.bench.doctor import PROMPT, WEIGHTS, Checkup, Concern, best_set, decode_limit, prompt_limit
+from penstock.bench.doctor import PROMPT, UNTESTED, WEIGHTS, Checkup, Concern, best_set, decode_limit, prompt_limit
 
 GB, GIB = 1e9, 1 << 30
 NOTICED = 0.01
@@ -79,6 +79,9 @@ def table(c: Checkup) -> str:
     threads = f"{c.threads} thread{'s' * (c.threads != 1)}"
     model = f"a model of {WEIGHTS / GB:.2f} GB of weights (Qwen3-0.6B, 8 bits)"
     kernels = f"{c.usable[0]}, of {', '.join(c.usable)}" if c.usable else "none: torch computes"
+    answer = "one answer: the bits of a token depend on this choice" if c.usable else "no one answer"
+    if c.usable and (untested := UNTESTED.get(c.usable[0])):
+        answer += f"; untested on hardware: {untested}"
     disk = "not measured" if c.disk is None else f"{c.disk / GB:.2f} GB/s, {c.folder}"
     gpus = ", ".join(f"{name} {size / GIB:.0f} GiB" for name, size in c.devices)
     linked = "each reaches the others' memory" if c.linked else "they do not reach each other's memory"
@@ -87,7 +90,7 @@ def table(c: Checkup) -> str:
     )
     rows = [
         ("processor", f"{c.processor}: {c.processors} of {c.online} processors", f"{threads} compute"),
-        ("kernels", kernels, "one answer: the bits of a token depend on this choice" if c.usable else "no one answer"),
+        ("kernels", kernels, answer),
         ("memory", f"{c.memory / GIB:.1f} GiB free of {c.memory_total / GIB:.1f}", "weights and KV must fit into it"),
         ("reading", f"{best.read_rate / GB:.1f} GB/s", f"{model} decodes at most {decode_limit(best):.0f} tokens/s"),
         (

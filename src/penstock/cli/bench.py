@@ -116,6 +116,31 @@ def overhead(
         )
 
 
+@app.command("determinism")
+@guarded
+def determinism(
+    work: Annotated[Path, typer.Option(help="folder to build the other kernels in; kept")] = Path("determinism"),
+    shape: Annotated[str, typer.Option(help="whose layers: qwen3-0.6b, llama-3.2-1b, tiny")] = "qwen3-0.6b",
+    prompt: Annotated[int, typer.Option(min=1, help="rows of a prompt")] = 512,
+    context: Annotated[int, typer.Option(min=1, help="positions that attention sees")] = 4096,
+    threads: Annotated[int, typer.Option(min=1, help="compute threads")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of calls in turn")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """What a fixed order of additions costs: these kernels beside the same sources with sums in any order."""
+    from penstock.bench.checkpoints import SHAPES
+    from penstock.bench.determinism import measure_determinism, table
+    from penstock.spec.hf import model_spec
+
+    dense = [name for name in SHAPES if model_spec(SHAPES[name]).moe is None]
+    spec = model_spec(SHAPES[_among("--shape", [shape], dense)[0]])
+    if context < prompt:
+        why = f"the {prompt} rows of the prompt end at position {context}"
+        raise InvalidRequest("invalid_parameter", f"--context {context} cannot be used", why=why)
+    report = measure_determinism(spec, work, prompt=prompt, context=context, threads=threads, rounds=rounds)
+    emit(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
+
+
 @app.command("throughput")
 @guarded
 def throughput(
