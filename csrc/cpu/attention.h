@@ -69,7 +69,7 @@ void attention_of(const Attention& a) {
         if (piece.root < 0) return walk.template finish<T>();
         int64_t at = piece.root * heads + number % heads;
         walk.save(roots[(size_t)at], values.data() + at * numbers, all.level, piece.index);
-    });
+    }, true);
     parallel((int64_t)all.cut.size() * heads, [&](int64_t number, int) {
         const Piece* piece = &all.pieces[(size_t)all.cut[(size_t)(number / heads)]];
         const Item* item = piece->item;

@@ -186,7 +186,7 @@ void widen_rows(const T* x, int rows, int64_t inputs, int64_t k0, int64_t k1, fl
     }
 }
 
-// Adds inputs [k0, k1), k0 being even, to sums [R], as accumulate does.
+// Adds inputs [k0, k1), all of them or both of each pair, to sums [R], as accumulate does.
 template <int R, class T>
 INLINE void accumulate_wide(const float* x, int64_t inputs, PanelOf<T> p, int64_t k0, int64_t k1, F* sums) {
     auto add = [&](const float* at, F w) {
@@ -203,10 +203,7 @@ INLINE void accumulate_wide(const float* x, int64_t inputs, PanelOf<T> p, int64_
             pair_of_columns(p, k / 2, first, second);
             add(x + k - k0 + 1, second);
         }
-        if ((k1 - k0) % 2 == 0) return;
-        if (k1 == inputs) return add(x + k1 - 1 - k0, last_column(p, inputs));
-        pair_of_columns(p, (k1 - 1) / 2, first, second);
-        add(x + k1 - 1 - k0, first);
+        if ((k1 - k0) % 2) add(x + k1 - 1 - k0, last_column(p, inputs));
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "quantized.h"
 #include "rows.h"
@@ -69,7 +70,10 @@ void some_experts(const Experts& a, int64_t first, int64_t rows) {
     int64_t slots = rows * a.active, width = a.width, inner = a.inner;
     m.fit(slots, width, inner);
     m.ends.assign((size_t)a.experts + 1, 0);
-    for (int64_t s = 0; s < slots; s++) m.ends[(size_t)chosen[s] + 1]++;
+    for (int64_t s = 0; s < slots; s++) {
+        if (chosen[s] < 0 || chosen[s] >= a.experts) throw std::out_of_range("no such expert");
+        m.ends[(size_t)chosen[s] + 1]++;
+    }
     for (int64_t e = 0; e < a.experts; e++) m.ends[(size_t)e + 1] += m.ends[(size_t)e];
     for (int64_t s = 0; s < slots; s++) m.places[(size_t)s] = m.ends[(size_t)chosen[s]]++;
     each_row(rows, width, [&](int64_t row, float*) {

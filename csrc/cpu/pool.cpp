@@ -76,11 +76,14 @@ public:
     int wanted() const { return wanted_; }
     int64_t count() const { return (int64_t)shares_.size(); }
 
-    void run(int64_t items, const Work& work) {
+    void run(int64_t items, const Work& work, bool dealt) {
         work_ = &work;
-        for (size_t thread = 0; thread < shares_.size(); thread++) {
-            shares_[thread].next.store(items * (int64_t)thread / count(), std::memory_order_relaxed);
-            shares_[thread].end = items * (int64_t)(thread + 1) / count();
+        for (int64_t thread = 0; thread < count(); thread++) {
+            Share& share = shares_[(size_t)thread];
+            share.first = dealt ? thread : items * thread / count();
+            share.step = dealt ? count() : 1;
+            share.items = dealt ? (items - thread + count() - 1) / count() : items * (thread + 1) / count() - share.first;
+            share.taken.store(0, std::memory_order_relaxed);
         }
         failure_ = nullptr;
         if (members_.empty() || items < 2) {
@@ -133,24 +136,27 @@ private:
         }
     }
 
-    // Its own share in order, so that it reads memory in one piece, and then what others have left.
+    // Its own share in order, and then what others have left.
     void take_items(int thread) {
         NoDenormals guard;
         try {
             for (size_t i = 0; i < shares_.size(); i++) {
                 Share& share = shares_[((size_t)thread + i) % shares_.size()];
-                for (int64_t item; (item = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) (*work_)(item, thread);
+                while (share.taken.load(std::memory_order_relaxed) < share.items) {
+                    int64_t number = share.taken.fetch_add(1, std::memory_order_relaxed);
+                    if (number < share.items) (*work_)(share.first + number * share.step, thread);
+                }
             }
         } catch (...) {  // no memory; the caller is told when all are out
-            for (auto& share : shares_) share.next.store(share.end, std::memory_order_relaxed);
+            for (auto& share : shares_) share.taken.store(share.items, std::memory_order_relaxed);
             std::lock_guard lock(sleep_);
             failure_ = std::current_exception();
         }
     }
 
     struct alignas(64) Share {
-        std::atomic<int64_t> next{0};
-        int64_t end = 0;
+        std::atomic<int64_t> taken{0};
+        int64_t items = 0, first = 0, step = 1;
     };
 
     int wanted_;
@@ -181,7 +187,7 @@ void start_anew() {
 void set_threads(int count) { wanted = count < 1 ? 1 : count; }
 int threads() { return wanted; }
 
-void parallel(int64_t items, const Work& work) {
+void parallel(int64_t items, const Work& work, bool dealt) {
     static const int registered = pthread_atfork(nullptr, nullptr, start_anew);
     (void)registered;
     std::lock_guard lock(*turn);
@@ -191,7 +197,7 @@ void parallel(int64_t items, const Work& work) {
         team = nullptr;
     }
     if (!team) team = new Team(count);
-    team->run(items, work);
+    team->run(items, work, dealt);
 }
 
 }  // namespace penstock

@@ -11,7 +11,8 @@ void set_threads(int count);
 int threads();
 
 // Calls work(item, thread) once for each item < items, on whichever thread is free. Which thread computes an item must
-// not matter to its bits. Calls from several threads take turns.
-void parallel(int64_t items, const std::function<void(int64_t item, int thread)>& work);
+// not matter to its bits. Calls from several threads take turns. A thread begins with items of its own: neighbours, or with
+// ``dealt`` every so manieth, so that the first of all are begun first.
+void parallel(int64_t items, const std::function<void(int64_t item, int thread)>& work, bool dealt = false);
 
 }  // namespace penstock

@@ -63,13 +63,6 @@ INLINE F load_bytes(const uint8_t* p) {
 #endif
 }
 
-// Calls work(0), work(1), ... of constants: what they index is in registers from the start.
-template <int N, class Work>
-INLINE void each(const Work& work) {
-    [&]<int... i>(std::integer_sequence<int, i...>) { (work(std::integral_constant<int, i>()), ...); }
-    (std::make_integer_sequence<int, N>());
-}
-
 // Four neighbouring codes of a row, for every output.
 INLINE int32_t quad_at(const int8_t* x) {
     int32_t quad;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -341,6 +342,13 @@ INLINE float greatest(F a) {
     float top = lanes[0];
     for (int i = 1; i < LANES; i++) top = lanes[i] > top ? lanes[i] : top;
     return top;
+}
+
+// Calls work(0), work(1), ... of constants: what they index is in registers from the start.
+template <int N, class Work>
+INLINE void each(const Work& work) {
+    [&]<int... i>(std::integer_sequence<int, i...>) { (work(std::integral_constant<int, i>()), ...); }
+    (std::make_integer_sequence<int, N>());
 }
 
 }  // namespace penstock::PENSTOCK_ISA

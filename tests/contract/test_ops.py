@@ -255,7 +255,7 @@ def test_add_norm_reads_the_sum_as_stored(place: Place) -> None:
 
 
 def test_add_norm_adds_the_product_as_stored(place: Place) -> None:
-    """(1 + 2^-7) * (1 + 2^-8) is 1 + 2^-6 in bfloat16; with all of its bits the sum would be one unit larger."""
+    """(1 + 2^-7) * (1 + 2^-8) is 1 + 2^-6 in bfloat16; with all of its bits the sum would be one unit smaller."""
     ops, device = place
     one = torch.ones(1, 64, dtype=torch.bfloat16, device=device)
     _, total = ops.add_norm(one * (1 + 2**-7), one * (3 * 2**-9), None, 0.0, 1 + 2**-8)

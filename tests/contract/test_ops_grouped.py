@@ -109,6 +109,21 @@ def test_experts(form: tuple[int, int], ops: Ops) -> None:
     agree(run(ops, ops.pack(up), ops.pack(down)), run(make_ops("ref"), up, down), torch.bfloat16)
 
 
+def test_bits_of_experts_of_many_rows(form: tuple[int, int], ops: Ops) -> None:
+    """More rows than are routed together, and more of one expert than fit a block of its product."""
+    rows, shape = 1100, (4, 2 * 128, 128)
+    x_TD, chosen_TA = torch.randn(rows, 128).bfloat16(), torch.stack([torch.randperm(4)[:2] for _ in range(rows)])
+    up, down = (ops.pack(quantize(torch.randn(s) / 8, *form)) for s in (shape, (4, 128, 128)))
+    weights_TA = torch.rand(rows, 2)
+
+    def run(at: slice) -> Tensor:
+        return ops.experts(x_TD[at], chosen_TA[at], weights_TA[at], up, None, down, None, "silu")
+
+    whole = run(slice(None))
+    for row in (0, 31, 32, 700, 1023, 1024, rows - 1):
+        assert torch.equal(run(slice(row, row + 1))[0], whole[row]), row
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_row_bits(form: tuple[int, int], threads: int, ops: Ops) -> None:
     """A row's bytes do not depend on how many others there are, on its place, or on the threads."""

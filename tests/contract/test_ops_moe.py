@@ -133,6 +133,20 @@ def test_bits_of_many_rows(dtype: torch.dtype) -> None:
         assert torch.equal(alone[0], whole[row]), row
 
 
+def test_experts_that_are_not_there() -> None:
+    if "cpu" not in EXACT:
+        pytest.skip("installed without a compiler")
+    ops, weights = make_ops("cpu"), expert_weights(torch.float32, bias=False)
+    x_TD, weights_TA = torch.randn(2, D), torch.rand(2, A)
+    for wrong in (-1, E, 2**62):
+        with pytest.raises(IndexError):
+            run_experts(ops, x_TD, torch.tensor([[0, 1, 2], [0, wrong, 2]]), weights_TA, weights, "silu")
+    with pytest.raises(ValueError, match="rows"):
+        run_experts(ops, x_TD, choices(3, random.Random(0)), torch.rand(3, A), weights, "silu")
+    with pytest.raises(ValueError, match="of 6 experts"):
+        ops.route(x_TD, *packed(ops, torch.randn(E, D)), None, E + 1, True)
+
+
 def test_logits_that_are_no_numbers(place: Place) -> None:
     """They are chosen first, in the order of ids, and spoil the weights."""
     ops, device = place

@@ -67,7 +67,7 @@ def sizes(call: str, a: dict[str, Any]) -> dict[str, tuple[int, int]]:
         case "embed":
             return {"table": (matrix, RAW), "ids": (8 * rows, RAW), "out": (rows * k * one, dtype)}
         case "draw":
-            return {"logits": (4 * rows * a["size"], 0), "limits": (32 * rows, RAW), "sites": (40 * rows, RAW)} | {
+            return {"logits": (4 * rows * a["size"], 0), "limits": (40 * rows, RAW), "sites": (40 * rows, RAW)} | {
                 "tokens": (8 * rows, RAW)
             }
         case "pack_grouped":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.base import ConfigError, EngineError
+from penstock.bench.contenders import machine
 
 SOURCES = Path(__file__).resolve().parents[3] / "csrc"
 """Where they are in a checkout; a wheel has none."""
@@ -74,7 +75,7 @@ def build_library(work: Path, chosen: str, sources: Path = SOURCES) -> Path:
     common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{sources / 'cpu'}"]
     builds = {name: flags.format(flags=FLAGS[chosen]) for name, flags in BUILDS.items()}
     version = _run([compiler, "--version"])
-    known = hashlib.blake2b(repr((version, common, builds)).encode(), digest_size=8)
+    known = hashlib.blake2b(repr((version, common, builds, machine())).encode(), digest_size=8)
     for file in files:
         known.update(file.read_bytes())
     folder = work / f"determinism-{known.hexdigest()}"

@@ -211,6 +211,10 @@ def _compare(case: Case, chosen: str) -> float:
         why = f"{case.name}, {case.format}: other bytes than the installed kernels {chosen}"
         fix = "install penstock again from this checkout (pip install -e .), or with this compiler"
         raise EngineError("bench_kernels_differ", "The kernels just built are not the product's", why=why, fix=fix)
+    for result in results:
+        if not result.isfinite().all():  # it was NaN before: a build that computes nothing would be the fastest
+            why = f"{case.name}, {case.format}: a sum in any order is not finite, or was not written"
+            raise EngineError("bench_kernels_differ", "A build with sums in any order computes something else", why=why)
     greatest = results[0].abs().max().item()
     return max((result.float() - results[0].float()).abs().max().item() for result in results) / greatest
 

@@ -75,7 +75,8 @@ class Decoder:
         return residual_TD, delta_TD
 
     def hidden(self, residual_TD: Tensor, delta_TD: Tensor, rows_R: Tensor | None = None) -> Tensor:
-        """Final hidden states [R, D] of the rows ``rows_R`` (int64) or all, as stored, final norm applied."""
+        """Final hidden states [R, D] of the rows ``rows_R`` (int64), as stored, final norm applied. Without them of all
+        rows, and ``residual_TD`` may be overwritten."""
         residual_RD, delta_RD = (x_TD if rows_R is None else x_TD[rows_R] for x_TD in (residual_TD, delta_TD))
         if not len(residual_RD):  # a chunk of a prompt: its K and V are all that was wanted
             return residual_RD

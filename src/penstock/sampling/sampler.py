@@ -182,11 +182,10 @@ class Sampler:
                     found = self._candidates(kind, logits_rV, maxima_rB, rows[at])
                     codes_R[some] = gumbel.winners(found, self.vocab_size, sites_r5, MASKED)
         codes_R.masked_fill_(~(best_R < torch.inf), UNSOUND)
-        raw = np.flatnonzero(~self.ruled[rows])
-        if raw.size:
-            some = self._put(raw)
-            sound_r = best_R[some].isfinite() & logits_RV[some].amin(dim=1).isfinite()
-            codes_R[some] = codes_R[some].masked_fill_(~sound_r, NUMERICAL)
+        raw_R = ~self.ruled[rows]
+        if raw_R.any():
+            sound_R = best_R.isfinite() & logits_RV.amin(dim=1).isfinite()
+            codes_R.masked_fill_(~sound_R & self._put(raw_R), NUMERICAL)
         return codes_R
 
     def _candidates(self, kind: int, logits_RV: Tensor, maxima_RB: Tensor, rows: Ints) -> Candidates:

@@ -161,6 +161,9 @@ def attention(
 
 def route(logits_TE: Tensor, active: int, normalize: bool) -> tuple[Tensor, Tensor]:
     rows, count = logits_TE.shape
+    same(logits_TE, torch.float32, logits_TE)
+    if not 0 < active <= count:
+        raise ValueError(f"{active} of {count} experts")
     chosen_TA, weights_TA = torch.empty(rows, active, dtype=torch.int64), torch.empty(rows, active)
     places = (logits_TE.data_ptr(), chosen_TA.data_ptr(), weights_TA.data_ptr())
     _native.route(*places, rows, count, active, normalize)
@@ -189,6 +192,8 @@ def experts(
     same(x_TD, torch.float32, weights_TA)
     if gate_up_E2FD.shape != (count, 2 * inner, x_TD.shape[1]) or x_TD.shape[1] != width:
         raise ValueError(f"{list(x_TD.shape)} through {list(gate_up_E2FD.shape)} and {list(down_EDF.shape)}")
+    if len(chosen_TA) != len(x_TD) or chosen_TA.shape != weights_TA.shape:
+        raise ValueError(f"{list(chosen_TA.shape)} and {list(weights_TA.shape)} of {len(x_TD)} rows")
     out_TD = torch.empty_like(x_TD)
     _native.experts(
         x_TD.data_ptr(),

@@ -18,7 +18,7 @@ from penstock.kernels.types import Batch
 MOST_ROWS = 256
 """Of a step that is replayed: the time of Python in one is nothing beside that of more rows."""
 
-MAKES_OR_VIEWS = frozenset("empty empty_like new_empty view permute transpose unbind".split())
+MAKES_OR_VIEWS = frozenset("empty empty_like new_empty view permute transpose".split())
 ASKS = frozenset("__get__ __len__ data_ptr is_contiguous contiguous stride size".split())
 """What torch may do in a forward pass that is recorded: memory is made, named and asked about, nothing computed. Where
 ``contiguous`` copies, the tape sees an address that no call wrote."""
