@@ -29,7 +29,7 @@ class Cell:
     """``prompts`` at once of ``inputs`` tokens, ``outputs`` tokens each, the first ``shared`` in common.
 
     Attributes:
-        unit: what is counted. "s" is the time from the start of the process to the end of its warm-up.
+        unit: what is counted. "s" is the time from where loading began to the end of the warm-up, imports not counted.
     """
 
     prompts: int
@@ -41,7 +41,7 @@ class Cell:
     def speed(self, run: Run) -> float:
         """In the cell's unit; of seconds, one over them: more is better."""
         if self.unit == "s":
-            return 1 / run.ready_s
+            return 1 / (run.loaded_s or run.ready_s)
         return (self.prompts * self.inputs if self.unit == "prompt tokens/s" else run.tokens) / run.seconds
 
 

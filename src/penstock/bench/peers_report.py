@@ -54,6 +54,7 @@ class Standing:
         rounds: of those in which all finalists ran; 0: its first run only.
         share: of the speed that the measured limits allow, median; None where no limit is stated.
         peak_bytes: greatest resident memory.
+        ready_s: from the start of the process to the end of the warm-up, median.
         verdict: of a peer, beside its reference on another machine.
         error: why there is no figure.
     """
@@ -66,6 +67,7 @@ class Standing:
     rounds: int
     share: float | None
     peak_bytes: int
+    ready_s: float
     verdict: str
     error: str
     command: str
@@ -188,7 +190,7 @@ def _standing(results: Sequence[Result], rounds: int) -> Standing:
     cell, spec = CELLS[first.cell], model_spec(SHAPES[first.shape])
     job = make_job(spec, cell, Path(), first.threads, {})
     runs = [result.run for result in results if result.run]
-    each = tuple(round(run.ready_s if cell.unit == "s" else cell.speed(run), 2) for run in runs)
+    each = tuple(round(1 / cell.speed(run) if cell.unit == "s" else cell.speed(run), 2) for run in runs)
     shares, beside = [], ""
     if runs and cell.unit != "s":
         around = [result.before.at_best(result.after) for result in results if result.run]
@@ -206,6 +208,7 @@ def _standing(results: Sequence[Result], rounds: int) -> Standing:
         rounds=rounds,
         share=round(statistics.median(shares), 3) if shares else None,
         peak_bytes=max((run.peak_bytes for run in runs), default=0),
+        ready_s=round(statistics.median(run.ready_s for run in runs), 2) if runs else 0.0,
         verdict=beside,
         error=first.error,
         command=first.command,
@@ -241,7 +244,11 @@ def table(report: PeersReport) -> str:
                 lines.append(f"{head} failed: {reason(x.error)}")
                 continue
             rounds = f"median of {len(x.each)}" if x.rounds else "1 run"
-            lines.append(f"{head} {x.speed:8.1f} ({rounds}, {min(x.each):.1f} to {max(x.each):.1f})")
+            digits = 2 if cell.unit == "s" else 1
+            span = f"{min(x.each):.{digits}f} to {max(x.each):.{digits}f}"
+            lines.append(f"{head} {x.speed:8.{digits}f} ({rounds}, {span})")
+            if cell.unit == "s":
+                lines[-1] += f"; {x.ready_s:.2f} s from the start of the process"
             if x.share is not None:
                 lines[-1] += f"; {100 * x.share:.0f} % of the limit"
             lines[-1] += f"; peak {x.peak_bytes / (1 << 20):.0f} MiB"
