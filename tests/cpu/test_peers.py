@@ -50,6 +50,7 @@ def test_a_real_run_is_filed_and_not_run_again(tmp_path: Path, monkeypatch: pyte
     assert report.cells[0].ratio is None
     (result,) = Journal(tmp_path / "results.jsonl").results
     assert result.run is not None and result.run.tokens == 128 and result.run.ready_s > 0.1
+    assert 0 < result.run.loaded_s < result.run.ready_s
     monkeypatch.delattr(peers, "run_side")
     assert measure(tmp_path, only=["transformers"], cells=["decode"], rounds=1).cells == report.cells
 
