@@ -18,6 +18,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "penstock"
 
 
+def data_folder() -> Path:
+    """PENSTOCK_DATA: where uploaded files are kept; by default ``penstock`` in XDG_DATA_HOME or ~/.local/share."""
+    if given := os.environ.get("PENSTOCK_DATA"):
+        return Path(given)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()) / "penstock"
+
+
 def cache_size() -> str:
     """PENSTOCK_CACHE_SIZE: bytes they may take together, such as "20G"."""
     return os.environ.get("PENSTOCK_CACHE_SIZE") or "20G"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from penstock.base import env
 from penstock.cli.complete import complete_model
 from penstock.cli.options import MODEL_HELP, engine_options
 from penstock.spec import EngineConfig
@@ -27,6 +29,9 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="8000, or the next free one, unless given; 0 takes any")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="folder of uploaded files and batches; by default in ~/.local/share/penstock")
     ] = None,
     engine: dict[str, Any],
 ) -> None:
@@ -50,7 +55,7 @@ def serve(
                 print("Anyone who can reach this address can use it: this server asks for no key.")
             print(f"Try it:\n  {example(url, assembled)}", flush=True)
 
-        server.serve(llm, bound, announce)
+        server.serve(llm, bound, announce, store or env.data_folder() / "store")
 
 
 def example(url: str, engine: Assembled) -> str:

@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -19,9 +20,12 @@ from starlette.types import ASGIApp
 
 from penstock.base import PenstockError
 from penstock.llm import AsyncLLM
+from penstock.serving.batch_run import Endpoint
+from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
 from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, engine_stopped, shutting_down
+from penstock.serving.durable import batch_routes
 from penstock.serving.edge import Edge, off_loop, parse, read_body
 from penstock.serving.errors import (
     error_response,
@@ -57,11 +61,14 @@ class Task(Protocol):
     def chunks(self) -> AsyncGenerator[object, None]: ...
 
 
-def build_app(llm: AsyncLLM, *, hosts: frozenset[str] | None = None) -> tuple[ASGIApp, Context]:
+def build_app(
+    llm: AsyncLLM, *, hosts: frozenset[str] | None = None, store: Path | None = None
+) -> tuple[ASGIApp, Context]:
     """The application, and what whoever runs it needs to end it in good order.
 
     Args:
         hosts: names a Host header may carry; None for any.
+        store: folder of uploaded files and batches; without one they are not served.
     """
     engine = llm.engine
     routes = [
@@ -76,9 +83,12 @@ def build_app(llm: AsyncLLM, *, hosts: frozenset[str] | None = None) -> tuple[AS
         Route("/ready", _ready),
         Route("/health", _ready),
         Route("/metrics", _metrics),
+        *(batch_routes() if store else ()),
     ]
     metrics = Metrics(engine.service.status, frozenset(route.path for route in routes))
     context = Context(llm=llm, metrics=metrics, name=engine.name, created=int(time.time()))
+    if store is not None:
+        context.batches = Batches(context, store, _endpoints())
     inner = Starlette(
         routes=routes,
         exception_handlers={
@@ -90,6 +100,27 @@ def build_app(llm: AsyncLLM, *, hosts: frozenset[str] | None = None) -> tuple[AS
     )
     inner.state.context = context
     return Edge(inner, hosts, metrics.count), context
+
+
+def _endpoints() -> dict[str, Endpoint]:
+    """What may stand in a batch."""
+
+    def generation(shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]]) -> Endpoint:
+        async def answer(asked: G, context: Context) -> object:
+            return await (await prepare(asked, context)).whole()
+
+        return Endpoint(functools.partial(_decode, shape=shape), answer)
+
+    def vectors(shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Endpoint:
+        return Endpoint(functools.partial(_decode, shape=shape), answer)
+
+    return {
+        "/v1/completions": generation(CompletionRequest, CompletionTask.prepare),
+        "/v1/chat/completions": generation(ChatRequest, ChatTask.prepare),
+        "/v1/embeddings": vectors(EmbeddingRequest, embeddings),
+        "/v1/score": vectors(ScoreRequest, scores),
+        "/v1/rerank": vectors(RerankRequest, ranking),
+    }
 
 
 def _context(request: Request) -> Context:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from penstock.base import PenstockError, Unavailable
 from penstock.llm import AsyncLLM, TokensPrompt
@@ -17,6 +17,9 @@ from penstock.serving.metrics import Metrics
 from penstock.serving.schemas import PromptTokensDetails, Usage
 from penstock.spec import SamplingParams
 from penstock.text import Delta
+
+if TYPE_CHECKING:
+    from penstock.serving.batches import Batches
 
 T = TypeVar("T")
 
@@ -30,6 +33,7 @@ class Context:
         live: engine ids of the requests under way that generate.
         tasks: those that make vectors, or choose among samples.
         draining: no new requests; the process is about to end.
+        batches: files of requests, answered when there is time; None where they are not served.
     """
 
     llm: AsyncLLM
@@ -39,6 +43,7 @@ class Context:
     live: set[str] = field(default_factory=set)
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     draining: bool = False
+    batches: Batches | None = None
 
     def admit(self, model: str | None) -> None:
         """Refuses any model but this one, by its name or as the engine was given it, and everything while it ends."""

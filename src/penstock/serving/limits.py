@@ -35,3 +35,23 @@ DRAIN_SECONDS = 30.0
 
 MAX_CONNECTIONS = 4096
 """More are answered 503 at once."""
+
+MAX_FILE_BYTES = 200 << 20
+"""Of one uploaded file, as OpenAI's API allows for batches."""
+
+MAX_STORED_BYTES = 10 << 30
+"""Of all files of one client."""
+
+MAX_FILE_NAME = 255
+FILE_SECONDS = 600.0
+"""A file must have arrived whole after this long."""
+
+MAX_BATCH_LINES = 50_000
+MAX_COMPLAINTS = 20
+"""Faults of a batch's file that are named; the others are as likely to be the same."""
+
+MAX_METADATA = 16
+"""Pairs of a batch's metadata; names of 64 characters, values of 512."""
+
+MAX_LISTED = 100
+"""Items on a page of a list."""

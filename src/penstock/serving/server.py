@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import uvicorn
 
@@ -81,14 +82,17 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(llm: AsyncLLM, bound: socket.socket, announce: Callable[[], None]) -> None:
+def serve(llm: AsyncLLM, bound: socket.socket, announce: Callable[[], None], store: Path | None = None) -> None:
     """Answers until SIGTERM or Ctrl-C; calls ``announce`` once it does.
 
     Then no connection is accepted, running requests have DRAIN_SECONDS to finish, and what is left is aborted
     and told so. A second Ctrl-C ends at once.
+
+    Args:
+        store: folder of uploaded files and batches. Batches that an earlier process left go on.
     """
     own_names = LOOPBACK | {bound.getsockname()[0]} if is_loopback(bound) else None
-    app, context = build_app(llm, hosts=own_names)
+    app, context = build_app(llm, hosts=own_names, store=store)
     config = uvicorn.Config(
         app,
         http="h11",
@@ -109,11 +113,15 @@ def serve(llm: AsyncLLM, bound: socket.socket, announce: Callable[[], None]) -> 
     async def accompany() -> None:
         while not server.started:
             await asyncio.sleep(0.01)
+        if context.batches is not None:
+            await context.batches.resume()
         with suppress(BrokenPipeError):  # whoever read it has read enough
             announce()
         while not server.should_exit:
             await asyncio.sleep(0.05)
         context.draining = True
+        if context.batches is not None:
+            await context.batches.close()
         await asyncio.sleep(DRAIN_SECONDS)
         await context.abort_all()
 

@@ -1,0 +1,251 @@
+"""One batch: its file is read, its lines are answered, its outputs are written; from wherever it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from penstock.base import PenstockError
+from penstock.core.service import MAX_PRIORITY
+from penstock.serving.batch_table import Batch, Complaint, Done, Line, Status
+from penstock.serving.context import Context
+from penstock.serving.database import StoredFile
+from penstock.serving.edge import off_loop, parse
+from penstock.serving.errors import HTTPError, body_of, internal_error, log_fault
+from penstock.serving.files import write
+from penstock.serving.limits import MAX_BATCH_LINES, MAX_BODY_BYTES, MAX_COMPLAINTS
+from penstock.serving.schemas import GenerationRequest, ModelRequest
+from penstock.serving.store import Store
+
+BEHIND = 1000
+"""Levels of priority by which a batch stands behind requests whose clients wait."""
+AT_ONCE = 2
+"""Requests of a batch that are taken in, in steps of ``max_num_seqs``: one running, one in line."""
+COMMIT_SECONDS, COMMIT_LINES = 0.25, 64
+"""Answers are committed together: what a kill may make the engine do again, and how often the disk is written."""
+READ_LINES = 256
+RETRY_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What may stand in a batch: the requests of a path, and the answer to one that is not streamed."""
+
+    decode: Callable[[bytes], ModelRequest]
+    answer: Callable[[Any, Context], Awaitable[object]]
+
+
+class BatchLine(msgspec.Struct, kw_only=True):
+    """A line of a batch's file."""
+
+    custom_id: Annotated[str, Meta(min_length=1, max_length=512)]
+    method: Literal["POST"]
+    url: Annotated[str, Meta(max_length=64)]
+    body: msgspec.Raw
+
+
+class Run:
+    """One batch, from the state in which it is found to its end."""
+
+    def __init__(self, store: Store, batch: Batch, context: Context, endpoint: Endpoint, wake: asyncio.Event) -> None:
+        self.store, self.batch, self.context, self.endpoint, self.wake = store, batch, context, endpoint, wake
+
+    async def all(self) -> None:
+        try:
+            file = await asyncio.to_thread(self.store.file, self.batch.tenant, self.batch.input_file_id)
+        except HTTPError as error:
+            complaint = Complaint(error.code, error.what)
+            self.batch = await self._change(lambda batch: replace(batch, errors=(complaint,)).moved("failed"))
+            return
+        path = self.store.path(file.id)
+        if self.batch.status == "validating":
+            await self._validate(path)
+        if self.batch.status == "in_progress":
+            await self._answer(path, file.sha256)
+        if self.batch.status in ("in_progress", "finalizing", "cancelling"):
+            await asyncio.to_thread(self._finish)
+
+    async def _change(self, alter: Callable[[Batch], Batch]) -> Batch:
+        return await asyncio.to_thread(self.store.batches.change, self.batch.id, alter)
+
+    async def _validate(self, path: Path) -> None:
+        lines, complaints = await asyncio.to_thread(read_lines, path, self.batch.endpoint)
+        if complaints:
+            self.batch = await self._change(lambda batch: replace(batch, errors=tuple(complaints)).moved("failed"))
+        else:
+            self.batch = await asyncio.to_thread(self.store.batches.start_lines, self.batch.id, lines)
+
+    async def _answer(self, path: Path, sha256: str) -> None:
+        """Answers lines until none is left, the batch is cancelled or its time is over."""
+        window = AT_ONCE * self.context.llm.engine.config.max_num_seqs
+        waiting, running = self._waiting(path), set[asyncio.Task[Done]]()
+        done: list[Done] = []
+        committed, exhausted = time.monotonic(), False
+        try:
+            while True:
+                over = self.batch.status != "in_progress" or time.time() >= self.batch.expires_at
+                while not exhausted and not over and len(running) < window:
+                    following = await anext(waiting, None)
+                    exhausted = following is None
+                    if following is not None:
+                        running.add(asyncio.create_task(self._line(*following, sha256)))
+                if over or not running:
+                    break
+                finished, running = await asyncio.wait(
+                    running, timeout=COMMIT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                done += [task.result() for task in finished]
+                if len(done) >= COMMIT_LINES or time.monotonic() - committed >= COMMIT_SECONDS or not running:
+                    self.batch = await asyncio.to_thread(self.store.batches.finish_lines, self.batch.id, done)
+                    committed, done = time.monotonic(), []
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        self.batch = await asyncio.to_thread(self.store.batches.finish_lines, self.batch.id, done)
+        if self.batch.status == "in_progress" and time.time() >= self.batch.expires_at:
+            await asyncio.to_thread(self._expire)
+
+    async def _waiting(self, path: Path) -> AsyncGenerator[tuple[Line, bytes], None]:
+        """(line, its bytes) of each line without an answer."""
+        after = 0
+        while lines := await asyncio.to_thread(self._read, path, after):
+            for line, raw in lines:
+                yield line, raw
+            after = lines[-1][0].number
+
+    def _read(self, path: Path, after: int) -> list[tuple[Line, bytes]]:
+        lines = self.store.batches.waiting_lines(self.batch.id, after, READ_LINES)
+        with path.open("rb") as file:
+            return [(line, os.pread(file.fileno(), line.length, line.start)) for line in lines]
+
+    async def _line(self, line: Line, raw: bytes, sha256: str) -> Done:
+        """The same file gets the same answers whenever it is sent, so that a line's seed and ids are made of both."""
+        digest = blake2b(f"{sha256}:{line.number}".encode(), digest_size=16).digest()
+        seed, name = int.from_bytes(digest[:8], "little") >> 1, digest.hex()
+        while True:
+            try:
+                body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
+                asked = await off_loop(len(body), partial(self.endpoint.decode, body))
+                return self._done(line, name, 200, await self.endpoint.answer(self._behind(asked, seed), self.context))
+            except PenstockError as error:
+                if error.status in (429, 503):  # not the line's fault: it comes again, in this process or the next
+                    await asyncio.sleep(RETRY_SECONDS)
+                    continue
+                log_fault(error)
+                return self._done(line, name, error.status, body_of(error))
+            except Exception:
+                _log.exception("line %d of batch %s failed", line.number, self.batch.id)
+                return self._done(line, name, 500, body_of(internal_error()))
+
+    def _behind(self, asked: ModelRequest, seed: int) -> ModelRequest:
+        if isinstance(asked, GenerationRequest):
+            if asked.stream:
+                raise HTTPError(
+                    "invalid_parameter", "stream cannot be used in a batch", fix="leave it out", param="stream"
+                )
+            asked.seed = seed if asked.seed is None else asked.seed
+        asked.priority = min(MAX_PRIORITY, (asked.priority or 0) + BEHIND)
+        self.context.admit(asked.model)
+        return asked
+
+    def _done(self, line: Line, name: str, status: int, body: Any) -> Done:
+        usage = getattr(body, "usage", None)
+        tokens_in, tokens_out = getattr(usage, "prompt_tokens", 0), getattr(usage, "completion_tokens", 0)
+        if hasattr(body, "id"):
+            body.id = f"{body.id.partition('-')[0]}-{name}"
+        if hasattr(body, "created"):
+            body.created = self.batch.created_at
+        response = {"status_code": status, "request_id": name, "body": body}
+        result = {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": response, "error": None}
+        return Done(line.number, status != 200, msgspec.json.encode(result) + b"\n", tokens_in, tokens_out)
+
+    def _expire(self) -> None:
+        error = {"code": "batch_expired", "message": "This request could not be executed before the batch expired."}
+        while lines := self.store.batches.waiting_lines(self.batch.id, 0, READ_LINES):
+            done = []
+            for line in lines:
+                name = blake2b(f"{self.batch.id}:{line.number}".encode(), digest_size=16).hexdigest()
+                result = {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": None, "error": error}
+                done.append(Done(line.number, True, json.dumps(result).encode() + b"\n"))
+            self.batch = self.store.batches.finish_lines(self.batch.id, done)
+
+    def _finish(self) -> None:
+        """Writes the outputs, in the order of the file, and ends the batch. A kill before that changes nothing."""
+
+        def finalizing(batch: Batch) -> Batch:
+            return batch.moved("finalizing") if batch.status == "in_progress" else batch
+
+        self.batch = self.store.batches.change(self.batch.id, finalizing)
+        made: dict[str, StoredFile] = {}
+        for kind, failed in (("output", False), ("error", True)):
+            file = self._output(kind, self.store.batches.results(self.batch.id, failed=failed))
+            if file.bytes:
+                made[f"{kind}_file_id"] = file
+            else:
+                self.store.path(file.id).unlink()
+
+        def ended(batch: Batch) -> Batch:
+            changes: dict[str, Any] = {name: file.id for name, file in made.items()}
+            late = batch.finalizing_at is not None and batch.finalizing_at >= batch.expires_at
+            status: Status = "cancelled" if batch.status == "cancelling" else "expired" if late else "completed"
+            return replace(batch, **changes).moved(status)
+
+        self.batch = self.store.batches.finish(self.batch.id, ended, made.values())
+
+    def _output(self, kind: str, results: Iterator[bytes]) -> StoredFile:
+        return write(self.store, self.batch.tenant, f"{self.batch.id}_{kind}.jsonl", "batch_output", results)
+
+
+def read_lines(path: Path, endpoint: str) -> tuple[list[Line], list[Complaint]]:
+    """The lines of a batch's file, or what is wrong with it. Bodies are looked at when their turn comes."""
+    lines: list[Line] = []
+    complaints: list[Complaint] = []
+    names = set[str]()
+    start = number = 0
+    with path.open("rb") as file:
+        while raw := file.readline(MAX_BODY_BYTES + 1):
+            number += 1
+            at, start = start, start + len(raw)
+            if not raw.strip():
+                continue
+            try:
+                if len(raw) > MAX_BODY_BYTES:
+                    raise HTTPError("line_too_large", "The line is too large", why=f"more than {MAX_BODY_BYTES} bytes")
+                custom_id = _custom_id(raw, endpoint, names)
+            except HTTPError as error:
+                complaints.append(Complaint(error.code, str(error), error.param, number))
+                if len(complaints) == MAX_COMPLAINTS or len(raw) > MAX_BODY_BYTES:
+                    break
+                continue
+            names.add(custom_id)
+            lines.append(Line(number, custom_id, at, len(raw)))
+            if len(lines) > MAX_BATCH_LINES:
+                complaints.append(Complaint("too_many_lines", f"The file has more than {MAX_BATCH_LINES} requests"))
+                break
+    if not lines and not complaints:
+        complaints.append(Complaint("empty_file", "The file has no requests"))
+    return lines, complaints
+
+
+def _custom_id(raw: bytes, endpoint: str, taken: set[str]) -> str:
+    line = parse(raw, BatchLine)
+    if line.url != endpoint:
+        raise HTTPError("mismatched_endpoint", f"url must be the batch's endpoint, {endpoint}", param="url")
+    if line.custom_id in taken:
+        raise HTTPError("duplicate_custom_id", f"custom_id {line.custom_id!r} is used twice", param="custom_id")
+    return line.custom_id

@@ -1,0 +1,188 @@
+"""/v1/batches: files of requests that are answered when there is time, each once, whatever happens to the process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from penstock.base import Unavailable
+from penstock.serving.batch_run import Endpoint, Run
+from penstock.serving.batch_table import LIVE, Batch, Complaint
+from penstock.serving.context import Context
+from penstock.serving.errors import HTTPError
+from penstock.serving.limits import MAX_METADATA
+from penstock.serving.store import Store
+
+DAY = 86_400
+RETRY_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class BatchRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/batches"""
+
+    input_file_id: Annotated[str, Meta(max_length=64)]
+    endpoint: Annotated[str, Meta(max_length=64)]
+    completion_window: Literal["24h"]
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+            Meta(max_length=MAX_METADATA),
+        ]
+        | None
+    ) = None
+    output_expires_after: None = None
+
+
+class Complaints(msgspec.Struct):
+    data: tuple[Complaint, ...]
+    object: str = "list"
+
+
+class Counts(msgspec.Struct):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchUsage(msgspec.Struct):
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+
+
+class BatchObject(msgspec.Struct, kw_only=True):
+    """OpenAI's Batch."""
+
+    id: str
+    endpoint: str
+    model: str
+    errors: Complaints | None
+    input_file_id: str
+    completion_window: str
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: Counts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+    object: str = "batch"
+
+
+def shown(batch: Batch) -> BatchObject:
+    own = {name: getattr(batch, name) for name in BatchObject.__struct_fields__ if hasattr(batch, name)}
+    tokens_in, tokens_out = batch.input_tokens, batch.output_tokens
+    made = {
+        "errors": Complaints(batch.errors) if batch.errors else None,
+        "request_counts": Counts(batch.total, batch.completed, batch.failed),
+        "usage": BatchUsage(tokens_in, tokens_out, tokens_in + tokens_out),
+    }
+    return BatchObject(**own | made)
+
+
+class Batches:
+    """Carries out the batches of one store, one after another.
+
+    Args:
+        folder: of the store; made when the first file comes, so that a server that never sees one writes nothing.
+        endpoints: by path.
+    """
+
+    def __init__(self, context: Context, folder: Path, endpoints: Mapping[str, Endpoint]) -> None:
+        self.context, self.folder, self.endpoints = context, folder, endpoints
+        self._store: Store | None = None
+        self._wake = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+        self._opening = asyncio.Lock()
+
+    async def resume(self) -> None:
+        """Goes on with what an earlier process left, if there is anything."""
+        if (self.folder / "store.sqlite").is_file():
+            with suppress(Unavailable):  # another server has it; who asks for files is told
+                await self.store()
+
+    async def store(self) -> Store:
+        """Raises Unavailable: (store_in_use), (store_unusable)."""
+        async with self._opening:
+            if self._store is None:
+                self._store = await asyncio.to_thread(Store, self.folder)
+                self._worker = asyncio.create_task(self._work())
+            return self._store
+
+    async def close(self) -> None:
+        """What is under way is given up and stays to be done."""
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+
+    async def create(self, asked: BatchRequest, tenant: str) -> BatchObject:
+        """Raises HTTPError: (invalid_parameter), (file_not_found)."""
+        if asked.endpoint not in self.endpoints:
+            why = f"it must be one of {', '.join(sorted(self.endpoints))}"
+            raise HTTPError("invalid_parameter", "endpoint cannot be used", why=why, param="endpoint")
+        store, now = await self.store(), int(time.time())
+        await asyncio.to_thread(store.file, tenant, asked.input_file_id)
+        batch = Batch(
+            id=store.new_id("batch"),
+            tenant=tenant,
+            model=self.context.name,
+            endpoint=asked.endpoint,
+            input_file_id=asked.input_file_id,
+            completion_window=asked.completion_window,
+            created_at=now,
+            expires_at=now + DAY,
+            metadata=asked.metadata,
+        )
+        await asyncio.to_thread(store.batches.begin, batch)
+        self._wake.set()
+        return shown(batch)
+
+    async def cancel(self, tenant: str, id: str) -> BatchObject:
+        """Raises HTTPError: (batch_not_found), (batch_ended)."""
+        store = await self.store()
+        batch = await asyncio.to_thread(store.batches.get, tenant, id)
+        if batch.status not in LIVE:
+            raise HTTPError("batch_ended", "The batch has ended", why=f"it is {batch.status}", status=409)
+
+        def cancelled(batch: Batch) -> Batch:
+            return batch.moved("cancelling") if batch.status in ("validating", "in_progress") else batch
+
+        batch = await asyncio.to_thread(store.batches.change, id, cancelled)
+        self._wake.set()
+        return shown(batch)
+
+    # -- the worker
+
+    async def _work(self) -> None:
+        assert self._store is not None
+        while True:
+            self._wake.clear()
+            batches = await asyncio.to_thread(self._store.batches.unfinished, self.context.name)
+            if not batches:
+                await self._wake.wait()
+                continue
+            try:
+                await Run(self._store, batches[0], self.context, self.endpoints[batches[0].endpoint], self._wake).all()
+            except Exception:  # a full disk, say: the batch is tried again, and the others wait
+                _log.exception("batch %s cannot go on", batches[0].id)
+                await asyncio.sleep(RETRY_SECONDS)

@@ -1,0 +1,139 @@
+"""The SQLite file of a store, and the files it knows."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from penstock.base import PenstockError, Unavailable
+from penstock.serving.errors import HTTPError
+
+VERSION = 1
+"""Of the tables. Another one is refused rather than guessed at."""
+
+Kind = Literal["file", "batch"]
+_TABLES = """
+create table file (
+    id text primary key, tenant text not null, filename text not null, purpose text not null, bytes integer not null,
+    created_at integer not null, sha256 text not null
+) strict;
+create table batch (
+    id text primary key, tenant text not null, model text not null, created_at integer not null, status text not null,
+    body text not null
+) strict;
+create table line (
+    batch text not null, number integer not null, custom_id text not null, start integer not null,
+    length integer not null, failed integer, result blob, tokens_in integer, tokens_out integer,
+    primary key (batch, number)
+) strict, without rowid;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """A file of a tenant. Attributes: sha256: of its bytes, in hex."""
+
+    id: str
+    tenant: str
+    filename: str
+    purpose: str
+    bytes: int
+    created_at: int
+    sha256: str
+
+
+class Database:
+    """Raises Unavailable: (store_in_use) another process has it; (store_unusable) it cannot be opened or read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._lock = folder, threading.Lock()
+        try:
+            (folder / "files").mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._claim = (folder / "lock").open("a")
+            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._claim.close()
+            raise Unavailable(
+                "store_in_use",
+                "Files and batches are not to be had here",
+                why=f"another server uses {folder}",
+                fix="ask that one, or start this one with a --store of its own",
+            ) from None
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        try:
+            self._open()
+        except (sqlite3.Error, OSError) as error:
+            self._claim.close()
+            raise _unusable(folder, error) from error
+
+    def _open(self) -> None:
+        path = self.folder / "store.sqlite"
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        for pragma in ("journal_mode=wal", "synchronous=normal", "foreign_keys=on"):
+            self._db.execute(f"pragma {pragma}")
+        [version] = self._db.execute("pragma user_version").fetchone()
+        if version == 0:
+            self._db.executescript(f"begin; {_TABLES} pragma user_version={VERSION}; commit;")
+        elif version != VERSION:
+            raise sqlite3.DatabaseError(f"it is of version {version}, and this build reads {VERSION}")
+        known = {row[0] for row in self._db.execute("select id from file")}
+        for path in (self.folder / "files").iterdir():  # of uploads and outputs that were not finished
+            if path.name not in known:
+                path.unlink()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+            self._claim.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("begin immediate")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("rollback")
+                raise
+            self._db.execute("commit")
+
+    def one(self, query: str, values: tuple[object, ...]) -> dict[str, Any] | None:
+        return next(iter(self.all(query, values)), None)
+
+    def all(self, query: str, values: tuple[object, ...]) -> list[dict[str, Any]]:
+        with self._lock:
+            cursor = self._db.execute(query, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+def not_found(kind: Kind, id: str) -> HTTPError:
+    shown = f"{id!r:.80}"
+    return HTTPError(f"{kind}_not_found", f"There is no {kind} {shown}", fix=f"see GET /v1/{_PLURAL[kind]}", status=404)
+
+
+_PLURAL = {"file": "files", "batch": "batches"}
+
+
+def _unusable(folder: Path, error: Exception) -> PenstockError:
+    return Unavailable(
+        "store_unusable",
+        "Files and batches are not to be had here",
+        why=f"{folder}: {error}",
+        fix="mend or remove that folder, or start the server with another --store",
+    )
+
+
+def insert_file(db: sqlite3.Connection, file: StoredFile) -> None:
+    names = [one.name for one in fields(StoredFile)]
+    marks = ", ".join("?" * len(names))
+    db.execute(f"insert into file ({', '.join(names)}) values ({marks})", [getattr(file, name) for name in names])

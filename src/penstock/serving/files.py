@@ -1,0 +1,200 @@
+"""/v1/files: what clients upload for batches, and what batches leave for them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+import msgspec
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.types import Message
+
+from penstock.serving.database import StoredFile
+from penstock.serving.errors import HTTPError
+from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_STORED_BYTES
+from penstock.serving.store import Store
+
+PURPOSES = ("batch", "batch_output")
+PIECE = 1 << 20
+T = TypeVar("T")
+
+
+class FileObject(msgspec.Struct, kw_only=True):
+    """OpenAI's File."""
+
+    id: str
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    object: str = "file"
+    status: str = "processed"
+    expires_at: None = None
+
+
+class Page(msgspec.Struct, kw_only=True):
+    """Of a list. ``after`` = ``last_id`` asks for the next one."""
+
+    data: list[Any]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: str = "list"
+
+
+class Deleted(msgspec.Struct):
+    id: str
+    object: str = "file"
+    deleted: bool = True
+
+
+def shown(file: StoredFile) -> FileObject:
+    return FileObject(
+        id=file.id, bytes=file.bytes, created_at=file.created_at, filename=file.filename, purpose=file.purpose
+    )
+
+
+async def upload(request: Request, store: Store, tenant: str) -> FileObject:
+    """POST /v1/files: a form with ``purpose`` and ``file``.
+
+    Raises:
+        HTTPError: 415 and 403 for what a browser sends across origins, 413, 408, 400.
+    """
+    _only_from_here(request)
+    if int(request.headers.get("content-length", "0")) > MAX_FILE_BYTES + PIECE:
+        raise _too_large()
+    bounded = Request(request.scope, _bounded(request))
+    try:
+        async with asyncio.timeout(FILE_SECONDS), bounded.form(max_files=1, max_fields=8) as form:
+            purpose, file = form.get("purpose"), form.get("file")
+            if purpose != "batch":
+                raise HTTPError(
+                    "invalid_parameter", "purpose cannot be used", why='it must be "batch"', param="purpose"
+                )
+            if not isinstance(file, UploadFile):
+                raise HTTPError("invalid_parameter", "file is required", param="file")
+            name = Path(file.filename or "upload.jsonl").name[:MAX_FILE_NAME]
+            return shown(await asyncio.to_thread(_keep, store, tenant, name, file.file))
+    except TimeoutError:
+        why = f"waited {FILE_SECONDS:g} s"
+        raise HTTPError("request_timeout", "The file did not arrive in time", why=why, status=408) from None
+    except HTTPException:
+        fix = "send multipart/form-data with the fields purpose and file"
+        raise HTTPError("invalid_form", "The form cannot be read", fix=fix) from None
+
+
+def _keep(store: Store, tenant: str, name: str, source: Any) -> StoredFile:
+    pieces = iter(lambda: source.read(PIECE), b"")
+    return keep(store, tenant, name, "batch", pieces)
+
+
+def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
+    """Writes a file and makes it known. Raises HTTPError: (storage_full)."""
+    file = write(store, tenant, name, purpose, pieces)
+    if file.bytes + store.stored_bytes(tenant) > MAX_STORED_BYTES:
+        store.path(file.id).unlink()
+        raise HTTPError(
+            "storage_full",
+            "There is no room for this file",
+            why=f"it has {file.bytes} bytes, and a client may store {MAX_STORED_BYTES}",
+            fix="delete files that are no longer needed",
+            status=413,
+        )
+    store.add(file)
+    return file
+
+
+def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
+    """A file whose bytes are on the disk; nobody knows of it yet."""
+    id, digest, size = store.new_id("file"), hashlib.sha256(), 0
+    with store.path(id).open("xb") as target:
+        for piece in pieces:
+            target.write(piece)
+            digest.update(piece)
+            size += len(piece)
+    return StoredFile(
+        id=id,
+        tenant=tenant,
+        filename=name,
+        purpose=purpose,
+        bytes=size,
+        created_at=int(time.time()),
+        sha256=digest.hexdigest(),
+    )
+
+
+async def content(store: Store, tenant: str, id: str) -> Response:
+    """GET /v1/files/{id}/content"""
+    file = await asyncio.to_thread(store.file, tenant, id)
+    headers = {"content-disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}"}
+    return FileResponse(store.path(id), headers=headers, media_type="application/octet-stream")
+
+
+def page(request: Request, items: Sequence[T], identity: Callable[[T], str], show: Callable[[T], object]) -> Page:
+    """What ``limit``, ``after`` and ``order`` choose of items of which the newest comes first.
+
+    Raises:
+        HTTPError: (invalid_parameter)
+    """
+    limit, after, order = (request.query_params.get(name) for name in ("limit", "after", "order"))
+    if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_LISTED):
+        raise HTTPError("invalid_parameter", "limit cannot be used", why=f"it must be 1 to {MAX_LISTED}", param="limit")
+    if order not in (None, "asc", "desc"):
+        raise HTTPError("invalid_parameter", "order cannot be used", why='it must be "asc" or "desc"', param="order")
+    chosen = list(items) if order != "asc" else list(reversed(items))
+    if after is not None:
+        places = [i for i, item in enumerate(chosen) if identity(item) == after]
+        if not places:
+            raise HTTPError("invalid_parameter", "after names nothing in this list", param="after")
+        chosen = chosen[places[0] + 1 :]
+    most = int(limit) if limit is not None else MAX_LISTED
+    shown_here = chosen[:most]
+    first, last = (identity(shown_here[0]), identity(shown_here[-1])) if shown_here else (None, None)
+    return Page(data=[show(item) for item in shown_here], has_more=len(chosen) > most, first_id=first, last_id=last)
+
+
+def _only_from_here(request: Request) -> None:
+    """A browser posts forms across origins without asking first, but says from where."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        raise HTTPError(
+            "unsupported_media_type",
+            "The body is not declared to be a form",
+            fix="send multipart/form-data with the fields purpose and file",
+            status=415,
+        )
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise HTTPError("origin_not_allowed", "Files are not taken from pages of other sites", status=403)
+
+
+def _bounded(request: Request) -> Callable[[], Any]:
+    """Receives the body, as much of it as a file may have."""
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > MAX_FILE_BYTES + PIECE:
+            raise _too_large()
+        return message
+
+    return receive
+
+
+def _too_large() -> HTTPError:
+    return HTTPError(
+        "file_too_large",
+        "The file is too large",
+        why=f"more than {MAX_FILE_BYTES} bytes",
+        fix="split it into several batches",
+        status=413,
+    )
