@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,16 +30,36 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="8000, or the next free one, unless given; 0 takes any")
     ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="file of the keys that may use it (penstock keys); SIGHUP reads it again")
+    ] = None,
+    allow_anyone: Annotated[
+        bool, typer.Option("--allow-anyone", help="let others than this machine reach it without a key")
+    ] = False,
+    admin_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="status, reload and drain, on loopback, for admin keys")
+    ] = None,
+    queue_tokens: Annotated[
+        int | None, typer.Option(min=1, help="most tokens admitted at a time, prompts and completions; 8 KV pools")
+    ] = None,
     engine: dict[str, Any],
 ) -> None:
     """Serve MODEL over HTTP, with the API of OpenAI."""
+    from penstock.fleet import Admission
     from penstock.llm import AsyncLLM
     from penstock.serving import server
+    from penstock.serving.gate import Gate, queue_budget
 
-    with server.listen(host, port) as bound:
+    with ExitStack() as stack:
+        bound = stack.enter_context(server.listen(host, port))
+        public = not server.is_loopback(bound)
+        gate = Gate(Admission(queue_tokens or 1), keys)  # before the model is loaded, so that bad keys are noticed
+        server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
+        admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
         llm = AsyncLLM(EngineConfig(model=model, **engine))
         assembled = llm.engine
-        url, public = server.url_of(bound), not server.is_loopback(bound)
+        gate.admission.budget = queue_tokens or queue_budget(assembled.setup)
+        url = server.url_of(bound)
 
         def announce() -> None:
             print(f"Serving {assembled.name} at {url}/v1")
@@ -46,14 +68,16 @@ def serve(
                     f"The {assembled.config.backend} backend does not promise one answer: tokens can depend on what "
                     "else runs at the same time. --backend ref promises it, slowly."
                 )
-            if public:
+            if public and gate.ring is None:
                 print("Anyone who can reach this address can use it: this server asks for no key.")
-            print(f"Try it:\n  {example(url, assembled)}", flush=True)
+            if admin is not None:
+                print(f"Administration at {server.url_of(admin)}")
+            print(f"Try it:\n  {example(url, assembled, keyed=gate.ring is not None)}", flush=True)
 
-        server.serve(llm, bound, announce)
+        server.serve(llm, bound, announce, gate=gate, admin=admin)
 
 
-def example(url: str, engine: Assembled) -> str:
+def example(url: str, engine: Assembled, *, keyed: bool = False) -> str:
     """A line to paste into a shell, of what this model can do."""
     body: dict[str, Any]
     if engine.generates:
@@ -63,4 +87,5 @@ def example(url: str, engine: Assembled) -> str:
     else:
         path, body = "embeddings", {"input": "The garden was locked."}
     data = shlex.quote(json.dumps({"model": engine.name} | body))
-    return f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {data}"
+    key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {data}"

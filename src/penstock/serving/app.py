@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from penstock.base import PenstockError
+from penstock.fleet import Admission
 from penstock.llm import AsyncLLM
 from penstock.serving.chat import ChatTask
 from penstock.serving.completions import CompletionTask
@@ -30,7 +31,8 @@ from penstock.serving.errors import (
     on_other_exception,
     on_penstock_error,
 )
-from penstock.serving.metrics import Metrics
+from penstock.serving.gate import Access, Gate, current, queue_budget
+from penstock.serving.metrics import Metrics, QueueCollector
 from penstock.serving.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -46,6 +48,9 @@ from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreReque
 
 G = TypeVar("G", bound=GenerationRequest)
 R = TypeVar("R", bound=ModelRequest)
+Endpoint = Callable[[Request], Awaitable[ASGIApp]]
+Routes = Mapping[str, tuple[Access, Endpoint] | tuple[Access, Endpoint, str]]
+"""By path: what it asks of its caller where keys are set, who answers, and to which method (GET)."""
 _log = logging.getLogger(__name__)
 
 
@@ -57,30 +62,27 @@ class Task(Protocol):
     def chunks(self) -> AsyncGenerator[object, None]: ...
 
 
-def build_app(llm: AsyncLLM, *, hosts: frozenset[str] | None = None) -> tuple[ASGIApp, Context]:
+def build_app(
+    llm: AsyncLLM, *, hosts: frozenset[str] | None = None, gate: Gate | None = None
+) -> tuple[ASGIApp, Context]:
     """The application, and what whoever runs it needs to end it in good order.
 
     Args:
         hosts: names a Host header may carry; None for any.
+        gate: who may use it; by default anybody, within the default budget.
     """
     engine = llm.engine
-    routes = [
-        Route("/v1/completions", _completions, methods=["POST"]),
-        Route("/v1/chat/completions", _chat, methods=["POST"]),
-        Route("/v1/embeddings", _embeddings, methods=["POST"]),
-        Route("/v1/score", _score, methods=["POST"]),
-        Route("/v1/rerank", _rerank, methods=["POST"]),
-        Route("/v1/models", _models),
-        Route("/v1/models/{model:path}", _model),
-        Route("/live", _live),
-        Route("/ready", _ready),
-        Route("/health", _ready),
-        Route("/metrics", _metrics),
-    ]
-    metrics = Metrics(engine.service.status, frozenset(route.path for route in routes))
-    context = Context(llm=llm, metrics=metrics, name=engine.name, created=int(time.time()))
+    metrics = Metrics(engine.service.status, frozenset(ROUTES))
+    gate = gate or Gate(Admission(queue_budget(engine.setup)))
+    metrics.registry.register(QueueCollector(gate.admission))
+    context = Context(llm=llm, metrics=metrics, gate=gate, name=engine.name, created=int(time.time()))
+    return application(ROUTES, context, hosts), context
+
+
+def application(routes: Routes, context: Context, hosts: frozenset[str] | None) -> ASGIApp:
+    """Routes that each ask of the caller what they declare, and the edge around them."""
     inner = Starlette(
-        routes=routes,
+        routes=[_route(path, *rest) for path, rest in routes.items()],
         exception_handlers={
             PenstockError: on_penstock_error,
             ClientDisconnect: on_disconnect,
@@ -89,7 +91,18 @@ def build_app(llm: AsyncLLM, *, hosts: frozenset[str] | None = None) -> tuple[AS
         },
     )
     inner.state.context = context
-    return Edge(inner, hosts, metrics.count), context
+    public = frozenset(path for path, (access, *_) in routes.items() if access == "public")
+    return Edge(inner, hosts, context.gate, public, context.metrics.count)
+
+
+def _route(path: str, access: Access, endpoint: Endpoint, method: str = "GET") -> Route:
+    """One that its endpoint's own guard keeps, whatever path led to it."""
+
+    async def guarded(request: Request) -> ASGIApp:
+        current.get().require(access)
+        return await endpoint(request)
+
+    return Route(path, guarded, methods=[method])
 
 
 def _context(request: Request) -> Context:
@@ -135,6 +148,7 @@ async def _vectors(request: Request, shape: type[R], answer: Callable[[R, Contex
 
 async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     context = _context(request)
+    current.get().enter()
     body = await read_body(request)
     asked = await off_loop(len(body), functools.partial(_decode, body, shape))
     context.admit(asked.model)
@@ -178,8 +192,50 @@ async def _ready(request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
-async def _metrics(request: Request) -> Response:
+async def metrics(request: Request) -> Response:
     return Response(_context(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def status(request: Request) -> Response:
+    """What the server is doing, for people and for ``penstock ps``."""
+    context = _context(request)
+    engine, admission = context.llm.engine.service.status(), context.gate.admission
+    return _json(
+        {
+            "model": context.name,
+            "draining": context.draining,
+            "alive": context.llm.engine.service.alive,
+            "queue": {"requests": admission.running, "tokens": admission.held, "tokens_limit": admission.budget},
+            "tenants": {name or "-": count for name, count in admission.held_by().items() if count},
+            "engine": {
+                "running": engine.running,
+                "waiting": engine.waiting,
+                "kv_blocks": engine.blocks_total,
+                "kv_blocks_used": engine.blocks_used,
+                "steps": engine.counters.steps,
+                "prompt_tokens": engine.counters.prompt_tokens,
+                "generated_tokens": engine.counters.generated_tokens,
+                "prefix_hit_tokens": engine.counters.prefix_hit_tokens,
+                "preemptions": engine.counters.preemptions,
+            },
+        }
+    )
+
+
+ROUTES: Routes = {
+    "/v1/completions": ("inference", _completions, "POST"),
+    "/v1/chat/completions": ("inference", _chat, "POST"),
+    "/v1/embeddings": ("inference", _embeddings, "POST"),
+    "/v1/score": ("inference", _score, "POST"),
+    "/v1/rerank": ("inference", _rerank, "POST"),
+    "/v1/models": ("inference", _models),
+    "/v1/models/{model:path}": ("inference", _model),
+    "/live": ("public", _live),
+    "/ready": ("inference", _ready),
+    "/health": ("inference", _ready),
+    "/metrics": ("admin", metrics),
+    "/status": ("admin", status),
+}
 
 
 def _json(value: object) -> Response:

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.serving.errors import HTTPError, error_response, internal_error
+from penstock.serving.gate import Gate, current
 from penstock.serving.limits import BODY_SECONDS, INLINE_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_HEADERS
 
 T = TypeVar("T")
@@ -30,11 +31,20 @@ class Edge:
     Args:
         hosts: names a Host header may carry, without port; None for any. A server on loopback needs the list:
             a web page can point its own name at 127.0.0.1 (DNS rebinding) but cannot forge this header.
+        gate: knows who is asking. Who has no good key gets no further than here.
+        public: paths for which that does not matter.
         count: called with (path, status) of each response.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, count: Callable[[str, int], None]) -> None:
-        self.app, self.hosts, self.count = app, hosts, count
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: frozenset[str] | None,
+        gate: Gate,
+        public: frozenset[str],
+        count: Callable[[str, int], None],
+    ) -> None:
+        self.app, self.hosts, self.gate, self.public, self.count = app, hosts, gate, public, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,7 +52,8 @@ class Edge:
             return
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         request_id = _request_id(headers)
-        scope.setdefault("state", {})["request_id"] = request_id
+        caller = self.gate.caller(headers, request_id)
+        current.set(caller)
         started = False
 
         async def send_named(message: Message) -> None:
@@ -55,6 +66,8 @@ class Edge:
 
         try:
             self._admit(headers)
+            if scope["path"] not in self.public:
+                caller.require("inference")
         except HTTPError as error:
             await error_response(error)(scope, receive, send_named)
             return
@@ -64,6 +77,8 @@ class Edge:
             _log.exception("request %s failed", request_id)
             if not started:
                 await error_response(internal_error())(scope, receive, send_named)
+        finally:
+            caller.leave()
 
     def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) for name, value in headers)

@@ -33,5 +33,8 @@ MAX_ERROR_CHARS = 600
 DRAIN_SECONDS = 30.0
 """After SIGTERM, running requests have this long to finish."""
 
+CLOSE_SECONDS = 5
+"""And then clients this long to read what was written for them."""
+
 MAX_CONNECTIONS = 4096
 """More are answered 503 at once."""

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from penstock.core.service import Status
+from penstock.fleet import Admission
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _ITL = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
@@ -45,6 +46,22 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily("penstock_kv_usage_ratio", "Share of the KV pool held by requests", value=usage)
         for field, (name, text) in _COUNTERS.items():
             yield CounterMetricFamily(name, text, value=getattr(status.counters, field))
+
+
+class QueueCollector(Collector):
+    """What has been admitted and has not ended."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+
+    def collect(self) -> Iterator[Metric]:
+        values = (
+            ("penstock_queue_requests", "Requests admitted and not ended", self.admission.running),
+            ("penstock_queue_tokens", "Tokens charged for them", self.admission.held),
+            ("penstock_queue_tokens_limit", "Most tokens charged at a time", self.admission.budget),
+        )
+        for name, text, value in values:
+            yield GaugeMetricFamily(name, text, value=value)
 
 
 class Metrics:

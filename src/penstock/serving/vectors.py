@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import Meta
 
 from penstock.serving.context import Context
+from penstock.serving.gate import current
 from penstock.serving.limits import MAX_TEXTS
 from penstock.serving.schemas import Harmless, ModelRequest, Texts, each_of
 from penstock.spec import EmbeddingRequestOutput, PoolingParams, ScoringRequestOutput
@@ -107,7 +108,8 @@ async def embeddings(request: EmbeddingRequest, context: Context) -> VectorList:
         normalize=request.normalize,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
     )
-    outputs = await context.llm.embed_all(request.inputs(), params, request.priority or 0)
+    admit = current.get().charge
+    outputs = await context.own_llm.embed_all(request.inputs(), params, request.priority or 0, admit=admit)
     packed = request.encoding_format == "base64"
     vectors = [output.outputs.embedding for output in outputs]
     data = [Embedding(i, base64_of(vector) if packed else vector) for i, vector in enumerate(vectors)]
@@ -139,7 +141,7 @@ async def _scored(
     first: str | list[str], second: str | list[str], request: ScoreRequest | RerankRequest, context: Context
 ) -> list[ScoringRequestOutput]:
     params = PoolingParams(use_activation=request.use_activation, truncate_prompt_tokens=request.truncate_prompt_tokens)
-    return await context.llm.score(first, second, params, request.priority or 0)
+    return await context.own_llm.score(first, second, params, request.priority or 0, admit=current.get().charge)
 
 
 def base64_of(vector: list[float]) -> str:
