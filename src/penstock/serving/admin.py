@@ -7,8 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from penstock.base import ConfigError
 from penstock.serving.app import Routes, application, metrics, status
 from penstock.serving.context import Context
+from penstock.serving.errors import HTTPError
 
 
 def build_admin(context: Context, *, hosts: frozenset[str] | None = None) -> ASGIApp:
@@ -19,7 +21,10 @@ def build_admin(context: Context, *, hosts: frozenset[str] | None = None) -> ASG
 async def _reload(request: Request) -> Response:
     """The file of keys is read again. A broken one is an error, and the keys from before stay."""
     gate = _context(request).gate
-    gate.reload()
+    try:
+        gate.reload()
+    except ConfigError as error:  # its cause is the operator's, who is asking
+        raise HTTPError(error.code, error.what, why=error.why, fix=error.fix, status=409) from None
     return _json({"keys": len(gate.ring.keys) if gate.ring else 0})
 
 

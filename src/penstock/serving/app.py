@@ -91,6 +91,7 @@ def application(routes: Routes, context: Context, hosts: frozenset[str] | None) 
         },
     )
     inner.state.context = context
+    inner.router.redirect_slashes = False  # a redirection would repeat whatever Host the client sent
     public = frozenset(path for path, (access, *_) in routes.items() if access == "public")
     return Edge(inner, hosts, context.gate, public, context.metrics.count)
 

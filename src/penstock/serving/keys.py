@@ -183,7 +183,7 @@ def _invalid(path: Path, line: int, why: str) -> ConfigError:
 
 def _plain(error: Exception) -> str:
     text = str(error).replace("`", "")
-    return text[:1].lower() + text[1:200]
+    return text[:200] if text[1:2].isupper() else text[:1].lower() + text[1:200]
 
 
 def change_keys(path: Path, change: Callable[[list[Key]], list[Key]]) -> None:

@@ -22,6 +22,7 @@ from penstock.serving.context import Context
 from penstock.serving.edge import LOOPBACK
 from penstock.serving.gate import Gate
 from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
+from penstock.serving.protocol import Connection
 
 DEFAULT_PORT = 8000
 _PORTS_TRIED = 100
@@ -199,7 +200,7 @@ class _Ending:
 def _settings(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

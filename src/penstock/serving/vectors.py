@@ -17,7 +17,9 @@ from penstock.serving.gate import current
 from penstock.serving.limits import MAX_TEXTS
 from penstock.serving.schemas import Harmless, ModelRequest, Texts, each_of
 from penstock.spec import EmbeddingRequestOutput, PoolingParams, ScoringRequestOutput
+from penstock.spec.ranges import MAX_ID
 
+Truncation = Annotated[int, Meta(ge=-1, le=MAX_ID)]
 Several = Annotated[list[str], Meta(min_length=1, max_length=MAX_TEXTS)]
 
 
@@ -28,9 +30,9 @@ class EmbeddingRequest(ModelRequest, kw_only=True):
 
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     normalize: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
     def check(self) -> None:
         self.inputs()
@@ -45,7 +47,7 @@ class ScoreRequest(ModelRequest, kw_only=True):
     text_1: str | Several
     text_2: str | Several
     use_activation: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
 
 class RerankRequest(ModelRequest, kw_only=True):
@@ -53,9 +55,9 @@ class RerankRequest(ModelRequest, kw_only=True):
 
     query: str
     documents: Several
-    top_n: Annotated[int, Meta(ge=0)] | None = None
+    top_n: Annotated[int, Meta(ge=0, le=MAX_TEXTS)] | None = None
     use_activation: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
 
 class VectorUsage(msgspec.Struct):
