@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from penstock.cli.complete import complete_model
+from penstock.cli.config import ConfigOption
 from penstock.cli.options import MODEL_HELP, engine_options
 from penstock.spec import EngineConfig
 
@@ -30,6 +31,7 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="8000, or the next free one, unless given; 0 takes any")
     ] = None,
+    config: ConfigOption = None,
     keys: Annotated[
         Path | None, typer.Option(help="file of the keys that may use it (penstock keys); SIGHUP reads it again")
     ] = None,

@@ -97,6 +97,13 @@ class Edge:
                 why=f"{len(headers)} headers of {size} bytes; at most {MAX_HEADERS} of {MAX_HEADER_BYTES}",
                 status=431,
             )
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            raise HTTPError(  # of two lengths a proxy may believe the other (request smuggling, RFC 9112, 6.1)
+                "ambiguous_length",
+                "The body has two lengths",
+                why="both Content-Length and Transfer-Encoding are given",
+                fix="send one of them",
+            )
         named = [value.decode("latin-1").lower() for name, value in headers if name == b"host"]
         if self.hosts is not None and (len(named) != 1 or _PORT.sub("", named[0]) not in self.hosts):
             raise HTTPError(
