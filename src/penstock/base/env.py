@@ -23,6 +23,12 @@ def cache_size() -> str:
     return os.environ.get("PENSTOCK_CACHE_SIZE") or "20G"
 
 
+def runtime_folder() -> Path | None:
+    """``penstock`` in XDG_RUNTIME_DIR, which belongs to the user and ends with the session."""
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(given) / "penstock" if given else None
+
+
 def config_file() -> Path | None:
     """PENSTOCK_CONFIG: the file of ``penstock serve`` where --config is left out."""
     given = os.environ.get("PENSTOCK_CONFIG")

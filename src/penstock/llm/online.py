@@ -44,25 +44,22 @@ class AsyncLLM:
     Requests without a seed get a random one.
 
     Args:
-        engine: a configuration to build from, or an engine that was built; the bundled model by default.
+        engine: a configuration to build from, or an engine that was built; the bundled model by default. Of another
+            AsyncLLM, whose event loop then must run, the same engine.
         tenant: whose requests these are; cached prefixes are shared within one.
     """
 
-    def __init__(self, engine: EngineConfig | Assembled | None = None, tenant: str = "") -> None:
+    def __init__(self, engine: EngineConfig | Assembled | AsyncLLM | None = None, tenant: str = "") -> None:
+        self._mailbox: _Mailbox | None = None
+        if isinstance(engine, AsyncLLM):
+            self._mailbox, engine = engine._current_mailbox(), engine.engine
         built = build_engine(engine or EngineConfig()) if engine is None or isinstance(engine, EngineConfig) else engine
         # Ids of 128 random bits: numbers could be ids that callers have chosen for requests of their own.
         self._requests = Requests(built, lambda: secrets.randbits(64), lambda: secrets.token_hex(16), tenant)
-        self._mailbox: _Mailbox | None = None
 
     @property
     def engine(self) -> Assembled:
         return self._requests.engine
-
-    def for_tenant(self, tenant: str) -> AsyncLLM:
-        """The same engine, for another tenant. To be called in the event loop."""
-        other = AsyncLLM(self.engine, tenant)
-        other._mailbox = self._current_mailbox()
-        return other
 
     async def tokenize(
         self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = True

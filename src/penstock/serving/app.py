@@ -31,8 +31,10 @@ from penstock.serving.errors import (
     on_other_exception,
     on_penstock_error,
 )
-from penstock.serving.gate import Access, Gate, current, queue_budget
+from penstock.serving.gate import Access, Caller, Gate, current, queue_budget
+from penstock.serving.limits import MAX_SHOWN
 from penstock.serving.metrics import Metrics, QueueCollector
+from penstock.serving.requestlog import RequestLog
 from penstock.serving.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -63,19 +65,24 @@ class Task(Protocol):
 
 
 def build_app(
-    llm: AsyncLLM, *, hosts: frozenset[str] | None = None, gate: Gate | None = None
+    llm: AsyncLLM,
+    *,
+    hosts: frozenset[str] | None = None,
+    gate: Gate | None = None,
+    log: RequestLog | None = None,
 ) -> tuple[ASGIApp, Context]:
     """The application, and what whoever runs it needs to end it in good order.
 
     Args:
         hosts: names a Host header may carry; None for any.
         gate: who may use it; by default anybody, within the default budget.
+        log: has a line for each request.
     """
     engine = llm.engine
     metrics = Metrics(engine.service.status, frozenset(ROUTES))
-    gate = gate or Gate(Admission(queue_budget(engine.setup)))
-    metrics.registry.register(QueueCollector(gate.admission))
-    context = Context(llm=llm, metrics=metrics, gate=gate, name=engine.name, created=int(time.time()))
+    gate = gate or Gate(Admission(queue_budget(engine)))
+    metrics.registry.register(QueueCollector(gate.admission, log))
+    context = Context(llm=llm, metrics=metrics, gate=gate, name=engine.name, created=int(time.time()), log=log)
     return application(ROUTES, context, hosts), context
 
 
@@ -93,7 +100,7 @@ def application(routes: Routes, context: Context, hosts: frozenset[str] | None) 
     inner.state.context = context
     inner.router.redirect_slashes = False  # a redirection would repeat whatever Host the client sent
     public = frozenset(path for path, (access, *_) in routes.items() if access == "public")
-    return Edge(inner, hosts, context.gate, public, context.metrics.count)
+    return Edge(inner, hosts, context.gate, public, context.metrics.count, context.log)
 
 
 def _route(path: str, access: Access, endpoint: Endpoint, method: str = "GET") -> Route:
@@ -153,6 +160,7 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     body = await read_body(request)
     asked = await off_loop(len(body), functools.partial(_decode, body, shape))
     context.admit(asked.model)
+    current.get().model = context.name
     return context, asked
 
 
@@ -193,6 +201,12 @@ async def _ready(request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
+async def _ready_model(request: Request) -> Response:
+    """New requests for one model are."""
+    _context(request).admit(request.path_params["model"])
+    return await _ready(request)
+
+
 async def metrics(request: Request) -> Response:
     return Response(_context(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)
 
@@ -207,6 +221,7 @@ async def status(request: Request) -> Response:
             "draining": context.draining,
             "alive": context.llm.engine.service.alive,
             "queue": {"requests": admission.running, "tokens": admission.held, "tokens_limit": admission.budget},
+            "requests": [_progress(caller) for caller in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]],
             "tenants": {name or "-": count for name, count in admission.held_by().items() if count},
             "engine": {
                 "running": engine.running,
@@ -223,6 +238,23 @@ async def status(request: Request) -> Response:
     )
 
 
+def _arrival(caller: Caller) -> float:
+    return caller.arrived
+
+
+def _progress(caller: Caller) -> dict[str, object]:
+    """A request before its first token has not been computed yet, or its prompt is being computed."""
+    now = time.monotonic()
+    return {
+        "id": caller.id,
+        "tenant": caller.tenant or None,
+        "phase": "upload" if caller.model is None else "prompt" if caller.first_token is None else "decode",
+        "seconds": round(now - caller.arrived, 3),
+        "prompt_tokens": caller.prompt_tokens,
+        "completion_tokens": caller.completion_tokens,
+    }
+
+
 ROUTES: Routes = {
     "/v1/completions": ("inference", _completions, "POST"),
     "/v1/chat/completions": ("inference", _chat, "POST"),
@@ -233,6 +265,7 @@ ROUTES: Routes = {
     "/v1/models/{model:path}": ("inference", _model),
     "/live": ("public", _live),
     "/ready": ("inference", _ready),
+    "/ready/{model:path}": ("inference", _ready_model),
     "/health": ("inference", _ready),
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),

@@ -16,6 +16,7 @@ from penstock.serving.errors import HTTPError
 from penstock.serving.gate import Gate, current
 from penstock.serving.limits import MAX_CHOICES
 from penstock.serving.metrics import Metrics
+from penstock.serving.requestlog import RequestLog
 from penstock.serving.schemas import PromptTokensDetails, Usage
 from penstock.spec import SamplingParams
 from penstock.text import Delta
@@ -40,6 +41,7 @@ class Context:
     gate: Gate
     name: str
     created: int
+    log: RequestLog | None = None
     live: set[str] = field(default_factory=set)
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     draining: bool = False
@@ -62,7 +64,7 @@ class Context:
     @property
     def own_llm(self) -> AsyncLLM:
         """The model as the caller's tenant sees it."""
-        return self.llm.for_tenant(current.get().tenant)
+        return AsyncLLM(self.llm, current.get().tenant)
 
     async def until_aborted(self, work: Awaitable[T]) -> T:
         """Awaits work that ``abort_all`` cancels. Raises Unavailable: (shutting_down) it did."""
@@ -172,7 +174,7 @@ class Generation:
 
     async def _one(self, prompt: int) -> AsyncGenerator[Delta, None]:
         metrics, engine_id = self.context.metrics, f"{self.id}-{prompt}"
-        started = time.perf_counter()
+        started, caller = time.perf_counter(), current.get()
         latest: dict[int, float] = {}
         lengths: Counter[int] = Counter()
         unfinished, cached, reason = self.params.n, 0, "abort"
@@ -186,10 +188,12 @@ class Generation:
                     if delta.token_ids:
                         if (before := latest.get(delta.index)) is None:
                             metrics.first_token.observe(now - started)
+                            caller.first_token = caller.first_token or time.monotonic()
                         else:
                             metrics.between.observe((now - before) / len(delta.token_ids))
                         latest[delta.index] = now
                     self.cached_tokens += delta.num_cached_tokens - cached
+                    caller.cached_tokens = self.cached_tokens
                     cached = delta.num_cached_tokens
                     if delta.finish_reason is not None:
                         if delta.finish_reason == "abort":
@@ -198,6 +202,7 @@ class Generation:
                         if self.params.max_tokens is None:
                             self.context.gate.admission.completed(lengths[delta.index])
                         metrics.finished.labels(delta.finish_reason).inc()
+                        caller.finish = delta.finish_reason
                         metrics.whole.observe(now - started)
                     yield delta
         except PenstockError:
@@ -206,6 +211,8 @@ class Generation:
         finally:
             self.context.live.discard(engine_id)
             metrics.finished.labels(reason).inc(unfinished)
+            if unfinished:
+                caller.finish = reason
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:

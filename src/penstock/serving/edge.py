@@ -24,10 +24,12 @@ from penstock.serving.limits import (
     MAX_HEADERS,
     MAX_JSON_DEPTH,
 )
+from penstock.serving.requestlog import RequestLog
 
 T = TypeVar("T")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
+PROBES = frozenset({"/live", "/ready", "/health", "/metrics", "/status"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _PORT = re.compile(r":\d{0,5}$")
 _log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Edge:
         gate: knows who is asking. Who has no good key gets no further than here.
         public: paths for which that does not matter.
         count: called with (path, status) of each response.
+        log: has a line for each request that is no probe.
     """
 
     def __init__(
@@ -51,8 +54,10 @@ class Edge:
         gate: Gate,
         public: frozenset[str],
         count: Callable[[str, int], None],
+        log: RequestLog | None = None,
     ) -> None:
         self.app, self.hosts, self.gate, self.public, self.count = app, hosts, gate, public, count
+        self.log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,12 +67,12 @@ class Edge:
         request_id = _request_id(headers)
         caller = self.gate.caller(headers, request_id)
         current.set(caller)
-        started = False
+        started = 0
 
         async def send_named(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
-                started = True
+                started = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("ascii"))]
                 self.count(scope["path"], message["status"])
             await send(message)
@@ -76,17 +81,17 @@ class Edge:
             self._admit(headers)
             if scope["path"] not in self.public:
                 caller.require("inference")
+            await self.app(scope, receive, send_named)
         except HTTPError as error:
             await error_response(error)(scope, receive, send_named)
-            return
-        try:
-            await self.app(scope, receive, send_named)
         except Exception:
             _log.exception("request %s failed", request_id)
             if not started:
                 await error_response(internal_error())(scope, receive, send_named)
         finally:
             caller.leave()
+            if self.log is not None and scope["path"] not in PROBES:
+                self.log.add(caller, scope["path"], started or 499)
 
     def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) for name, value in headers)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from penstock.assemble import Assembled
 from penstock.base import PenstockError
-from penstock.core.setup import EngineSetup
 from penstock.fleet import Admission, Rates, Visit
 from penstock.serving.errors import HTTPError
-from penstock.serving.keys import MAX_KEY_LENGTH, Key, Keyring, read_keys
+from penstock.serving.keys import MAX_KEY_LENGTH, Key, Keyring, new_key, read_keys
 
 Access = Literal["public", "inference", "admin"]
 """What a route asks of its caller."""
@@ -27,8 +27,9 @@ POOLS_QUEUED = 8
 _log = logging.getLogger(__name__)
 
 
-def queue_budget(setup: EngineSetup) -> int:
+def queue_budget(engine: Assembled) -> int:
     """Tokens admitted at a time by default: as many as fit POOLS_QUEUED KV pools; steps of full length without one."""
+    setup = engine.setup
     pools = [pool.blocks * setup.block_size for pool in setup.pools if pool.window is None]
     pools = pools or [pool.blocks * setup.block_size for pool in setup.pools]
     return POOLS_QUEUED * (min(pools) if pools else setup.limits.max_batch_requests * setup.limits.max_model_len)
@@ -56,6 +57,7 @@ class Caller:
     cached_tokens: int = 0
     completion_tokens: int = 0
     first_token: float | None = None
+    finish: str | None = None
 
     @property
     def tenant(self) -> str:
@@ -81,6 +83,7 @@ class Caller:
         ring = self.gate.ring
         rates = Rates() if ring is None else ring.rates(self.tenant)
         self.visit = self.gate.admission.enter(self.tenant, rates, time.monotonic())
+        self.gate.live.add(self)
 
     def charge(self, prompt: int, completions: int = 0, longest: int = 0, max_tokens: int | None = None) -> None:
         """As ``Admission.size`` and ``Admission.charge``, whose errors it raises."""
@@ -95,6 +98,7 @@ class Caller:
         if self.visit is not None:
             used = self.prompt_tokens + self.completion_tokens
             self.gate.admission.leave(self.visit, time.monotonic(), used)
+            self.gate.live.discard(self)
 
 
 current: ContextVar[Caller] = ContextVar("caller")
@@ -107,6 +111,9 @@ class Gate:
     Args:
         keys: a file of keys; None asks nobody for one.
 
+    Attributes:
+        live: requests that have entered and not left.
+
     Raises:
         ConfigError: as ``read_keys``.
     """
@@ -115,6 +122,17 @@ class Gate:
         self.admission = admission
         self.path = keys
         self.ring = None if keys is None else Keyring(read_keys(keys))
+        self.live: set[Caller] = set()
+        self._own: tuple[Key, ...] = ()
+
+    def own_key(self) -> str | None:
+        """A key of the role admin that is in no file, good until the process ends; None if nobody needs one."""
+        if self.ring is None:
+            return None
+        secret, record = new_key([], tenant="local", role="admin")
+        self._own = (record,)
+        self.ring = Keyring([*self.ring.keys, record])
+        return secret
 
     def reload(self) -> None:
         """Takes the file's keys as they are now, all or none. Requests under way go on.
@@ -123,7 +141,7 @@ class Gate:
             ConfigError: as ``read_keys``; the keys from before are still good.
         """
         if self.path is not None:
-            self.ring = Keyring(read_keys(self.path))
+            self.ring = Keyring([*read_keys(self.path), *self._own])
             self.admission.forget(self.ring.tenants)
 
     def reload_or_log(self) -> None:

@@ -36,6 +36,9 @@ MAX_CHOICES = 512
 
 MAX_MESSAGES = 2048
 MAX_MODEL_NAME = 512
+MAX_SHOWN = 50
+"""Requests in a status, the oldest."""
+
 MAX_ERROR_CHARS = 600
 """An error message may quote what the client sent, but not all of it."""
 

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from penstock.core.service import Status
 from penstock.fleet import Admission
+from penstock.serving.requestlog import RequestLog
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _ITL = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
@@ -51,10 +52,13 @@ class EngineCollector(Collector):
 class QueueCollector(Collector):
     """What has been admitted and has not ended."""
 
-    def __init__(self, admission: Admission) -> None:
-        self.admission = admission
+    def __init__(self, admission: Admission, log: RequestLog | None) -> None:
+        self.admission, self.log = admission, log
 
     def collect(self) -> Iterator[Metric]:
+        if self.log is not None:
+            text = "Requests that the log has no line for"
+            yield CounterMetricFamily("penstock_log_lines_dropped", text, value=self.log.dropped)
         values = (
             ("penstock_queue_requests", "Requests admitted and not ended", self.admission.running),
             ("penstock_queue_tokens", "Tokens charged for them", self.admission.held),

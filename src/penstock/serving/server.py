@@ -23,6 +23,7 @@ from penstock.serving.edge import LOOPBACK
 from penstock.serving.gate import Gate
 from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
 from penstock.serving.protocol import Connection
+from penstock.serving.requestlog import RequestLog
 
 DEFAULT_PORT = 8000
 _PORTS_TRIED = 100
@@ -119,20 +120,22 @@ def serve(
     *,
     gate: Gate | None = None,
     admin: socket.socket | None = None,
+    log: RequestLog | None = None,
 ) -> None:
     """Answers until SIGTERM or Ctrl-C; calls ``announce`` once it does.
 
     Then new requests are refused, running ones have DRAIN_SECONDS to finish, and what is left is aborted and told so.
-    A second signal ends it at once. SIGHUP reads the keys again.
+    A second signal ends it at once. SIGHUP reads the keys again and opens the log anew.
 
     Args:
         gate: who may use it; anybody by default.
         admin: where administration is spoken to.
+        log: has a line for each request.
 
     Raises:
         KeyboardInterrupt: it was Ctrl-C.
     """
-    app, context = build_app(llm, hosts=_own_names(bound), gate=gate)
+    app, context = build_app(llm, hosts=_own_names(bound), gate=gate, log=log)
     sockets = [bound]
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
@@ -155,6 +158,8 @@ def serve(
     finally:
         signal.signal(signal.SIGTERM, previous)
         llm.close()
+        if log is not None:
+            log.close()
     if ending.signals[:1] == [signal.SIGINT]:
         raise KeyboardInterrupt
 
@@ -172,11 +177,11 @@ class _Ending:
     async def accompany(self, announce: Callable[[], None]) -> None:
         while not self.server.started:
             await asyncio.sleep(0.01)
-        loop, gate = asyncio.get_running_loop(), self.context.gate
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)
-        if gate.path is not None:
-            loop.add_signal_handler(signal.SIGHUP, gate.reload_or_log)
+        if self.context.gate.path is not None or self.context.log is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._renew)
         with suppress(BrokenPipeError):  # whoever read it has read enough
             announce()
         await self.context.stop.wait()
@@ -189,6 +194,11 @@ class _Ending:
     async def _done(self) -> None:
         while self.context.gate.admission.running and not self._hurry.is_set():
             await asyncio.sleep(0.05)
+
+    def _renew(self) -> None:
+        self.context.gate.reload_or_log()
+        if self.context.log is not None:
+            self.context.log.reopen()
 
     def _end(self, number: int) -> None:
         self.signals.append(number)
