@@ -6,8 +6,9 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -23,9 +24,7 @@ def logs(
     last: Annotated[int | None, typer.Option("--last", "-n", min=1, help="only the last so many that match")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="and those to come; Ctrl-C ends it")] = False,
     tenant: Annotated[str | None, typer.Option(help="only of this tenant")] = None,
-    status: Annotated[
-        str | None, typer.Option(help="only with this status: 429, or 5xx for all of that hundred")
-    ] = None,
+    status: Annotated[str | None, typer.Option(help="only with this status, such as 429 or 5xx")] = None,
     id: Annotated[str | None, typer.Option(help="only the request with this id")] = None,
     slower: Annotated[float | None, typer.Option(min=0, help="only those that took more seconds than this")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the lines as they are")] = False,
@@ -37,45 +36,37 @@ def logs(
             (tenant is None or line["tenant"] == tenant)
             and (id is None or line["id"] == id)
             and (slower is None or line["total_s"] > slower)
-            and (
-                status is None or all(a in ("x", b) for a, b in zip(status.lower(), str(line["status"]), strict=False))
-            )
+            and (status is None or fnmatch(str(line["status"]), status.lower().replace("x", "?")))
         )
 
     def show(line: dict[str, Any]) -> None:
         emit(json.dumps(line) if as_json else _text(line))
 
-    matching = filter(wanted, _lines(file, follow=False))
-    for line in matching if last is None else deque(matching, last):
-        show(line)
-    if follow:
-        for line in filter(wanted, _lines(file, follow=True)):
+    with _opened(file) as stream:
+        matching = filter(wanted, _records(stream))
+        for line in matching if last is None else deque(matching, last):
             show(line)
+        while follow:
+            time.sleep(POLL_SECONDS)
+            for line in filter(wanted, _records(stream)):
+                show(line)
 
 
-def _lines(path: Path, *, follow: bool) -> Iterator[dict[str, Any]]:
-    """The records of a file, or those that will be appended to it. What is none is passed over."""
+def _opened(path: Path) -> IO[bytes]:
     try:
-        file = path.open("rb")
+        return path.open("rb")
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         fix = "name the file of `penstock serve --log-file`"
         raise NotFound("log_not_found", f"{path} cannot be read", why=why, fix=fix) from error
-    with file:
-        if follow:
-            file.seek(0, 2)
-        rest = b""
-        while True:
-            data = file.readline()
-            rest += data
-            if rest.endswith(b"\n"):
-                if (line := _record(rest)) is not None:
-                    yield line
-                rest = b""
-            elif not data:
-                if not follow:
-                    return
-                time.sleep(POLL_SECONDS)
+
+
+def _records(stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """From where the stream is to the last whole line of the file. What is no record is passed over."""
+    while (data := stream.readline()).endswith(b"\n"):
+        if (line := _record(data)) is not None:
+            yield line
+    stream.seek(-len(data), 1)
 
 
 def _record(data: bytes) -> dict[str, Any] | None:

@@ -111,8 +111,10 @@ def view(server: Presence, status: Status, before: Status, seconds: float) -> Ta
     engine, queue = status["engine"], status["queue"]
 
     def rate(name: str) -> float:
-        return (engine[name] - before["engine"][name]) / max(seconds, 1e-6)
+        grown: int = engine[name] - before["engine"][name]
+        return grown / max(seconds, 1e-6)
 
+    one_line: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis"}
     table = Table(box=None, show_header=False, title=Text(f"{server.model}  {server.url}  pid {server.pid}"))
     state = "draining" if status["draining"] else "ready" if status["alive"] else "engine stopped"
     held, most = queue["tokens"], queue["tokens_limit"]
@@ -126,11 +128,11 @@ def view(server: Presence, status: Status, before: Status, seconds: float) -> Ta
         f"{_share(engine['prefix_hit_tokens'], engine['prompt_tokens']):.0%} of those ever found in the cache",
     }
     for name, text in rows.items():
-        table.add_row(name, Text(text))
+        table.add_row(name, Text(text, **one_line))
     for request in status["requests"]:
         tenant = f"{request['tenant']}  " if request["tenant"] else ""
-        done = f"{request['prompt_tokens']} + {request['completion_tokens']} tokens"
-        table.add_row(request["phase"], Text(f"{request['seconds']:7.2f} s  {done:24}  {tenant}{request['id']}"))
+        done = f"{request['seconds']:7.2f} s  {request['prompt_tokens']} + {request['completion_tokens']} tokens"
+        table.add_row(request["phase"], Text(f"{done:32}  {tenant}{request['id']}", **one_line))
     return table
 
 

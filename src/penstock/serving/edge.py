@@ -29,7 +29,9 @@ from penstock.serving.requestlog import RequestLog
 T = TypeVar("T")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
-PROBES = frozenset({"/live", "/ready", "/health", "/metrics", "/status"})
+PROBES = frozenset({"live", "ready", "health", "metrics", "status"})
+"""First parts of paths that are asked for all the time."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _PORT = re.compile(r":\d{0,5}$")
 _log = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ class Edge:
                 await error_response(internal_error())(scope, receive, send_named)
         finally:
             caller.leave()
-            if self.log is not None and scope["path"] not in PROBES:
+            if self.log is not None and PROBES.isdisjoint(scope["path"].split("/", 2)[1:2]):
                 self.log.add(caller, scope["path"], started or 499)
 
     def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
