@@ -316,3 +316,42 @@ def wait_until(true: Any, seconds: float = 20) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_drain_under_load_loses_nothing(stories: Path) -> None:
+    """Eight clients that never pause. Whoever was answered 200 got all of it; the others were told, or not let in."""
+    options = ("--port", "0", "--num-threads", "1", "--dtype", "float32")
+    body = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "temperature": 0, "stream": True}
+    with running(argv("serve", stories, *options), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        whole = httpx.post(f"{url}/completions", json=body, timeout=60).text
+        assert whole.endswith("data: [DONE]\n\n") and whole.count("data: ") == 61
+        texts = [json.loads(event[6:])["choices"] for event in whole.split("\n\n")[:-2]]
+
+        def client() -> tuple[int, int]:
+            done = told = 0
+            with httpx.Client(timeout=60) as kept:
+                while True:
+                    try:
+                        answer = kept.post(f"{url}/completions", json=body)
+                    except httpx.ConnectError:
+                        return done, told
+                    except (httpx.ReadError, httpx.RemoteProtocolError):
+                        continue  # its connection waited to be accepted when the server stopped listening
+                    if answer.status_code == 503:
+                        assert code(answer) == (503, "shutting_down") and answer.headers["connection"] == "close"
+                        told += 1
+                        continue
+                    events = answer.text.split("\n\n")
+                    assert events[-2:] == ["data: [DONE]", ""]
+                    assert [json.loads(event[6:])["choices"] for event in events[:-2]] == texts
+                    done += 1
+
+        with ThreadPoolExecutor(8) as pool:
+            clients = [pool.submit(client) for _ in range(8)]
+            time.sleep(1.5)
+            process.send_signal(signal.SIGTERM)
+            done, told = map(sum, zip(*(one.result() for one in clients), strict=True))
+        assert process.wait(30) == 0
+        assert done >= 8 and told > 0

@@ -20,12 +20,10 @@ def build_admin(context: Context, *, hosts: frozenset[str] | None = None) -> ASG
 
 async def _reload(request: Request) -> Response:
     """The file of keys is read again. A broken one is an error, and the keys from before stay."""
-    gate = _context(request).gate
     try:
-        gate.reload()
+        return _json({"keys": _context(request).gate.reload()})
     except ConfigError as error:  # its cause is the operator's, who is asking
         raise HTTPError(error.code, error.what, why=error.why, fix=error.fix, status=409) from None
-    return _json({"keys": len(gate.ring.keys) if gate.ring else 0})
 
 
 async def _drain(request: Request) -> Response:

@@ -100,7 +100,7 @@ def application(routes: Routes, context: Context, hosts: frozenset[str] | None) 
     inner.state.context = context
     inner.router.redirect_slashes = False  # a redirection would repeat whatever Host the client sent
     public = frozenset(path for path, (access, *_) in routes.items() if access == "public")
-    return Edge(inner, hosts, context.gate, public, context.metrics.count, context.log)
+    return Edge(inner, context, hosts=hosts, public=public)
 
 
 def _route(path: str, access: Access, endpoint: Endpoint, method: str = "GET") -> Route:
@@ -156,6 +156,7 @@ async def _vectors(request: Request, shape: type[R], answer: Callable[[R, Contex
 
 async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     context = _context(request)
+    context.admit(None)
     current.get().enter()
     body = await read_body(request)
     asked = await off_loop(len(body), functools.partial(_decode, body, shape))

@@ -14,8 +14,9 @@ import numpy as np
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from penstock.serving.context import Context
 from penstock.serving.errors import HTTPError, error_response, internal_error
-from penstock.serving.gate import Gate, current
+from penstock.serving.gate import current
 from penstock.serving.limits import (
     BODY_SECONDS,
     INLINE_BYTES,
@@ -24,7 +25,6 @@ from penstock.serving.limits import (
     MAX_HEADERS,
     MAX_JSON_DEPTH,
 )
-from penstock.serving.requestlog import RequestLog
 
 T = TypeVar("T")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -41,25 +41,15 @@ class Edge:
     """Wraps the whole application.
 
     Args:
+        context: its gate knows who is asking, and who has no good key gets no further than here; its log has a line for
+            each request that is no probe.
         hosts: names a Host header may carry, without port; None for any. A server on loopback needs the list:
             a web page can point its own name at 127.0.0.1 (DNS rebinding) but cannot forge this header.
-        gate: knows who is asking. Who has no good key gets no further than here.
-        public: paths for which that does not matter.
-        count: called with (path, status) of each response.
-        log: has a line for each request that is no probe.
+        public: paths that need no key.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        hosts: frozenset[str] | None,
-        gate: Gate,
-        public: frozenset[str],
-        count: Callable[[str, int], None],
-        log: RequestLog | None = None,
-    ) -> None:
-        self.app, self.hosts, self.gate, self.public, self.count = app, hosts, gate, public, count
-        self.log = log
+    def __init__(self, app: ASGIApp, context: Context, *, hosts: frozenset[str] | None, public: frozenset[str]) -> None:
+        self.app, self.context, self.hosts, self.public = app, context, hosts, public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,7 +57,7 @@ class Edge:
             return
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         request_id = _request_id(headers)
-        caller = self.gate.caller(headers, request_id)
+        caller = self.context.gate.caller(headers, request_id)
         current.set(caller)
         started = 0
 
@@ -75,8 +65,11 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("ascii"))]
-                self.count(scope["path"], message["status"])
+                own = [(b"x-request-id", request_id.encode("ascii"))]
+                if self.context.draining:  # a client shall not come back on a connection that is about to end
+                    own.append((b"connection", b"close"))
+                message["headers"] = [*message["headers"], *own]
+                self.context.metrics.count(scope["path"], message["status"])
             await send(message)
 
         try:
@@ -92,8 +85,8 @@ class Edge:
                 await error_response(internal_error())(scope, receive, send_named)
         finally:
             caller.leave()
-            if self.log is not None and PROBES.isdisjoint(scope["path"].split("/", 2)[1:2]):
-                self.log.add(caller, scope["path"], started or 499)
+            if (log := self.context.log) is not None and PROBES.isdisjoint(scope["path"].split("/", 2)[1:2]):
+                log.add(caller, scope["path"], started or 499)
 
     def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) for name, value in headers)

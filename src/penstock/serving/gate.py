@@ -134,15 +134,18 @@ class Gate:
         self.ring = Keyring([*self.ring.keys, record])
         return secret
 
-    def reload(self) -> None:
-        """Takes the file's keys as they are now, all or none. Requests under way go on.
+    def reload(self) -> int:
+        """Takes the file's keys as they are now, all or none, and counts them. Requests under way go on.
 
         Raises:
             ConfigError: as ``read_keys``; the keys from before are still good.
         """
-        if self.path is not None:
-            self.ring = Keyring([*read_keys(self.path), *self._own])
-            self.admission.forget(self.ring.tenants)
+        if self.path is None:
+            return 0
+        keys = read_keys(self.path)
+        self.ring = Keyring([*keys, *self._own])
+        self.admission.forget(self.ring.tenants)
+        return len(keys)
 
     def reload_or_log(self) -> None:
         try:
