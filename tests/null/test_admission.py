@@ -170,6 +170,12 @@ def test_a_full_queue_is_expected_to_empty_as_it_did_of_late() -> None:
     with pytest.raises(Unavailable) as caught:
         admission.charge(admission.enter("a", rates, 100.0), 500, 100.0)
     assert caught.value.retry_after == pytest.approx(5.0, rel=0.1)
+    waits = []
+    for _ in range(4):  # each has a place behind the one before
+        with pytest.raises(Unavailable) as caught:
+            admission.charge(admission.enter("a", rates, 100.0), 200, 100.0)
+        waits.append(caught.value.retry_after)
+    assert waits == pytest.approx([7.0, 9.0, 11.0, 12.0], rel=0.1)  # and at most a whole budget is before anyone
 
 
 def test_refusals_tell_a_tenant_of_itself_alone() -> None:

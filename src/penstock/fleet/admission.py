@@ -92,7 +92,7 @@ class Admission:
         self._tenants: dict[str, _Tenant] = {}
         self._length = float(FIRST_GUESS)
         self._seconds, self._visits = 1.0, 0
-        self._speed, self._at = 0.0, -1e9
+        self._speed, self._told, self._at = 0.0, 0.0, 0.0
 
     def enter(self, tenant: str, rates: Rates, now: float) -> Visit:
         """Counts one request of the tenant. A refused one counts too: asking has a price.
@@ -146,7 +146,7 @@ class Admission:
             )
         asked = min(tokens, self.budget - visit.charged)
         if self.held + asked > self.budget:
-            wait = max(again, self._until_free(self.held + asked - self.budget))
+            wait = max(again, self._until_free(self.held + asked - self.budget, asked, now))
             raise Unavailable(
                 "queue_full",
                 "The server has as much to do as it takes on",
@@ -209,12 +209,22 @@ class Admission:
 
     def _note_speed(self, tokens: int, now: float) -> None:
         """Tokens of room given back a second, of late: an average that forgets half in ten seconds."""
-        self._speed = self._speed * 0.5 ** ((now - self._at) / 10.0) + tokens * log(2.0) / 10.0
-        self._at = now
+        self._pass(now)
+        self._speed += tokens * log(2.0) / 10.0
 
-    def _until_free(self, missing: int) -> float:
-        """An estimate: nobody knows when the running requests will end."""
-        return min(max(missing / self._speed, 1.0), LONGEST_WAIT) if self._speed > 0 else 1.0
+    def _pass(self, now: float) -> None:
+        past, self._at = now - self._at, now
+        self._speed *= 0.5 ** (past / 10.0)
+        self._told = max(0.0, self._told - self._speed * past)
+
+    def _until_free(self, missing: int, asked: int, now: float) -> float:
+        """An estimate: nobody knows when the running requests will end. Those who were told to come again have a place
+        before this one, up to a whole budget of them: who is refused together shall not come back together.
+        """
+        self._pass(now)
+        wait = (missing + self._told) / self._speed if self._speed > 0 else 1.0
+        self._told = min(self._told + asked, float(self.budget))
+        return min(max(wait, 1.0), LONGEST_WAIT)
 
 
 def _again(seconds: float) -> str:

@@ -17,7 +17,7 @@ from penstock.assemble import Assembled
 from penstock.base import PenstockError
 from penstock.fleet import Admission, Rates, Visit
 from penstock.serving.errors import HTTPError
-from penstock.serving.keys import MAX_KEY_LENGTH, Key, Keyring, new_key, read_keys
+from penstock.serving.keys import MAX_KEY_LENGTH, Key, Keyring, process_key, read_keys
 
 Access = Literal["public", "inference", "admin"]
 """What a route asks of its caller."""
@@ -129,7 +129,7 @@ class Gate:
         """A key of the role admin that is in no file, good until the process ends; None if nobody needs one."""
         if self.ring is None:
             return None
-        secret, record = new_key([], tenant="local", role="admin")
+        secret, record = process_key()
         self._own = (record,)
         self.ring = Keyring([*self.ring.keys, record])
         return secret

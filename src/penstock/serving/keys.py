@@ -117,6 +117,12 @@ def new_key(keys: Iterable[Key], *, tenant: str, role: Role, **limits: int | Non
         raise ConfigError("key_invalid", "No such key can be made", why=_plain(error), fix="see --help") from None
 
 
+def process_key() -> tuple[str, Key]:
+    """A key for administration that is in no file. Its tenant has a name that no file can give."""
+    secret = PREFIX + secrets.token_urlsafe(32)
+    return secret, Key(id="local", sha256=fingerprint(secret), tenant="@local", role="admin", created=datetime.now(UTC))
+
+
 def without(keys: Iterable[Key], id: str) -> list[Key]:
     """The records with one more of them revoked.
 
