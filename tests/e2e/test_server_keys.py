@@ -185,6 +185,10 @@ def test_rates_are_of_a_tenant_and_say_when_to_come_again(keyed: Keyed) -> None:
             model="stories260k", prompt=PROMPT
         )
     assert keyed.ask("acme", max_tokens=30).status_code == 200  # nobody else is slowed down
+    shown = keyed.ask("admin", "/metrics", admin=True).text
+    assert 'penstock_tenant_requests_total{status="200",tenant="slow"} 3.0' in shown
+    assert 'penstock_tenant_tokens_total{kind="completion",tenant="slow"} 90.0' in shown
+    assert 'tenant_requests_total{status="429",tenant="slow"}' not in shown  # refused before it was let in
 
 
 def test_one_at_a_time(keyed: Keyed) -> None:

@@ -85,6 +85,7 @@ class Edge:
                 await error_response(internal_error())(scope, receive, send_named)
         finally:
             caller.leave()
+            self.context.metrics.account(caller, started or 499)
             if (log := self.context.log) is not None and PROBES.isdisjoint(scope["path"].split("/", 2)[1:2]):
                 log.add(caller, scope["path"], started or 499)
 

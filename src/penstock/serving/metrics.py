@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from penstock.core.service import Status
 from penstock.fleet import Admission
+from penstock.serving.gate import Caller
 from penstock.serving.requestlog import RequestLog
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
@@ -76,6 +77,8 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         registry.register(EngineCollector(status))
         self.responses = Counter("penstock_http_responses", "HTTP responses", ["path", "status"], registry=registry)
+        self.requests = Counter("penstock_tenant_requests", "Requests", ["tenant", "status"], registry=registry)
+        self.tokens = Counter("penstock_tenant_tokens", "Tokens", ["tenant", "kind"], registry=registry)
         self.finished = Counter("penstock_samples_finished", "Finished samples", ["reason"], registry=registry)
         self.first_token = _histogram("penstock_time_to_first_token_seconds", "Arrival to first token", _TTFT, registry)
         self.between = _histogram("penstock_inter_token_latency_seconds", "Token to next token", _ITL, registry)
@@ -84,6 +87,13 @@ class Metrics:
     def count(self, path: str, status: int) -> None:
         """Unknown paths share one label, so that a scanner cannot grow the registry."""
         self.responses.labels(path if path in self.paths else "other", str(status)).inc()
+
+    def account(self, caller: Caller, status: int) -> None:
+        """By tenant; of requests without a key nobody knows whose they are. There are as many series as tenants."""
+        if caller.key is not None and caller.visit is not None:
+            self.requests.labels(caller.tenant, str(status)).inc()
+            self.tokens.labels(caller.tenant, "prompt").inc(caller.prompt_tokens)
+            self.tokens.labels(caller.tenant, "completion").inc(caller.completion_tokens)
 
     def expose(self) -> bytes:
         return generate_latest(self.registry)
