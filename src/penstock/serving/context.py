@@ -166,6 +166,7 @@ class Generation:
         ranked = sorted(range(self.params.n), key=lambda i: -outcome.scores[i])
         for place, sample in enumerate([outcome.candidates[i] for i in ranked]):
             self.context.metrics.finished.labels(sample.finish_reason).inc()
+            current.get().finish = sample.finish_reason
             if place >= self.kept:
                 self._count(len(sample.token_ids))  # drawn all the same
                 continue

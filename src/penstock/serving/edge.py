@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.serving.context import Context
 from penstock.serving.errors import HTTPError, error_response, internal_error
-from penstock.serving.gate import current
+from penstock.serving.gate import Caller, current
 from penstock.serving.limits import (
     BODY_SECONDS,
     INLINE_BYTES,
@@ -42,7 +42,7 @@ class Edge:
 
     Args:
         context: its gate knows who is asking, and who has no good key gets no further than here; its log has a line for
-            each request that is no probe.
+            each request but probes that were answered.
         hosts: names a Host header may carry, without port; None for any. A server on loopback needs the list:
             a web page can point its own name at 127.0.0.1 (DNS rebinding) but cannot forge this header.
         public: paths that need no key.
@@ -85,9 +85,14 @@ class Edge:
                 await error_response(internal_error())(scope, receive, send_named)
         finally:
             caller.leave()
-            self.context.metrics.account(caller, started or 499)
-            if (log := self.context.log) is not None and PROBES.isdisjoint(scope["path"].split("/", 2)[1:2]):
-                log.add(caller, scope["path"], started or 499)
+            self._note(caller, scope["path"], started or 499)
+
+    def _note(self, caller: Caller, path: str, status: int) -> None:
+        """Puts a request that has ended into the books. 499: its client was gone before it was answered (nginx)."""
+        self.context.metrics.account(caller, status)
+        probe = not PROBES.isdisjoint(path.split("/", 2)[1:2])
+        if self.context.log is not None and (not probe or status in (401, 403)):
+            self.context.log.add(caller, path, status)
 
     def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) for name, value in headers)
