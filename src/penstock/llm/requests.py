@@ -119,14 +119,20 @@ class Requests:
     """Checks, tokenizes and names the requests of one engine.
 
     Args:
+        tenant: whose they are; cached prefixes are shared within one.
         next_seed, next_id: for requests that bring none of their own. Where callers may bring ids, a new one must be
             such that no caller has chosen it; by default they are numbers.
     """
 
     def __init__(
-        self, engine: Assembled, next_seed: Callable[[], int], next_id: Callable[[], str] | None = None
+        self,
+        engine: Assembled,
+        next_seed: Callable[[], int],
+        next_id: Callable[[], str] | None = None,
+        tenant: str = "",
     ) -> None:
         self.engine = engine
+        self._tenant = tenant
         self._next_seed, self._next_id = next_seed, next_id or map(str, count()).__next__
         self._longest = cast(int, engine.config.max_model_len)  # filled in by assemble.resolve
         self._max_chars = max(1 << 20, 64 * self._longest)
@@ -229,6 +235,7 @@ class Requests:
             seed=(self._next_seed() if params.seed is None else params.seed) % 2**64,
             priority=priority,
             task=task,
+            tenant=self._tenant,
         )
 
     def submit(self, job: Job, sink: Callable[[Job, Update], None]) -> None:

@@ -16,6 +16,7 @@ from penstock.serving.errors import HTTPError, unsupported
 from penstock.serving.limits import MAX_MESSAGES, MAX_MODEL_NAME, MAX_PROMPTS
 from penstock.serving.structured import wanted_form
 from penstock.spec import FinishReason, SamplingParams
+from penstock.spec.ranges import MAX_ID
 from penstock.spec.sampling import MAX_N, MAX_STOP_IDS, MAX_STOP_LENGTH
 
 Name = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
@@ -192,7 +193,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     HARMLESS: ClassVar[Harmless] = _CHAT_HARMLESS
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 

@@ -53,6 +53,9 @@ _REALS = {
     "thinking_soft": (0.0, 1.0),
 }
 _POSITIVE_REALS = {"top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1e4}
+BOUNDS = _INTEGERS | _OPTIONAL_INTEGERS | _REALS | {name: (0.0, most) for name, most in _POSITIVE_REALS.items()}
+"""Least and most of every number; ``_POSITIVE_REALS`` stop just short of their least."""
+
 _FLAGS = (
     "ignore_eos",
     "detokenize",
