@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
+from contextlib import suppress
 
 from penstock.text.parsers.events import Arguments, CallDropped, CallEnd, CallStart, Content, Event
 
@@ -132,9 +133,7 @@ class Machine:
         self._steps.send(char)
 
     def finish(self) -> list[Event]:
-        try:
+        with suppress(Ended, StopIteration):
             self._steps.throw(Ended)
-        except (Ended, StopIteration):
-            pass
         self._output.close()
         return self._output.take()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from penstock.text.completion import StopStrings
 from penstock.text.parsers.events import Content, Event, Parser, Reasoning
 
-
 MAX_BLANKS = 64
 """Before thoughts; after more of them comes something else."""
 
