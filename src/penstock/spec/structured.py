@@ -117,7 +117,7 @@ def _schema_text(schema: object, name: str = "json") -> str:
     if not isinstance(parsed, (Mapping, bool)):
         why = f"it is {reprlib.repr(parsed)}"
         raise InvalidRequest("invalid_schema", "A JSON schema must be an object, true or false", why=why)
-    if (depth := _depth(text)) > MAX_SCHEMA_DEPTH:
+    if (depth := depth_of(text)) > MAX_SCHEMA_DEPTH:
         why = f"it is nested {depth} deep, at most {MAX_SCHEMA_DEPTH} are allowed"
         raise InvalidRequest("invalid_schema", f"structured_outputs.{name} is nested too deeply", why=why)
     return text
@@ -144,7 +144,7 @@ def _tags_text(value: object) -> str:
     return text
 
 
-def _depth(text: str) -> int:
+def depth_of(text: str) -> int:
     """How deep brackets nest in JSON text."""
     deepest = depth = 0
     quoted = escaped = False
