@@ -109,7 +109,7 @@ def test_required_fields_and_allowed_values_are_told(server: Server) -> None:
     [
         (COMPLETIONS, "suffix", "x"), (COMPLETIONS, "prompt_logprobs", 1),
         (COMPLETIONS, "use_beam_search", True), (COMPLETIONS, "prompt_embeds", "x"),
-        (CHAT, "tools", [{"type": "function"}]), (CHAT, "tool_choice", "required"), (CHAT, "chat_template", "{{ 1 }}"),
+        (CHAT, "functions", [{"name": "f"}]), (CHAT, "chat_template", "{{ 1 }}"),
         (CHAT, "response_format", {"type": "structural_tag"}), (CHAT, "modalities", ["text", "audio"]),
         (CHAT, "chat_template_kwargs", {"tokenize": True}), (CHAT, "reasoning_effort", "high"),
     ],
@@ -371,7 +371,8 @@ FIELDS = st.sampled_from(
     "model prompt messages stream stream_options n temperature top_p top_k min_p repetition_penalty presence_penalty "
     "frequency_penalty logit_bias seed stop stop_token_ids min_tokens ignore_eos skip_special_tokens "
     "include_stop_str_in_output priority add_special_tokens logprobs echo best_of top_logprobs "
-    "tools response_format suffix user".split()
+    "tools tool_choice parallel_tool_calls chat_template_kwargs reasoning_effort add_generation_prompt "
+    "continue_final_message response_format suffix user".split()
 )
 NEAR = st.sampled_from(
     [0, 1, -1, 2, 128, 129, 2**31, 2**63, 2**64, 0.0, 1.0, 1e308, "", "a", [], [1], [511], ["a"], True, {}]

@@ -186,10 +186,13 @@ def _from_schema(schema: Any, table: TokenTable, *, compact: bool) -> Grammar:
 
 
 def _from_tags(tags: Any, table: TokenTable) -> Grammar:
-    for structure in [*tags["structures"], {"schema": tags.get("answer", True)}]:
-        _vet(structure["schema"])
+    schemas = [structure["schema"] for structure in tags["structures"]]
+    for schema in [*schemas, tags.get("answer", True)]:
+        _vet(schema)
+    values = tuple(value for schema in schemas for value in hints(schema))
     try:
-        return Grammar(LLMatcher.grammar_from_lark(tags_grammar(tags, table)), table)
+        source = LLMatcher.grammar_from_lark(tags_grammar(tags, table))
+        return Grammar(source, table, is_json=bool(tags.get("at_least")), hints=values)
     except ValueError as error:
         fix = "simplify the named part of the schema; the form in which it must hold knows less than a schema alone"
         raise _refusal("unsupported_schema", "A schema of these tools cannot be compiled", error, fix=fix) from None
