@@ -378,31 +378,28 @@ TOOLS_READ = "{% for tool in tools %}{{ tool }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
-    ("source", "calls", "thinks", "described"),
+    ("source", "calls", "thinks"),
     [
-        ("{{ messages }}", "json", None, True),
-        (TOOLS_READ, "json", None, False),
-        (TOOLS_READ + "<tool_call>{{ enable_thinking }}</think>", "hermes", "think", False),
-        (TOOLS_READ + "<tool_call><function=x>", None, None, False),
-        (TOOLS_READ + "<|tool_call|>Here is my thought process:", "granite", "granite", False),
-        (TOOLS_READ + "[TOOL_CALLS]", "mistral", None, False),
-        (TOOLS_READ + "[TOOL_CALLS]x[ARGS][THINK]", "mistral_args", "mistral", False),
-        (TOOLS_READ + "<|python_tag|>", "llama3", None, False),
+        ("{{ messages }}", "json", None),
+        (TOOLS_READ, "json", None),
+        (TOOLS_READ + "<tool_call>{{ enable_thinking }}</think>", "hermes", "think"),
+        (TOOLS_READ + "<tool_call><function=x>", None, None),
+        (TOOLS_READ + "<|tool_call|>Here is my thought process:", "granite", "granite"),
+        (TOOLS_READ + "[TOOL_CALLS]", "mistral", None),
+        (TOOLS_READ + "[TOOL_CALLS]x[ARGS][THINK]", "mistral_args", "mistral"),
+        (TOOLS_READ + "<|python_tag|>", "llama3", None),
     ],
 )
-def test_the_format_of_a_template(source: str, calls: str | None, thinks: str | None, described: bool) -> None:
+def test_the_format_of_a_template(source: str, calls: str | None, thinks: str | None) -> None:
     found = formats_of(ChatTemplate(source), toytext.sentencepiece())
     assert found.calls == (CALL_FORMATS.get(calls) if calls else None)
     assert found.thoughts == (THOUGHT_FORMATS.get(thinks) if thinks else None)
-    assert found.described == described
 
 
 def test_a_format_by_name() -> None:
     tokenizer = toytext.byte_level()
     assert formats_of(None, tokenizer).thoughts == THOUGHT_FORMATS.get("think")  # it has the token
     found = formats_of(None, tokenizer, calls="none", thoughts="none")
-    assert found == Formats(described=True) and read(lambda: found.parser(TOOLS), ["a<tool_call>"]) == [
-        Content("a<tool_call>")
-    ]
+    assert found == Formats() and read(lambda: found.parser(TOOLS), ["a<tool_call>"]) == [Content("a<tool_call>")]
     with pytest.raises(ConfigError, match="no tool parser named 'hermess'"):
         formats_of(None, tokenizer, calls="hermess")

@@ -15,7 +15,6 @@ from penstock.serving.tools import Offer
 from penstock.spec import SamplingParams
 from penstock.text import ChatTemplate, Delta
 from penstock.text.parsers import CallEnd, Event, Parser, Thoughts
-from penstock.text.parsers.described import described
 
 Message = Mapping[str, Any]
 
@@ -72,11 +71,9 @@ class Dialogue:
         """
         engine = context.llm.engine
         formats = engine.formats
-        if formats.described and formats.calls is not None:
-            messages = described(messages, offer.told, formats.calls.shape)
         prompt = await context.llm.tokenize_chat(
             messages,
-            tools=None if formats.described else offer.told,
+            tools=offer.told,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             **(variables or {}),

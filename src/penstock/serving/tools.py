@@ -163,15 +163,20 @@ def _function(tool: ToolSpec, place: str) -> FunctionSpec:
 def _check_size(functions: Sequence[FunctionSpec]) -> None:
     if len(functions) > MAX_TOOLS:
         why = f"there are {len(functions)}, at most {MAX_TOOLS} are allowed"
-        raise HTTPError("too_many_tools", "The request has too many tools", why=why, param="tools")
+        raise HTTPError(
+            "too_many_tools", "The request has too many tools", why=why, fix="leave some out", param="tools"
+        )
     texts = [msgspec.json.encode(function).decode() for function in functions]
     if (size := sum(map(len, texts))) > MAX_TOOL_CHARS:
         why = f"as JSON they have {size:,} characters, at most {MAX_TOOL_CHARS:,} are allowed"
-        raise HTTPError("tools_too_large", "The tools of the request are too large", why=why, param="tools")
+        raise HTTPError(
+            "tools_too_large", "The tools of the request are too large", why=why, fix="leave some out", param="tools"
+        )
     for i, text in enumerate(texts):
         if (depth := depth_of(text)) > MAX_TOOL_DEPTH:
             why = f"it is nested {depth} deep, at most {MAX_TOOL_DEPTH} are allowed"
-            raise HTTPError("tools_too_large", f"tools[{i}] is nested too deeply", why=why, param=f"tools[{i}]")
+            what = f"tools[{i}] is nested too deeply"
+            raise HTTPError("tools_too_large", what, why=why, fix="make it flatter", param=f"tools[{i}]")
 
 
 def _told(function: FunctionSpec) -> dict[str, Any]:

@@ -11,16 +11,22 @@ from penstock.spec.tools import CallShape
 Message = Mapping[str, Any]
 
 
-def described(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], shape: CallShape) -> list[Message]:
+def described(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], shape: CallShape) -> Sequence[Message]:
     """The same conversation without anything that only a template for tools would show.
 
     Args:
         tools: as OpenAI's API has them, perhaps none.
         shape: how calls are written, told and shown.
     """
+    if not tools and not any(
+        isinstance(m, Mapping) and (m.get("tool_calls") or m.get("role") == "tool") for m in messages
+    ):
+        return messages
     names: dict[Any, Any] = {}
     plain: list[Message] = []
     for message in messages:
+        if not isinstance(message, Mapping):  # the template's to refuse
+            return messages
         calls = [call.get("function", {}) | {"id": call.get("id")} for call in message.get("tool_calls") or ()]
         names |= {call["id"]: call.get("name") for call in calls}
         if message.get("role") == "tool":

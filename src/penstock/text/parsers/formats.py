@@ -71,15 +71,10 @@ _thoughts("granite")(thought_tags(*_GRANITE))
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """Those of one model; None where it has none.
-
-    Attributes:
-        described: its chat template has no place for tools, so that they are described in a system message.
-    """
+    """Those of one model; None where it has none."""
 
     calls: CallFormat | None = None
     thoughts: ThoughtTags | None = None
-    described: bool = False
 
     def parser(self, tools: Collection[str], *, opened: bool = False) -> Parser:
         """For one completion; ``tools``: names that may be called; ``opened``: it starts inside thoughts."""
@@ -121,7 +116,6 @@ def formats_of(
     return Formats(
         None if calls == NONE else CALL_FORMATS.get(calls),
         None if thoughts == NONE else THOUGHT_FORMATS.get(thoughts),
-        described=not reads_tools,
     )
 
 
