@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from penstock.text import Tokenizer
+
 HERMES = (
     "{% if tools %}<|im_start|>system\nTools:"
     "{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
@@ -27,3 +29,9 @@ def say(arguments: dict[str, Any], request: Any) -> Any:
         return logits
 
     return rule
+
+
+def saying(text: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The field of a request that makes the model say a text and stop."""
+    ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+    return {"logits_rules": {"say": {"ids": [*ids, min(tokenizer.vocabulary.eos_ids)]}}}

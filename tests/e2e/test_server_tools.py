@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import httpx
 import openai
@@ -21,11 +17,10 @@ from penstock import AsyncLLM
 from penstock.serving import build_app
 from penstock.serving.limits import MAX_TOOL_CHARS, MAX_TOOL_DEPTH, MAX_TOOLS
 from penstock.spec import EngineConfig
-from penstock.spec.location import locate
-from penstock.text import Tokenizer, load_tokenizer
+from penstock.text import Tokenizer
 from penstock.text.parsers import CALL_FORMATS, NONE, formats_of
-from scripted import HERMES
-from servers import Server, start
+from scripted import saying
+from servers import Server
 
 USER = {"role": "user", "content": "How is the weather in Paris?"}
 WEATHER = {
@@ -48,31 +43,6 @@ def call(name: str, arguments: str) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
-BUNDLED = locate(None)
-assert isinstance(BUNDLED, Path)
-
-
-@pytest.fixture(scope="module")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("tools")
-    (folder / "template.jinja").write_text(HERMES)
-    options = ("--chat-template", str(folder / "template.jinja"), "--logits-rule", "scripted:say")
-    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)), (folder / "log").open("w+") as log:
-        running = start(BUNDLED, *options, "--served-model-name", "m", log=log)
-        yield running
-        running.wait_until_idle()
-        assert running.metric("penstock_kv_blocks_used") == 0
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(30) == 0
-        log.seek(0)
-        assert log.read() == ""
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(BUNDLED, None)
-
-
 @pytest.fixture
 def chat(hermes: Server, tokenizer: Tokenizer) -> Any:
     """create() with defaults of these tests, and ``says`` for what the model will say."""
@@ -80,8 +50,7 @@ def chat(hermes: Server, tokenizer: Tokenizer) -> Any:
     def create(says: str | None = None, **options: Any) -> Any:
         body = dict(options.pop("extra_body", {}))
         if says is not None:
-            ids = tokenizer.encode(says, add_special_tokens=False, parse_special=False)
-            body["logits_rules"] = {"say": {"ids": [*ids, min(tokenizer.vocabulary.eos_ids)]}}
+            body |= saying(says, tokenizer)
         asked = {"model": "m", "messages": [USER], "max_tokens": 200, "temperature": 0} | options
         return hermes.client.chat.completions.create(**asked, extra_body=body)
 

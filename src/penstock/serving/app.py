@@ -31,6 +31,7 @@ from penstock.serving.errors import (
     on_penstock_error,
 )
 from penstock.serving.metrics import Metrics
+from penstock.serving.responses import ResponsesRequest, ResponseTask
 from penstock.serving.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -41,7 +42,7 @@ from penstock.serving.schemas import (
     refuse_unsupported,
     unknown_fields,
 )
-from penstock.serving.sse import EventStream, unless_disconnected
+from penstock.serving.sse import NAMED, PLAIN, Dialect, EventStream, unless_disconnected
 from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
 
 G = TypeVar("G", bound=GenerationRequest)
@@ -67,6 +68,10 @@ def build_app(llm: AsyncLLM, *, hosts: frozenset[str] | None = None) -> tuple[AS
     routes = [
         Route("/v1/completions", _completions, methods=["POST"]),
         Route("/v1/chat/completions", _chat, methods=["POST"]),
+        Route("/v1/responses", _responses, methods=["POST"]),
+        Route("/v1/responses/{response}", _response),
+        Route("/v1/responses/{response}", _delete_response, methods=["DELETE"]),
+        Route("/v1/responses/{response}/input_items", _response_items),
         Route("/v1/embeddings", _embeddings, methods=["POST"]),
         Route("/v1/score", _score, methods=["POST"]),
         Route("/v1/rerank", _rerank, methods=["POST"]),
@@ -105,6 +110,27 @@ async def _chat(request: Request) -> Response | EventStream:
     return await _generate(request, ChatRequest, ChatTask.prepare)
 
 
+async def _responses(request: Request) -> Response | EventStream:
+    return await _generate(request, ResponsesRequest, ResponseTask.prepare, NAMED)
+
+
+async def _response(request: Request) -> Response:
+    return _json(_context(request).responses.get(request.path_params["response"]).response)
+
+
+async def _delete_response(request: Request) -> Response:
+    identifier = request.path_params["response"]
+    _context(request).responses.delete(identifier)
+    return _json({"id": identifier, "object": "response", "deleted": True})
+
+
+async def _response_items(request: Request) -> Response:
+    given = _context(request).responses.get(request.path_params["response"]).given
+    data = [{"id": f"item_{i}", **item} for i, item in enumerate(given)]
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return _json({"object": "list", "data": data, "has_more": False, **ends})
+
+
 async def _embeddings(request: Request) -> Response:
     return await _vectors(request, EmbeddingRequest, embeddings)
 
@@ -118,14 +144,14 @@ async def _rerank(request: Request) -> Response:
 
 
 async def _generate(
-    request: Request, shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]]
+    request: Request, shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]], dialect: Dialect = PLAIN
 ) -> Response | EventStream:
     context, asked = await _admitted(request, shape)
     task = await prepare(asked, context)
     if not asked.stream:
         return _json(await unless_disconnected(request.receive, task.whole()))
     chunks = task.chunks()
-    return EventStream(await unless_disconnected(request.receive, anext(chunks)), chunks)
+    return EventStream(await unless_disconnected(request.receive, anext(chunks)), chunks, dialect)
 
 
 async def _vectors(request: Request, shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Response:

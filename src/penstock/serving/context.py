@@ -14,6 +14,7 @@ from penstock.llm import AsyncLLM, TokensPrompt
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_CHOICES
 from penstock.serving.metrics import Metrics
+from penstock.serving.response_store import ResponseStore
 from penstock.serving.schemas import PromptTokensDetails, Usage
 from penstock.spec import SamplingParams
 from penstock.text import Delta
@@ -29,6 +30,7 @@ class Context:
         name: what clients call it.
         live: engine ids of the requests under way that generate.
         tasks: those that make vectors, or choose among samples.
+        responses: those that may be gone on from.
         draining: no new requests; the process is about to end.
     """
 
@@ -38,6 +40,7 @@ class Context:
     created: int
     live: set[str] = field(default_factory=set)
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
+    responses: ResponseStore = field(default_factory=ResponseStore)
     draining: bool = False
 
     def admit(self, model: str | None) -> None:

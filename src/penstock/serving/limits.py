@@ -41,6 +41,11 @@ MAX_TEMPLATE_VARIABLES = 32
 MAX_TEMPLATE_VARIABLE = 4096
 """Characters of one variable that a request sets in the chat template."""
 
+
+MAX_STORED_RESPONSES = 1024
+MAX_STORED_BYTES = 64 << 20
+"""Of responses kept for those that follow them, with their conversations."""
+
 MAX_ERROR_CHARS = 600
 """An error message may quote what the client sent, but not all of it."""
 

@@ -114,6 +114,12 @@ class GenerationRequest(ModelRequest, kw_only=True):
         if self.stream_options is not None and not self.stream:
             raise _contradiction("stream_options", "stream")
 
+    def params(self, defaults: dict[str, Any], **own: int | None) -> SamplingParams:
+        """Of what all such requests share, and what each kind has of its ``own``; None leaves a field open."""
+        asked = {name: getattr(self, name) for name in _SHARED} | own
+        asked["structured_outputs"] = wanted_form({name: getattr(self, name) for name in _FORMS})
+        return SamplingParams(**defaults | {name: value for name, value in asked.items() if value is not None})
+
     def usage_wanted(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -150,7 +156,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def sampling_params(self, recommended: Mapping[str, Any]) -> SamplingParams:
         """``recommended``: by the model, for what the request leaves open; where it says nothing, 16 tokens."""
-        return _params(self, {"max_tokens": 16, **recommended}, max_tokens=self.max_tokens, logprobs=self.logprobs)
+        return self.params({"max_tokens": 16, **recommended}, max_tokens=self.max_tokens, logprobs=self.logprobs)
 
 
 Texts = str | list[str | int | list[int]]
@@ -232,8 +238,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     def sampling_params(self, recommended: Mapping[str, Any]) -> SamplingParams:
         """As for completions; as many tokens as the context holds, unless the request or the model says less."""
-        return _params(
-            self,
+        return self.params(
             {"max_tokens": None, **recommended},
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
@@ -252,13 +257,6 @@ _SHARED = (
 ).split()
 
 _FORMS = "response_format structured_outputs guided_json guided_regex guided_choice guided_grammar".split()
-
-
-def _params(request: GenerationRequest, defaults: dict[str, Any], **own: int | None) -> SamplingParams:
-    """Of what the two kinds of requests share, and what each has of its ``own``; None leaves a field open."""
-    asked = {name: getattr(request, name) for name in _SHARED} | own
-    asked["structured_outputs"] = wanted_form({name: getattr(request, name) for name in _FORMS})
-    return SamplingParams(**defaults | {name: value for name, value in asked.items() if value is not None})
 
 
 _LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "service_tier", "user"}
