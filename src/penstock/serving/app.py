@@ -25,11 +25,13 @@ from penstock.serving.context import Context, engine_stopped, shutting_down
 from penstock.serving.edge import Edge, off_loop, parse, read_body
 from penstock.serving.errors import (
     error_response,
+    log_fault,
     on_disconnect,
     on_http_exception,
     on_other_exception,
     on_penstock_error,
 )
+from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens, error_body
 from penstock.serving.metrics import Metrics
 from penstock.serving.responses import ResponsesRequest, ResponseTask
 from penstock.serving.schemas import (
@@ -72,6 +74,8 @@ def build_app(llm: AsyncLLM, *, hosts: frozenset[str] | None = None) -> tuple[AS
         Route("/v1/responses/{response}", _response),
         Route("/v1/responses/{response}", _delete_response, methods=["DELETE"]),
         Route("/v1/responses/{response}/input_items", _response_items),
+        Route("/v1/messages", _messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", _count_tokens, methods=["POST"]),
         Route("/v1/embeddings", _embeddings, methods=["POST"]),
         Route("/v1/score", _score, methods=["POST"]),
         Route("/v1/rerank", _rerank, methods=["POST"]),
@@ -129,6 +133,28 @@ async def _response_items(request: Request) -> Response:
     data = [{"id": f"item_{i}", **item} for i, item in enumerate(given)]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
     return _json({"object": "list", "data": data, "has_more": False, **ends})
+
+
+async def _messages(request: Request) -> Response | EventStream:
+    try:
+        return await _generate(request, MessagesRequest, MessagesTask.prepare, EVENTS)
+    except PenstockError as error:
+        return _anthropic_error(error)
+
+
+async def _count_tokens(request: Request) -> Response:
+    try:
+        context, asked = await _admitted(request, CountRequest)
+        return _json(await count_tokens(asked, context))
+    except PenstockError as error:
+        return _anthropic_error(error)
+
+
+def _anthropic_error(error: PenstockError) -> Response:
+    response = error_response(error)
+    log_fault(error)
+    headers = {name: value for name, value in response.headers.items() if name == "retry-after"}
+    return Response(msgspec.json.encode(error_body(error)), error.status, headers, "application/json")
 
 
 async def _embeddings(request: Request) -> Response:
