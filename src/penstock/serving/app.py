@@ -45,6 +45,7 @@ from penstock.serving.schemas import (
     unknown_fields,
 )
 from penstock.serving.sse import NAMED, PLAIN, Dialect, EventStream, unless_disconnected
+from penstock.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
 
 G = TypeVar("G", bound=GenerationRequest)
@@ -79,6 +80,8 @@ def build_app(llm: AsyncLLM, *, hosts: frozenset[str] | None = None) -> tuple[AS
         Route("/v1/embeddings", _embeddings, methods=["POST"]),
         Route("/v1/score", _score, methods=["POST"]),
         Route("/v1/rerank", _rerank, methods=["POST"]),
+        Route("/tokenize", _tokenize, methods=["POST"]),
+        Route("/detokenize", _detokenize, methods=["POST"]),
         Route("/v1/models", _models),
         Route("/v1/models/{model:path}", _model),
         Route("/live", _live),
@@ -167,6 +170,14 @@ async def _score(request: Request) -> Response:
 
 async def _rerank(request: Request) -> Response:
     return await _vectors(request, RerankRequest, ranking)
+
+
+async def _tokenize(request: Request) -> Response:
+    return await _vectors(request, TokenizeRequest, tokenize)
+
+
+async def _detokenize(request: Request) -> Response:
+    return await _vectors(request, DetokenizeRequest, detokenize)
 
 
 async def _generate(

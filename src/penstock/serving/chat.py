@@ -147,10 +147,11 @@ def deltas_of(events: Sequence[Event]) -> list[ChatDelta]:
 
 def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
     """Messages as templates read them: text parts joined by newlines, absent fields left out."""
-    return [_plain(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
+    return [plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
 
 
-def _plain(message: ChatMessage, place: str) -> dict[str, Any]:
+def plain_message(message: ChatMessage, place: str) -> dict[str, Any]:
+    """One message; ``place`` names it in errors. Raises HTTPError: (unsupported_parameter)."""
     content = message.content
     if isinstance(content, list):
         for i, part in enumerate(content):
