@@ -99,6 +99,13 @@ def test_why_it_ended(say: Any) -> None:
     assert CALL.startswith(cut.content[0].text)
 
 
+def test_numbers_are_passed_on_as_they_are(hermes: Server, tokenizer: Tokenizer) -> None:
+    digits = "1" * 60
+    body = {"model": "m", "messages": [USER], "max_tokens": 200, "tools": TOOLS, "temperature": 0}
+    body |= saying(CALL.replace('"Paris"', digits), tokenizer)
+    assert f'"input":{{"city": {digits}}}' in httpx.post(f"{hermes.url}/v1/messages", json=body).text
+
+
 @pytest.mark.parametrize(
     "choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}]
 )

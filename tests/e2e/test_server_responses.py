@@ -150,7 +150,8 @@ def test_the_store_is_bounded() -> None:
     store = ResponseStore()
 
     def keep(i: int, size: int = 1) -> None:
-        store.keep(Stored({"id": str(i), "output": []}, [], [{"x": "a" * size}]))
+        stored = Stored({"id": str(i), "output": []}, [], [{"x": "a" * size}])
+        store.keep(stored, stored.size())
 
     for i in range(MAX_STORED_RESPONSES + 5):
         keep(i)

@@ -273,13 +273,28 @@ def arguments_told(text: str) -> list[Event]:
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [('"{\\"a\\": [1]}"', '{"a": [1]}'), ("null", "{}"), ('"{"', None), ('"[]"', None), ("[]", None), ("1", None)],
+    [
+        ('"{\\"a\\": [1]}"', '{"a": [1]}'),
+        ("null", "{}"),
+        ('"{"', None),
+        ('"[]"', None),
+        ("[]", None),
+        ("1", None),
+        ('"{\\"a\\": \\"\\ud800\\"}"', None),
+        ('{"a": ' + "1" * 5000 + "}", '{"a": ' + "1" * 5000 + "}"),
+    ],
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_arguments_in_other_forms(arguments: str, told: str | None, first: bool) -> None:
     members = ['"name": "add"', f'"arguments": {arguments}'][:: -1 if first else 1]
     events = read(lambda: parser("hermes"), [f"<tool_call>{{{', '.join(members)}}}</tool_call>"])
     assert calls(events) == ([] if told is None else [("add", told)])
+
+
+@pytest.mark.parametrize("name", ["1" * 5000, '"\\ud800"', "null", "[]", '""'])
+def test_names_that_are_none(name: str) -> None:
+    text = f'<tool_call>{{"name": {name}, "arguments": {{}}}}</tool_call>'
+    assert content(read(lambda: parser("hermes"), [text])) == text
 
 
 def test_a_call_without_arguments_has_empty_ones_where_it_is_marked_as_a_call() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -44,7 +45,7 @@ class ChatTask:
             f"chatcmpl-{uuid.uuid4().hex}",
             messages_of(request),
             request.sampling_params(engine.recommended),
-            offer_of(request.tools, request.tool_choice, request.parallel_tool_calls),
+            await asyncio.to_thread(offer_of, request.tools, request.tool_choice, request.parallel_tool_calls),
             priority=request.priority or 0,
             variables=template_variables(engine.chat, request.chat_template_kwargs, request.reasoning_effort),
             add_generation_prompt=not going_on

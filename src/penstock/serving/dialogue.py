@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -82,9 +83,12 @@ class Dialogue:
         if (tags := formats.thoughts) is not None:
             final = str(messages[-1].get("content") or "") if continue_final_message else ""
             opened = tags.open_in(final) if continue_final_message else tags.left_open(prompt.get("prompt") or "")
+        form = params.structured_outputs
+        if offer.tools:  # many of them take milliseconds
+            form = await asyncio.to_thread(offer.form, formats, form, opened=opened)
         params = replace(
             params,
-            structured_outputs=offer.form(formats, params.structured_outputs, opened=opened),
+            structured_outputs=form,
             shown_token_ids=formats.shown_ids(engine.tokenizer, calls=bool(offer.tools)),
         )
         await context.llm.compile(params)

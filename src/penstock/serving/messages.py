@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -106,7 +107,7 @@ class MessagesTask:
         blocks = [block for block in self._blocks if block.pop("whole", True)]
         for block in blocks:
             if block["type"] == "tool_use":
-                block["input"] = json.loads(block["input"])
+                block["input"] = msgspec.Raw(block["input"].encode())  # a number in it may be too long for Python
         return message | {"content": blocks}
 
     async def chunks(self) -> AsyncGenerator[Block, None]:
@@ -221,7 +222,7 @@ async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
         f"msg_{uuid.uuid4().hex}",
         messages_from(request.messages, request.system),
         request.params(dict(engine.recommended), max_tokens=request.max_tokens),
-        _offer(request),
+        await asyncio.to_thread(_offer, request),
         priority=request.priority or 0,
         variables=template_variables(engine.chat, variables, None),
     )

@@ -23,6 +23,10 @@ class Stored(NamedTuple):
         """What a response that follows this one goes on from."""
         return [*self.before, *self.given, *self.response["output"]]
 
+    def size(self) -> int:
+        """In bytes, as JSON. Of a long conversation it takes milliseconds."""
+        return len(msgspec.json.encode(self))
+
 
 class ResponseStore:
     def __init__(self) -> None:
@@ -32,9 +36,8 @@ class ResponseStore:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, stored: Stored) -> None:
+    def keep(self, stored: Stored, size: int) -> None:
         """One that is larger than all there may be is not kept."""
-        size = len(msgspec.json.encode(stored))
         self._kept[stored.response["id"]] = stored, size
         self._bytes += size
         while len(self._kept) > MAX_STORED_RESPONSES or self._bytes > MAX_STORED_BYTES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -16,7 +17,7 @@ from penstock.serving.limits import MAX_TOOLS
 from penstock.serving.response_items import as_items, choice_from, format_from, messages_from, tools_from
 from penstock.serving.response_store import Stored
 from penstock.serving.schemas import GenerationRequest, Harmless, Name
-from penstock.serving.tools import offer_of
+from penstock.serving.tools import Offer, offer_of
 from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
 
 Item = dict[str, Any]
@@ -56,6 +57,10 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
             raise HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)
 
 
+def _offer(request: ResponsesRequest) -> Offer:
+    return offer_of(tools_from(request.tools), choice_from(request.tool_choice), request.parallel_tool_calls)
+
+
 class ResponseTask:
     """One request: its conversation rendered and tokenized, ready to be answered whole or in events."""
 
@@ -82,7 +87,7 @@ class ResponseTask:
             f"resp_{uuid.uuid4().hex}",
             messages_from([*before, *given], request.instructions),
             request.params({"max_tokens": None, **engine.recommended}, max_tokens=request.max_tokens),
-            offer_of(tools_from(request.tools), choice_from(request.tool_choice), request.parallel_tool_calls),
+            await asyncio.to_thread(_offer, request),
             priority=request.priority or 0,
             variables=template_variables(engine.chat, None, effort),
         )
@@ -111,7 +116,8 @@ class ResponseTask:
             yield told
         response = self._response()
         if self.request.store is not False:
-            self.context.responses.keep(Stored(response, self._before, self._given))
+            stored = Stored(response, self._before, self._given)
+            self.context.responses.keep(stored, await asyncio.to_thread(stored.size))
         yield self._event(f"response.{self._status}", response=response)
 
     # -- events ------------------------------------------------------------------------------------------------------

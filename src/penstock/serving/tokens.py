@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -62,9 +63,10 @@ async def tokenize(request: TokenizeRequest, context: Context) -> Tokens:
     else:
         going_on = bool(request.continue_final_message)
         begun = request.add_generation_prompt
+        offer = await asyncio.to_thread(offer_of, request.tools, None, None)
         prompt = await context.llm.tokenize_chat(
             [plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages or ())],
-            tools=offer_of(request.tools, None, None).told,
+            tools=offer.told,
             add_generation_prompt=not going_on if begun is None else begun,
             continue_final_message=going_on,
             **template_variables(engine.chat, request.chat_template_kwargs, None),

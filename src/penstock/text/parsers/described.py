@@ -45,9 +45,13 @@ def described(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], s
 
 
 def write_calls(shape: CallShape, calls: Sequence[tuple[Any, Any]]) -> str:
-    """Calls as the model writes them, from names and arguments as JSON text."""
-    written = [f"{_begin(shape, str(name))}{arguments or '{}'}{shape.end}" for name, arguments in calls]
+    """Calls as the model writes them, from names and arguments, as JSON text or as an object."""
+    written = [f"{_begin(shape, str(name))}{_json(arguments)}{shape.end}" for name, arguments in calls]
     return f"{shape.first}{shape.between.join(written)}{shape.last}"
+
+
+def _json(arguments: Any) -> str:
+    return arguments or "{}" if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
 
 
 def _begin(shape: CallShape, name: str) -> str:

@@ -145,8 +145,8 @@ class _Members:
         """A member is complete."""
         key, self._text = self._key, []
         if key == "name":
-            name = json.loads(text) if self._name is None else None
-            if not isinstance(name, str) or name not in self._output.tools:
+            name = json.loads(text) if self._name is None and text.startswith('"') else None
+            if name not in self._output.tools:
                 return False
             self._name = name
         elif key in ARGUMENTS:
@@ -171,6 +171,8 @@ def _object(text: str) -> str | None:
         text = str(json.loads(text)).strip()
         reader = JsonText()
         if not all(not reader.done and reader.step(char) for char in text) or not reader.done:
+            return None
+        if any("\ud800" <= char <= "\udfff" for char in text):  # half a character, which nobody could be sent
             return None
     if text == "null":
         return "{}"
