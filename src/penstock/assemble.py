@@ -26,6 +26,7 @@ from penstock.spec.pooling import read_pooling
 from penstock.spec.quantization import check_formats
 from penstock.spec.rule_places import invalid_option, rule_places
 from penstock.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
+from penstock.text.parsers import Formats, formats_of
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Assembled:
         name: what clients call the model.
         config: resolved: nothing is left to be decided by the machine or the model.
         recommended: sampling parameters that the model's folder recommends; empty where they are passed over.
+        formats: how it writes tool calls and thoughts.
         setup: the numbers that determine every decision; a recording starts with them.
         one_answer: whether the kernels keep the promise of docs/architecture.md, bit for bit.
         grammars: compiles structured outputs for this tokenizer; made when it is first called.
@@ -59,6 +61,7 @@ class Assembled:
     vocabulary: Vocabulary
     tokenizer: Tokenizer
     chat: ChatTemplate | None
+    formats: Formats
     pooling: PoolingSpec
     recommended: Mapping[str, Any]
     setup: EngineSetup
@@ -90,6 +93,7 @@ def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assemb
     spec = read_any_spec(folder)
     tokenizer = load_tokenizer(folder, spec.vocab_size)
     chat = load_chat_template(folder, config.chat_template)
+    formats = formats_of(chat, tokenizer, calls=config.tool_parser, thoughts=config.reasoning_parser)
     pooling = read_pooling(folder, spec)
     recommended = read_recommended(folder) if config.generation_config == "auto" else {}
     between = tokenizer.pair_frame()[1] if pooling.classifier else []
@@ -102,6 +106,7 @@ def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assemb
         vocabulary=tokenizer.vocabulary,
         tokenizer=tokenizer,
         chat=chat,
+        formats=formats,
         pooling=pooling,
         recommended=recommended,
         setup=loaded.setup,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penstock.base import env
 from penstock.cli.complete import complete_model
 from penstock.cli.config import ConfigOption
 from penstock.cli.options import MODEL_HELP, engine_options
@@ -76,7 +75,7 @@ def serve(
         def announce() -> None:
             print(_greeting(llm.engine, url, admin_url, public=public, keyed=gate.ring is not None), flush=True)
 
-        server.serve(llm, bound, announce, store or env.data_folder() / "store", gate=gate, admin=admin, log=log)
+        server.serve(llm, bound, announce, store, gate=gate, admin=admin, log=log)
 
 
 def _present(engine: Assembled, url: str, admin_url: str | None, gate: Gate) -> AbstractContextManager[None]:

@@ -25,6 +25,7 @@ from penstock.text import (
     with_rule_ids,
     with_thinking_ids,
 )
+from penstock.text.parsers.described import described
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...} and whatever else the model's chat template reads."""
@@ -156,7 +157,11 @@ class Requests:
     def tokenize_chat(
         self, messages: Sequence[Message], template: ChatTemplate | None = None, **options: Any
     ) -> TokensPrompt:
-        """Raises InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises."""
+        """To a template that has no place for tools they are told in a system message.
+
+        Raises:
+            InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises.
+        """
         template = template or self.engine.chat
         if template is None:
             raise InvalidRequest(
@@ -164,6 +169,8 @@ class Requests:
                 f"The model {self.engine.name} has no chat template",
                 fix="send a plain prompt, or start with chat_template=FILE",
             )
+        if not template.reads_tools and (calls := self.engine.formats.calls) is not None:
+            messages = described(messages, options.pop("tools", None) or (), calls.shape)
         chat = template.apply(self.engine.tokenizer, messages, **options)
         return TokensPrompt(prompt_token_ids=chat.token_ids, prompt=chat.text)
 

@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from penstock.base import PenstockError
+from penstock.base import PenstockError, env
 from penstock.fleet import Admission
 from penstock.llm import AsyncLLM
 from penstock.serving import durable
@@ -30,6 +30,7 @@ from penstock.serving.context import Context, engine_stopped, shutting_down
 from penstock.serving.edge import Edge, off_loop, parse, read_body
 from penstock.serving.errors import (
     error_response,
+    log_fault,
     on_disconnect,
     on_http_exception,
     on_other_exception,
@@ -37,8 +38,10 @@ from penstock.serving.errors import (
 )
 from penstock.serving.gate import Access, Caller, Gate, current, queue_budget
 from penstock.serving.limits import MAX_SHOWN
+from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens, error_body
 from penstock.serving.metrics import Metrics, QueueCollector
 from penstock.serving.requestlog import RequestLog
+from penstock.serving.responses import ResponsesRequest, ResponseTask
 from penstock.serving.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -49,7 +52,8 @@ from penstock.serving.schemas import (
     refuse_unsupported,
     unknown_fields,
 )
-from penstock.serving.sse import EventStream, unless_disconnected
+from penstock.serving.sse import NAMED, PLAIN, Dialect, EventStream, unless_disconnected
+from penstock.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
 
 G = TypeVar("G", bound=GenerationRequest)
@@ -70,7 +74,7 @@ class Task(Protocol):
 
 def build_app(
     llm: AsyncLLM,
-    store: Path,
+    store: Path | None = None,
     *,
     hosts: frozenset[str] | None = None,
     gate: Gate | None = None,
@@ -79,7 +83,7 @@ def build_app(
     """The application, and what whoever runs it needs to end it in good order.
 
     Args:
-        store: folder of uploaded files and batches.
+        store: folder of uploaded files and batches; the user's own by default.
         hosts: names a Host header may carry; None for any.
         gate: who may use it; by default anybody, within the default budget.
         log: has a line for each request.
@@ -89,7 +93,7 @@ def build_app(
     gate = gate or Gate(Admission(queue_budget(engine)))
     metrics.registry.register(QueueCollector(gate.admission, log))
     context = Context(llm=llm, metrics=metrics, gate=gate, name=engine.name, created=int(time.time()), log=log)
-    context.batches = Batches(context, store, _in_batches())
+    context.batches = Batches(context, store or env.data_folder() / "store", _in_batches())
     return application(ROUTES, context, hosts), context
 
 
@@ -154,6 +158,47 @@ async def _chat(request: Request) -> Response | EventStream:
     return await _generate(request, ChatRequest, ChatTask.prepare)
 
 
+async def _responses(request: Request) -> Response | EventStream:
+    return await _generate(request, ResponsesRequest, ResponseTask.prepare, NAMED)
+
+
+async def _response(request: Request) -> Response:
+    stored, identifier = _context(request).responses, request.path_params["response"]
+    if request.method == "DELETE":
+        stored.delete(identifier)
+        return _json({"id": identifier, "object": "response", "deleted": True})
+    return _json(stored.get(identifier).response)
+
+
+async def _response_items(request: Request) -> Response:
+    given = _context(request).responses.get(request.path_params["response"]).given
+    data = [{"id": f"item_{i}", **item} for i, item in enumerate(given)]
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return _json({"object": "list", "data": data, "has_more": False, **ends})
+
+
+async def _messages(request: Request) -> Response | EventStream:
+    try:
+        return await _generate(request, MessagesRequest, MessagesTask.prepare, EVENTS)
+    except PenstockError as error:
+        return _anthropic_error(error)
+
+
+async def _count_tokens(request: Request) -> Response:
+    try:
+        context, asked = await _admitted(request, CountRequest)
+        return _json(await count_tokens(asked, context))
+    except PenstockError as error:
+        return _anthropic_error(error)
+
+
+def _anthropic_error(error: PenstockError) -> Response:
+    response = error_response(error)
+    log_fault(error)
+    headers = {name: value for name, value in response.headers.items() if name == "retry-after"}
+    return Response(msgspec.json.encode(error_body(error)), error.status, headers, "application/json")
+
+
 async def _embeddings(request: Request) -> Response:
     return await _vectors(request, EmbeddingRequest, embeddings)
 
@@ -166,15 +211,23 @@ async def _rerank(request: Request) -> Response:
     return await _vectors(request, RerankRequest, ranking)
 
 
+async def _tokenize(request: Request) -> Response:
+    return await _vectors(request, TokenizeRequest, tokenize)
+
+
+async def _detokenize(request: Request) -> Response:
+    return await _vectors(request, DetokenizeRequest, detokenize)
+
+
 async def _generate(
-    request: Request, shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]]
+    request: Request, shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]], dialect: Dialect = PLAIN
 ) -> Response | EventStream:
     context, asked = await _admitted(request, shape)
     task = await prepare(asked, context)
     if not asked.stream:
         return _json(await unless_disconnected(request.receive, task.whole()))
     chunks = task.chunks()
-    return EventStream(await unless_disconnected(request.receive, anext(chunks)), chunks)
+    return EventStream(await unless_disconnected(request.receive, anext(chunks)), chunks, dialect)
 
 
 async def _vectors(request: Request, shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Response:
@@ -287,9 +340,16 @@ def _progress(caller: Caller) -> dict[str, object]:
 ROUTES: Routes = {
     "/v1/completions": ("inference", _completions, "POST"),
     "/v1/chat/completions": ("inference", _chat, "POST"),
+    "/v1/responses": ("inference", _responses, "POST"),
+    "/v1/responses/{response}": ("inference", _response, "GET DELETE"),
+    "/v1/responses/{response}/input_items": ("inference", _response_items),
+    "/v1/messages": ("inference", _messages, "POST"),
+    "/v1/messages/count_tokens": ("inference", _count_tokens, "POST"),
     "/v1/embeddings": ("inference", _embeddings, "POST"),
     "/v1/score": ("inference", _score, "POST"),
     "/v1/rerank": ("inference", _rerank, "POST"),
+    "/tokenize": ("inference", _tokenize, "POST"),
+    "/detokenize": ("inference", _detokenize, "POST"),
     "/v1/files": ("inference", durable.files_of_all, "GET POST"),
     "/v1/files/{id}": ("inference", durable.one_file, "GET DELETE"),
     "/v1/files/{id}/content": ("inference", durable.file_content),

@@ -17,6 +17,7 @@ from penstock.serving.gate import Gate, current
 from penstock.serving.limits import MAX_CHOICES
 from penstock.serving.metrics import Metrics
 from penstock.serving.requestlog import RequestLog
+from penstock.serving.response_store import ResponseStore
 from penstock.serving.schemas import PromptTokensDetails, Usage
 from penstock.spec import SamplingParams
 from penstock.text import Delta
@@ -35,6 +36,7 @@ class Context:
         name: what clients call it.
         live: engine ids of the requests under way that generate.
         tasks: those that make vectors, or choose among samples.
+        responses: those that may be gone on from.
         draining: no new requests; the process is about to end.
         batches: files of requests, answered when there is time.
         stop: set to begin that end.
@@ -48,6 +50,7 @@ class Context:
     log: RequestLog | None = None
     live: set[str] = field(default_factory=set)
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
+    responses: ResponseStore = field(default_factory=ResponseStore)
     draining: bool = False
     batches: Batches = field(init=False)
     stop: asyncio.Event = field(default_factory=asyncio.Event)

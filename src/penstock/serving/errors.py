@@ -113,7 +113,8 @@ async def on_http_exception(_: Request, error: Exception) -> Response:
     if error.status_code == 405:
         refusal = HTTPError("method_not_allowed", "This path does not take this method", fix="see Allow", status=405)
     else:
-        fix = "the API is /v1 with /completions, /chat/completions, /embeddings, /score, /rerank and /models"
+        paths = "/completions, /chat/completions, /responses, /messages, /embeddings, /score, /rerank and /models"
+        fix = f"the API is /v1 with {paths}"
         refusal = HTTPError("unknown_path", "There is nothing at this path", fix=fix, status=error.status_code)
     response = error_response(refusal)
     response.headers.update(error.headers or {})

@@ -39,6 +39,23 @@ MAX_MODEL_NAME = 512
 MAX_SHOWN = 50
 """Requests in a status, the oldest."""
 
+MAX_TOOLS = 128
+"""Tools in one request, and calls in one message."""
+
+MAX_TOOL_CHARS = 256 << 10
+"""Of all tools of a request together, as JSON."""
+
+MAX_TOOL_DEPTH = 32
+"""How deep brackets may nest in one tool."""
+
+MAX_TEMPLATE_VARIABLES = 32
+MAX_TEMPLATE_VARIABLE = 4096
+"""Characters of one variable that a request sets in the chat template."""
+
+MAX_STORED_RESPONSES = 1024
+MAX_RESPONSE_BYTES = 64 << 20
+"""Of responses kept for those that follow them, with their conversations."""
+
 MAX_ERROR_CHARS = 600
 """An error message may quote what the client sent, but not all of it."""
 

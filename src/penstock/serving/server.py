@@ -118,7 +118,7 @@ def serve(
     llm: AsyncLLM,
     bound: socket.socket,
     announce: Callable[[], None],
-    store: Path,
+    store: Path | None = None,
     *,
     gate: Gate | None = None,
     admin: socket.socket | None = None,
@@ -130,7 +130,7 @@ def serve(
     A second signal ends it at once. SIGHUP reads the keys again and opens the log anew.
 
     Args:
-        store: folder of uploaded files and batches. Batches that an earlier process left go on.
+        store: as for ``build_app``. Batches that an earlier process left go on.
         gate: who may use it; anybody by default.
         admin: where administration is spoken to.
         log: has a line for each request.
