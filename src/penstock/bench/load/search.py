@@ -41,7 +41,7 @@ def largest_rate(
         return seen[-1][1]
 
     low, high, rate = 0.0, None, start
-    while len(seen) < probes and (high is None or low == 0 or high / low > 1 + tolerance):
+    while len(seen) < probes - 1 and (high is None or low == 0 or high / low > 1 + tolerance):
         if probe(rate, 0):
             low = rate
         else:
