@@ -26,7 +26,7 @@ from penstock.bench.load.drive import Record
 from penstock.bench.load.http import Broken, ResponseParser, client_of
 from penstock.bench.load.lengths import Lengths, parse_lengths
 from penstock.bench.load.metrics import figures, meets, tpot
-from penstock.bench.load.openai import read_stream
+from penstock.bench.load.openai import Answer, Stream
 from penstock.bench.load.options import Load, LoadOptions, parse_slo
 from penstock.bench.load.plots import ticks
 from penstock.bench.load.prompts import read_prompts
@@ -433,6 +433,13 @@ def test_what_is_not_http_is_refused(text: str) -> None:
         ResponseParser(lambda part: None).feed(text.encode())
 
 
+def read(parts: list[tuple[float, bytes]]) -> Answer:
+    stream = Stream()
+    for at, part in parts:
+        stream.feed(at, part)
+    return stream.answer(0.0, 99.0)
+
+
 STREAM = (
     b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\r\n\r\n'
     b'data: {"choices": [{"delta": {"content": "a\xc3\xa9"}}]}\n\n: note\nevent: x\n'
@@ -446,7 +453,7 @@ STREAM = (
 def test_a_stream_is_the_same_however_it_is_cut(cuts: list[int]) -> None:
     bounds = [0, *sorted(cuts), len(STREAM)]
     parts = [(float(i), STREAM[a:b]) for i, (a, b) in enumerate(itertools.pairwise(bounds))]
-    answer = read_stream(parts, 0.0, 99.0)
+    answer = read(parts)
     assert (answer.text, answer.finish, answer.error) == ("aébc", "stop", "")
     assert (answer.prompt_tokens, answer.output_tokens, answer.cached_tokens) == (3, 4, None)
     ends = [STREAM.index(b"\n", STREAM.index(mark)) for mark in (b'"a\xc3', b'"b"', b'"c"')]
@@ -461,7 +468,7 @@ def test_a_stream_is_the_same_however_it_is_cut(cuts: list[int]) -> None:
     (b'data: {"choices": 7}\n\ndata: [DONE]\n\n', "bad_event"), (b"", "stream_ended_early"),
 ])  # fmt: skip
 def test_a_stream_that_goes_wrong_has_a_code(stream: bytes, error: str) -> None:
-    assert read_stream([(0.0, stream)], 0.0, 1.0).error == error
+    assert read([(0.0, stream)]).error == error
 
 
 def test_urls() -> None:

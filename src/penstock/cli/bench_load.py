@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penstock.base import InvalidRequest, PenstockError
+from penstock.base import EngineError, InvalidRequest, PenstockError
 from penstock.bench.load.options import LoadOptions
 from penstock.cli.exits import emit
 from penstock.cli.options import engine_options, field_options, flags_of
@@ -178,10 +178,13 @@ def _write(report: Report, options: LoadOptions) -> None:
         _save(options.html_file, page(report))
     if options.json_file is not None and str(options.json_file) == "-":
         emit(as_json(report))
-        return
-    if options.json_file is not None:
-        _save(options.json_file, as_json(report) + "\n")
-    emit(table(report))
+    else:
+        if options.json_file is not None:
+            _save(options.json_file, as_json(report) + "\n")
+        emit(table(report))
+    if not any(point.figures.succeeded for point in report.points):
+        why = "; ".join(f"{n} {code}" for point in report.points for code, n in point.figures.errors.items())
+        raise EngineError("bench_run_failed", "No request was answered", why=why, fix="see the warnings above")
 
 
 def _save(path: Path, text: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from html import escape
 
 from penstock.bench.load.plots import distribution, timeline, xy_chart
-from penstock.bench.load.report import Point, Report
+from penstock.bench.load.report import Report
 from penstock.bench.load.table import grid, headline, point_details, rows
 
 STYLE = """
@@ -50,25 +51,35 @@ def _table(report: Report) -> str:
 
 
 def _across(report: Report) -> Iterator[str]:
-    """What the loads have in common: how latency grows with throughput, and the distributions."""
+    """What the loads have in common: how latency grows, and the distributions."""
     points = report.points
     if len(points) > 1:
         for name in ("ttft", "tpot"):
-            shown = {p: _against(points, name, p) for p in ("p50", "p99")}
-            yield xy_chart(f"{name.upper()} by load", "output tokens a second", "ms", shown)
-    for label, start, end in (("TTFT", 0, 2), ("E2E", 0, 3)):
-        curves = {
-            point.load: distribution(
-                [row[end] - row[start] for row in point.requests if row[2] is not None and not row[6]]
-            )
+            shown = {p: _grown(report, name, p) for p in ("p50", "p99")}
+            yield xy_chart(f"{name.upper()} by load", _x_label(report), "ms", shown)
+    for label, end in (("TTFT", 2), ("E2E", 3)):
+        shares = {
+            point.load: distribution([row[end] - row[0] for row in point.requests if row[2] is not None and not row[6]])
             for point in points
         }
-        yield xy_chart(label, "seconds", "% of requests within", {k: v for k, v in curves.items() if v})
+        yield xy_chart(label, "seconds", "% of requests within", shares)
 
 
-def _against(points: tuple[Point, ...], name: str, percentile: str) -> list[tuple[float, float]]:
-    spreads = [(point.figures.output_per_s, getattr(point.figures, name)) for point in points]
-    return sorted((rate, 1000 * getattr(spread, percentile)) for rate, spread in spreads if spread is not None)
+def _x_label(report: Report) -> str:
+    if report.bench == "latency":
+        return "tokens of a prompt"
+    return {"rate": "sessions a second", "concurrency": "sessions at a time"}.get(report.points[-1].kind, "")
+
+
+def _grown(report: Report, name: str, percentile: str) -> list[tuple[float, float]]:
+    """A percentile in ms over the load; what came all at once has no place there."""
+    found = []
+    for point in report.points:
+        f, spread = point.figures, getattr(point.figures, name)
+        x = f.input_tokens / max(1, f.succeeded) if report.bench == "latency" else point.value
+        if spread is not None and math.isfinite(x):
+            found.append((x, 1000 * getattr(spread, percentile)))
+    return sorted(found)
 
 
 def _span(row: tuple[float, ...]) -> tuple[float, float | None, float]:

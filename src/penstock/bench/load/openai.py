@@ -12,6 +12,7 @@ from penstock.base import EngineError
 from penstock.bench.load.http import Broken, HttpClient
 from penstock.bench.load.workload import WORDS, WordWriter
 
+HEAD = 4096
 Prompt = str | list[int] | list[dict[str, str]]
 
 
@@ -62,60 +63,87 @@ class Answer:
 
 async def ask(client: HttpClient, path: str, body: bytes, timeout: float) -> Answer:
     """Sends a request and reads its stream to the end. Whatever goes wrong is in the answer."""
-    parts: list[tuple[float, bytes]] = []
+    stream = Stream()
     sent = time.perf_counter()
     try:
         async with asyncio.timeout(timeout):
-            response = await client.request("POST", path, body, lambda at, part: parts.append((at, part)))
+            response = await client.request("POST", path, body, stream.feed)
     except Broken as broken:
-        error = broken.code
+        return stream.answer(sent, time.perf_counter(), broken.code)
     except TimeoutError:
-        error = "timeout"
-    else:
-        done = parts[-1][0] if parts else time.perf_counter()
-        if response.status == 200:
-            return read_stream(parts, sent, done)
-        code, message = _fault(b"".join(part for _, part in parts))
-        return Answer(sent, done, error=f"http_{response.status}{f'_{code}' if code else ''}", message=message)
-    got = read_stream(parts, sent, time.perf_counter())
-    return Answer(sent, got.done, got.times, got.text, error=error)
+        return stream.answer(sent, time.perf_counter(), "timeout")
+    done = stream.last or time.perf_counter()
+    if response.status == 200:
+        return stream.answer(sent, done)
+    code, message = _fault(stream.head)
+    return Answer(sent, done, error=f"http_{response.status}{f'_{code}' if code else ''}", message=message)
 
 
-def read_stream(parts: list[tuple[float, bytes]], sent: float, done: float) -> Answer:
-    """The answer in the server-sent events of a body that came in these parts, each with its time. An event has the
-    time of the part that ended it."""
-    times: list[float] = []
-    texts: list[str] = []
-    usage: dict[str, Any] = {}
-    finish, error, message, ended, rest = "", "", "", False, b""
-    for at, part in parts:
-        *lines, rest = (rest + part).split(b"\n")
+class Stream:
+    """Server-sent events in a body that comes in parts. An event has the time of the part that ended it. It is decoded
+    as it comes: all of an answer at its end would hold up the loop, and make what arrives meanwhile look late.
+
+    Attributes:
+        head: of the body as it came, for an answer that is no stream.
+        last: time of the last part.
+    """
+
+    def __init__(self) -> None:
+        self.head, self.last, self._rest = b"", 0.0, b""
+        self._times: list[float] = []
+        self._texts: list[str] = []
+        self._usage: dict[str, Any] = {}
+        self._finish = self._error = self._message = ""
+        self._ended = False
+
+    def feed(self, at: float, part: bytes) -> None:
+        self.last = at
+        if len(self.head) < HEAD:
+            self.head += part
+        *lines, self._rest = (self._rest + part).split(b"\n")
         for line in lines:
-            if not line.startswith(b"data:"):
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                ended = True
-                continue
-            try:
-                event = json.loads(data)
-                text, reason = _text(event)
-            except (ValueError, AttributeError, LookupError, TypeError):
-                error = error or "bad_event"
-                continue
-            if text:
-                times.append(at)
-                texts.append(text)
-            finish = reason or finish
-            usage = event.get("usage") or usage
-            if fault := event.get("error"):
-                code, message = _fault(data)
-                error = f"stream_{code or 'error'}" if isinstance(fault, dict) else "stream_error"
-    if not ended and not error:
-        error = "stream_ended_early"
-    details = usage.get("prompt_tokens_details") or {}
-    counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"), details.get("cached_tokens"))
-    return Answer(sent, done, tuple(times), "".join(texts), finish, *counts, error=error, message=message)
+            if line.startswith(b"data:"):
+                self._event(at, line[5:].strip())
+
+    def _event(self, at: float, data: bytes) -> None:
+        if data == b"[DONE]":
+            self._ended = True
+            return
+        try:
+            event = json.loads(data)
+            text, reason = _text(event)
+        except (ValueError, AttributeError, LookupError, TypeError):
+            self._error = self._error or "bad_event"
+            return
+        if text:
+            self._times.append(at)
+            self._texts.append(text)
+        self._finish = reason or self._finish
+        if isinstance(usage := event.get("usage"), dict):
+            self._usage = usage
+        if event.get("error"):
+            code, self._message = _fault(data)
+            self._error = f"stream_{code or 'error'}"
+
+    def answer(self, sent: float, done: float, error: str = "") -> Answer:
+        """``error``: of the connection, before which none of the stream's own counts."""
+        return Answer(
+            sent,
+            done,
+            tuple(self._times),
+            "".join(self._texts),
+            self._finish,
+            _count(self._usage, "prompt_tokens"),
+            _count(self._usage, "completion_tokens"),
+            _count(self._usage.get("prompt_tokens_details"), "cached_tokens"),
+            error or self._error or ("" if self._ended else "stream_ended_early"),
+            self._message,
+        )
+
+
+def _count(usage: object, name: str) -> int | None:
+    found = usage.get(name) if isinstance(usage, dict) else None
+    return found if isinstance(found, int) else None
 
 
 def _text(event: dict[str, Any]) -> tuple[str, str]:

@@ -224,6 +224,10 @@ class Bench:
             made = asyncio.run_coroutine_threadsafe(self.point(Load("rate", rate), attempt), loop).result()
             return within(made.figures, limits)
 
+        error = 100 / math.sqrt(self.options.requests)
+        self.notes.append(
+            f"{self.options.requests} arrivals offer their rate within {error:.0f} % (one standard deviation)"
+        )
         start = whole.figures.requests_per_s * 0.7
         found = await asyncio.to_thread(largest_rate, passes, start, tolerance=self.options.tolerance)
         return Search(name, limits, found.rate, found.failed, found.confirmed, self.options.tolerance, found.probes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from penstock.bench.load.report import Point, Report, Search
 from penstock.bench.load.stats import Spread
@@ -14,7 +14,7 @@ def table(report: Report) -> str:
     lines = [*headline(report), "", *_aligned(grid(rows(report)))]
     if report.search is not None:
         lines += ["", _found(report.search)]
-    for point in report.points:
+    for point in _told_in_full(report):
         lines += ["", f"at {point.load}:" if point.kind == "rate" and "/s" in point.load else f"{point.load}:"]
         lines += [f"  {line}" for line in point_details(point)]
     if report.notes:
@@ -22,6 +22,14 @@ def table(report: Report) -> str:
     lines += ["", *(f"{name:5} {text}" for name, text in report.definitions.items() if report.bench != "offline")]
     lines.append(f"      percentiles by nearest rank; machine: {report.machine}; {report.date}")
     return "\n".join(lines)
+
+
+def _told_in_full(report: Report) -> Sequence[Point]:
+    """All loads; of a search, the last run at the rate it found, or all at once if it found none."""
+    if report.search is None:
+        return report.points
+    found = [point for point in report.points if point.value == report.search.rate]
+    return found[-1:] or report.points[:1]
 
 
 def headline(report: Report) -> list[str]:
