@@ -261,6 +261,7 @@ def test_the_commands_refuse_what_they_cannot_use(tmp_path: Path) -> None:
         (["serve", "--url", "http://127.0.0.1:9", "--quant", "int8"], "invalid_parameter"),
         (["serve", "--url", "http://127.0.0.1:9"], "server_unreachable"),
         (["serve", "--slo", "x"], "invalid_parameter"),
+        (["serve", "--url", "http://127.0.0.1:9", "--json", f"{tmp_path}/no/r.json"], "output_failed"),
         (["latency", "--input-len", "16,x"], "invalid_parameter"),
         (["serve", "--model", str(tmp_path)], "model_not_found"),
     ]

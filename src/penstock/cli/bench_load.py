@@ -42,7 +42,7 @@ def serve(*, load: dict[str, Any], engine: dict[str, Any]) -> None:
     """
     if load["quick"]:
         load |= {name: value for name, value in QUICK.items() if load[name] == LoadOptions.default(name)}
-    options = LoadOptions(**load)
+    options = _asked(load)
     _write(_measured(options, engine, lambda bench: bench.run()), options)
 
 
@@ -64,10 +64,11 @@ def latency(
     engine: dict[str, Any],
 ) -> None:
     """One request at a time: what a prompt of each length takes, and each token after it."""
-    options = LoadOptions(
-        url=url, api_key=api_key, model=model, chat=chat, output_len=str(output_len), concurrency=str(batch),
-        requests=rounds * batch, seed=seed, vocabulary=vocabulary, json_file=json_file, html_file=html_file, warmup=2,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "url": url, "api_key": api_key, "model": model, "chat": chat, "seed": seed, "vocabulary": vocabulary,
+        "output_len": str(output_len), "concurrency": str(batch), "requests": rounds * batch, "warmup": 2,
+    }  # fmt: skip
+    options = _asked(given | {"json_file": json_file, "html_file": html_file})
     lengths = input_len.split(",")
     for each in lengths:
         dataclasses.replace(options, input_len=each)  # refuses what is no length
@@ -81,7 +82,7 @@ def offline(*, load: dict[str, Any], engine: dict[str, Any]) -> None:
     from penstock import __version__
     from penstock.bench.load.offline import measure_offline
 
-    options = LoadOptions(**load)
+    options = _asked(load)
     spec, quant = _looked_at(options.model, engine)
     before = _ceiling(spec, quant, engine)
     report = measure_offline(options, engine, __version__)
@@ -106,6 +107,15 @@ def cost(
         emit(json.dumps(prices_and_costs))
     else:
         emit(table(found, prices))
+
+
+def _asked(load: dict[str, Any]) -> LoadOptions:
+    """Raises InvalidRequest: invalid_parameter. PenstockError: (output_failed) of a file, before any measurement."""
+    options = LoadOptions(**load)
+    for path in (options.json_file, options.html_file):
+        if path is not None and str(path) != "-":
+            _save(path, "")
+    return options
 
 
 def _measured(

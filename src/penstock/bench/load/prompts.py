@@ -23,7 +23,7 @@ def read_prompts(path: Path, count: int) -> list[list[str]]:
     except FileNotFoundError:
         raise NotFound("file_not_found", f"There is no file {path}", fix="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise _invalid(path, str(error)[:200]) from None
+        raise _invalid(path, (getattr(error, "strerror", "") or str(error)).lower()[:200]) from None
     as_json = ".jsonl" in path.name or (lines[:1] and lines[0].startswith("{"))
     sessions: list[list[str]] = []
     for number, line in enumerate(lines, 1):

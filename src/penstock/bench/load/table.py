@@ -122,7 +122,8 @@ def _machines(point: Point) -> Iterator[str]:
             f" {1000 * c.lag_max:.1f} at most"
         )
     if (s := point.server) is not None:
-        yield f"server {100 * s.cpu:.0f} % of a processor, peak memory {s.peak_bytes / (1 << 20):.0f} MiB"
+        who = "process" if point.kind == "offline" else "server"
+        yield f"{who} {100 * s.cpu:.0f} % of a processor, peak memory {s.peak_bytes / (1 << 20):.0f} MiB"
     if (limit := point.limit) is not None:
         yield (
             f"{100 * limit.share:.0f} % of what this machine allows ({limit.read_gb_per_s:.1f} GB/s read,"

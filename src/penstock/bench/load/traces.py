@@ -172,7 +172,7 @@ def _lines(path: Path) -> Iterator[str]:
     except FileNotFoundError:
         raise NotFound("file_not_found", f"There is no file {path}", fix="check the path") from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise _invalid(path, str(error)[:200]) from None
+        raise _invalid(path, (getattr(error, "strerror", "") or str(error)).lower()[:200]) from None
 
 
 def _unpacked(path: Path) -> str:
