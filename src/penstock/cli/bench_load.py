@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import shlex
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 QUICK = {"requests": 64, "input_len": "64", "output_len": "32"}
 """What --quick makes of options that are left at their defaults."""
+CLEAR = "\r\x1b[K"
 ONLINE = """
     url api_key chat turns think rate burstiness concurrency scenario tolerance slo extra_body vocabulary timeout quick
 """.split()
@@ -130,7 +132,7 @@ def _measured(
             raise InvalidRequest(
                 "invalid_parameter", f"{given[0]} does not go with --url", why=why, fix="leave one out"
             )
-        bench = Bench(options, target_of(options), __version__, _say)
+        bench = Bench(options, target_of(options), __version__, _say, _progress)
         return asyncio.run(run(bench))
     from penstock.bench.load.http import client_of
     from penstock.bench.load.target import own_server
@@ -140,7 +142,7 @@ def _measured(
         client = client_of(own.url, options.api_key or "")
         target = Target(client, shlex.join(own.command), pid=own.pid, vocabulary=spec.vocab_size)
         before = _ceiling(spec, quant, engine)
-        report = asyncio.run(run(Bench(options, target, __version__, _say)))
+        report = asyncio.run(run(Bench(options, target, __version__, _say, _progress)))
         ceiling = before.again()
     return _with_limits(report, ceiling)
 
@@ -176,7 +178,12 @@ def _ceiling(spec: ModelSpec, quant: str, engine: dict[str, Any]) -> Ceiling:
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    typer.echo(f"{CLEAR if sys.stderr.isatty() else ''}{line}", err=True)
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty() and done % max(1, total // 50) == 0:
+        typer.echo(f"{CLEAR}{done} of {total}", nl=False, err=True)
 
 
 def _write(report: Report, options: LoadOptions) -> None:

@@ -179,7 +179,7 @@ class Bench:
         if expected or not found.cached_tokens or found.cached_tokens < 0.1 * found.input_tokens:
             return []
         share = 100 * found.cached_tokens / found.input_tokens
-        return [f"{share:.0f} % of the prompts' tokens were in the server's cache: they were sent before"]
+        return [f"{share:.0f} % of the prompts' tokens were in the server's cache, sent before: give another --seed"]
 
     # -- before the first load -----------------------------------------------------------------------------------------
 
