@@ -220,7 +220,7 @@ class HttpClient:
             return (
                 await asyncio.get_running_loop().create_connection(_Connection, self.host, self.port, ssl=self.tls)
             )[1]
-        except OSError:
+        except (OSError, UnicodeError):  # the latter of a name that cannot be one
             raise Broken("connect_failed") from None
 
     def _head(self, method: str, path: str, length: int) -> bytes:

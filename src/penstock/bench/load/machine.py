@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +43,14 @@ def peak_bytes(pid: int, root: Path = ROOT) -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", _text(root / f"proc/{member}/status"))
         total += 1024 * int(found[1]) if found else 0
     return total
+
+
+def allow_many_connections() -> None:
+    """Raises this process's limit of open files as far as it may be: a stream takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,7 @@ class Bench:
         return dataclasses.replace(report, workload=report.workload | {"input_len": ",".join(lengths)})
 
     async def _meet(self) -> None:
+        machine.allow_many_connections()
         self.served = await served(self.target.client)
         self.asking = self._asking()
         self.writer = await self._writer()
