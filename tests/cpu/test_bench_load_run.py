@@ -85,7 +85,7 @@ def test_a_slow_server_cannot_hide_the_queue() -> None:
         waits = sorted(row[2] - row[0] for row in point.requests)
         assert all(wait >= 0.03 * (k + 1) for k, wait in enumerate(waits)), waits
         late = point.figures.late
-        assert late is not None and (late.max >= 0.03 * 5) == (most is not None)
+        assert late is not None and (late.p50 >= 0.06) == (most is not None)
 
 
 def test_faults_have_codes_and_harm_nobody_else() -> None:
@@ -156,20 +156,21 @@ def test_a_scenario_finds_the_rate_that_the_server_can_keep() -> None:
         server, scenario="server", slo="ttft=0.2", requests=60, tolerance=0.5, vocabulary=9, output_len="1"
     )
     search = report.search
-    assert search is not None and search.limits == {"ttft": 0.2} and 10 < search.rate < 110
+    assert search is not None and search.limits == {"ttft": 0.2} and 0 < search.rate < 110
     assert len(search.probes) == len(report.points) - 1 and report.points[0].load == "all at once"
     passed = {point.value: point.figures.ttft.p99 <= 0.2 for point in report.points[1:] if point.figures.ttft}
-    assert passed[search.rate] and (search.failed is None or search.failed > search.rate)
+    assert (passed[search.rate] or not search.confirmed) and (search.failed is None or search.failed > search.rate)
     assert measured(server, scenario="offline", vocabulary=9).search is None
 
 
 def test_servers_that_are_none_are_named() -> None:
-    async def run() -> None:
-        asked = LoadOptions(**SMALL, url="http://127.0.0.1:9")
+    async def run(url: str) -> None:
+        asked = LoadOptions(**SMALL, url=url)
         await Bench(asked, target_of(asked)).run()
 
-    with pytest.raises(EngineError, match="server_unreachable"):
-        asyncio.run(run())
+    for url in ("http://127.0.0.1:9", f"http://{'a' * 80}"):
+        with pytest.raises(EngineError, match="server_unreachable"):
+            asyncio.run(run(url))
     with pytest.raises(EngineError, match="bad_server"):
         measured(Scripted(lambda number, asked: Script(usage=None)))
 
