@@ -65,21 +65,25 @@ class Driver:
     _started: float = 0.0
     _total: int = 0
 
-    async def at_times(self, sessions: Sequence[Session], times: Sequence[float]) -> list[Record]:
+    def first_bodies(self, sessions: Sequence[Session]) -> list[bytes]:
+        """Of the first request of each session, made before anything is measured."""
+        return [self._body(session.turns[0], []) for session in sessions]
+
+    async def at_times(
+        self, sessions: Sequence[Session], bodies: Sequence[bytes], times: Sequence[float]
+    ) -> list[Record]:
         """An open loop: each session begins at its time, whatever became of the others."""
         gate = asyncio.Semaphore(self.most or len(sessions) or 1)
         self._begin(sessions)
-        bodies = [self._first(session) for session in sessions]
         self._started = time.perf_counter() + 0.05  # all tasks exist by then
         async with asyncio.TaskGroup() as tasks:
             for i, (session, at) in enumerate(zip(sessions, times, strict=True)):
                 tasks.create_task(self._session(i, session, at, bodies[i], gate))
         return self._ended()
 
-    async def in_turn(self, sessions: Sequence[Session], workers: int) -> list[Record]:
+    async def in_turn(self, sessions: Sequence[Session], bodies: Sequence[bytes], workers: int) -> list[Record]:
         """A closed loop: so many workers, each of which begins the next session when its last one has ended."""
         self._begin(sessions)
-        bodies = [self._first(session) for session in sessions]
         waiting = iter(enumerate(sessions))
         self._started = time.perf_counter()
         async with asyncio.TaskGroup() as tasks:
@@ -87,7 +91,7 @@ class Driver:
                 tasks.create_task(self._worker(waiting, bodies))
         return self._ended()
 
-    async def _worker(self, waiting: Iterator[tuple[int, Session]], bodies: list[bytes]) -> None:
+    async def _worker(self, waiting: Iterator[tuple[int, Session]], bodies: Sequence[bytes]) -> None:
         for i, session in waiting:
             await self._session(i, session, self._now(), bodies[i], None)
 
@@ -132,9 +136,6 @@ class Driver:
             error=answer.error,
             message=answer.message,
         )
-
-    def _first(self, session: Session) -> bytes:
-        return self._body(session.turns[0], [])
 
     def _body(self, turn: Turn, history: list[tuple[str, str]]) -> bytes:
         content: str | list[int] = turn.text or self.writer(turn.pieces)

@@ -140,10 +140,11 @@ class Bench:
         self, load: Load, sessions: Sequence[Session], driver: Driver, attempt: int
     ) -> tuple[Callable[[], Awaitable[list[Record]]], bool]:
         """How the sessions are sent, and whether arrivals are independent of answers."""
+        bodies = driver.first_bodies(sessions)
         single = all(len(session.turns) == 1 for session in sessions)
         recorded = [session.at for session in sessions if session.at is not None]
         if load.kind == "concurrency":
-            return lambda: driver.in_turn(sessions, int(load.value)), False
+            return lambda: driver.in_turn(sessions, bodies, int(load.value)), False
         if len(recorded) == len(sessions):
             pace = 1.0 if load.kind == "trace" else traces.mean_rate(list(sessions)) / load.value
             times = [at * (pace if math.isfinite(pace) else 0.0) for at in recorded]
@@ -151,7 +152,7 @@ class Bench:
             raise refused("trace", self.options.trace, "it has no times: give --rate or --concurrency")
         else:
             times = arrival_times(len(sessions), load.value, self.options.burstiness, self.options.seed + attempt)
-        return lambda: driver.at_times(sessions, times), single
+        return lambda: driver.at_times(sessions, bodies, times), single
 
     async def _observed(
         self, send: Callable[[], Awaitable[list[Record]]]
@@ -202,7 +203,7 @@ class Bench:
             return
         sessions, _ = sessions_of(self.options, f"{self.options.seed} warm-up", self.served.longest, warm=True)
         driver = Driver(self.target.client, self.asking, self.writer, self.options.timeout)
-        records = await driver.in_turn(sessions, min(8, len(sessions)))
+        records = await driver.in_turn(sessions, driver.first_bodies(sessions), min(8, len(sessions)))
         if failed := [record for record in records if record.error]:
             first = f"{failed[0].error}{': ' * bool(failed[0].message)}{failed[0].message}"
             self.notes.append(f"{len(failed)} of {len(records)} requests of the warm-up failed: {first}")
