@@ -41,11 +41,14 @@ def folder() -> Path | None:
 
 
 def began(pid: int) -> int | None:
-    """When a process did, in clock ticks of this boot; None if there is none, or where that is not told."""
+    """When a process did, in clock ticks of this boot, 0 where that is not told; None if there is none."""
     try:
+        os.kill(pid, 0)  # asks only whether it is there, and ours
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (ProcessLookupError, PermissionError):
         return None
+    except OSError:
+        return 0
     return int(fields[19])  # the 22nd of proc(5), counted after the name
 
 
