@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -409,6 +410,14 @@ def test_the_format_of_a_template(source: str, calls: str | None, thinks: str | 
     found = formats_of(ChatTemplate(source), toytext.sentencepiece())
     assert found.calls == (CALL_FORMATS.get(calls) if calls else None)
     assert found.thoughts == (THOUGHT_FORMATS.get(thinks) if thinks else None)
+
+
+def test_marks_that_are_special_tokens_are_shown() -> None:
+    tokenizer = toytext.byte_level()
+    marked = replace(CALL_FORMATS.get("hermes"), marks=("[INST]", "<tool_call>", "nowhere"))
+    found = Formats(marked, THOUGHT_FORMATS.get("think"))  # <tool_call> and <think> are tokens, but not special ones
+    assert found.shown_ids(tokenizer, calls=True) == (tokenizer.special_tokens["[INST]"],)
+    assert found.shown_ids(tokenizer, calls=False) == ()
 
 
 def test_a_format_by_name() -> None:

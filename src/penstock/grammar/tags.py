@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penstock.grammar.schema import exact
+from penstock.grammar.schema import exact, references
 from penstock.grammar.tokens import TokenTable
 
 TEXT = "TEXT: /(.|\\n)*/"
@@ -45,6 +45,9 @@ class _Writer:
         structures, triggers = tags["structures"], tags.get("triggers") or []
         if tags.get("at_least"):
             body = self._group(structures, "")
+        elif "answer" in tags and ((tags.get("first") or "") + structures[0]["begin"]).startswith("{"):
+            options = [_whole(structure) for structure in structures]
+            body = _json({"anyOf": [*options, tags["answer"]]})
         elif "answer" in tags:
             body = f"{self._group(structures, '')} | {_json(tags['answer'])}"
         elif triggers:
@@ -108,6 +111,20 @@ class _Writer:
             parts.append(f"<[{self._special[found[0]]}]>")
             at = found.end()
         return " ".join([*parts, json.dumps(text[at:])] if at < len(text) else parts)
+
+
+def _whole(structure: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a structure that is a JSON object, whose text the lexer could not tell from an answer's.
+
+    Raises:
+        ValueError: its own schema has references, which would lead elsewhere.
+    """
+    if references(structure["schema"]):
+        raise ValueError("$ref in a tool, beside the form of an answer, in a format without marks")
+    members = json.loads(f"{structure['begin']}null{structure['end']}")
+    fixed = {name: {"const": value} for name, value in members.items() if value is not None}
+    hole = {name: structure["schema"] for name, value in members.items() if value is None}
+    return {"type": "object", "properties": fixed | hole, "required": list(members), "additionalProperties": False}
 
 
 def _json(schema: Any) -> str:

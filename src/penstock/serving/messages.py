@@ -20,6 +20,7 @@ from penstock.serving.limits import MAX_MESSAGES, MAX_TOOLS
 from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Stop
 from penstock.serving.sse import Dialect, named
 from penstock.serving.tools import FunctionSpec, Offer, ToolSpec, offer_of
+from penstock.spec.ranges import MAX_ID
 from penstock.spec.sampling import MAX_STOP
 from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
 
@@ -55,7 +56,7 @@ class MessagesRequest(GenerationRequest, kw_only=True):
     HARMLESS: ClassVar[Harmless] = {"container": (), "context_management": (), "mcp_servers": ([],)}
 
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: Annotated[int, Meta(ge=1)]
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)]
     system: str | list[Block] | None = None
     tools: Annotated[list[InputTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Block | None = None

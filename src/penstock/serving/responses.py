@@ -18,6 +18,7 @@ from penstock.serving.response_items import as_items, choice_from, format_from, 
 from penstock.serving.response_store import Stored
 from penstock.serving.schemas import GenerationRequest, Harmless, Name
 from penstock.serving.tools import Offer, offer_of
+from penstock.spec.ranges import MAX_ID
 from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
 
 Item = dict[str, Any]
@@ -40,7 +41,7 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     instructions: str | None = None
     previous_response_id: Name | None = None
     store: bool | None = None
-    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     tools: Annotated[list[Item], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | Item | None = None
     parallel_tool_calls: bool | None = None

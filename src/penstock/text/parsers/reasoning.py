@@ -57,6 +57,7 @@ class Thoughts:
     def __init__(self, tags: ThoughtTags, rest: Parser, *, opened: bool = False) -> None:
         self._starts, self._rest = tags.starts, rest
         self._ends = StopStrings(tags.ends)
+        self._firsts = {end[0] for end in tags.ends}
         self._state = "inside" if opened or tags.opened else "before"
         self._withheld = ""
         self._blank, self._said = "", False
@@ -67,15 +68,21 @@ class Thoughts:
 
     def feed(self, text: str) -> list[Event]:
         events: list[Event] = []
-        for at, char in enumerate(text):
+        at = 0
+        while at < len(text):
             if self._state == "after":
-                if char == "\n":
-                    continue
-                self._state = "rest"
-            if self._state == "rest":
+                at = len(text) - len(text[at:].lstrip("\n"))
+                self._state = "rest" if at < len(text) else "after"
+            elif self._state == "rest":
                 return events + self._rest.feed(text[at:])
-            self._withheld += char
-            events += self._inside(char) if self._state == "inside" else self._before()
+            elif self._state == "inside" and not self._withheld and text[at] not in self._firsts:
+                stop = next((i for i in range(at + 1, len(text)) if text[i] in self._firsts), len(text))
+                self._withheld, at = text[at:stop], stop
+                events += self._tell(0)
+            else:
+                self._withheld += text[at]
+                events += self._inside(text[at]) if self._state == "inside" else self._before()
+                at += 1
         return events
 
     def finish(self) -> list[Event]:
