@@ -28,6 +28,8 @@ class Submission:
             ``priority_age_seconds`` of waiting.
         task: "generate", or how the vector is pooled that is wanted instead of tokens; ``params`` then say nothing.
         tenant, adapter: KV blocks are shared only within the same pair.
+        emitted: of a request that another engine has begun: the tokens each sample has so far, or None for one that has
+            ended. They are not told again, and the rest is what it would have been. Empty for a new request.
     """
 
     id: str
@@ -38,6 +40,13 @@ class Submission:
     task: Task = "generate"
     tenant: str = ""
     adapter: str = ""
+    emitted: tuple[tuple[int, ...] | None, ...] = ()
+
+    @property
+    def unfinished(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(sample, tokens it has so far) of the samples that are to be computed."""
+        emitted = self.emitted or ((),) * self.params.n
+        return [(sample, tokens) for sample, tokens in enumerate(emitted) if tokens is not None]
 
 
 class Abort(NamedTuple):
