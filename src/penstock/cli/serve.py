@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,11 +32,17 @@ def serve(
     engine: dict[str, Any],
 ) -> None:
     """Serve MODEL over HTTP, with the API of OpenAI."""
+    from penstock.wire import RemoteService, python
+
+    config = EngineConfig(model=model, **engine)
+    service = RemoteService(python("penstock.host"), config)  # first of all: what it imports and reads takes longest
+
+    from penstock.assemble import front_of
     from penstock.llm import AsyncLLM
     from penstock.serving import server
 
-    with server.listen(host, port) as bound:
-        llm = AsyncLLM(EngineConfig(model=model, **engine))
+    with closing(service), server.listen(host, port) as bound:
+        llm = AsyncLLM(front_of(service, config))
         assembled = llm.engine
         url, public = server.url_of(bound), not server.is_loopback(bound)
 

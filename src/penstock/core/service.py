@@ -91,6 +91,8 @@ class Counters:
     Attributes:
         prefix_hit_tokens: positions found rather than computed, those found again after a preemption included.
         copies: blocks copied because a sample was about to write to a shared one.
+        restarts, bad_frames: of an engine in another process: times it was started again, and frames from it that could
+            not be read.
     """
 
     steps: int = 0
@@ -100,6 +102,8 @@ class Counters:
     preemptions: int = 0
     copies: int = 0
     failed_steps: int = 0
+    restarts: int = 0
+    bad_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +137,15 @@ class Service(Protocol):
         ...
 
     def status(self) -> Status: ...
+
+    @property
+    def alive(self) -> bool:
+        """It can compute now."""
+        ...
+
+    def close(self) -> None:
+        """Ends what is running; each sample still gets its last update."""
+        ...
 
 
 def duplicate_id(id: str) -> InvalidRequest:
