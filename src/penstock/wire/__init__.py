@@ -16,6 +16,7 @@ from penstock.wire.messages import (
 )
 from penstock.wire.process import EngineProcess, python
 from penstock.wire.remote import RemoteService
+from penstock.wire.under_way import UnderWay
 
 __all__ = [
     "MAX_FRAME",
@@ -30,6 +31,7 @@ __all__ = [
     "Start",
     "Submit",
     "ToEngine",
+    "UnderWay",
     "WireError",
     "decode_from_engine",
     "decode_to_engine",

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 from penstock.base import EngineError, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id
@@ -24,6 +24,7 @@ from penstock.spec import EngineConfig
 from penstock.wire.frames import Connection, WireError, bad_frame
 from penstock.wire.messages import Cancel, News, Ready, Refused, Start, Submit, decode_from_engine, encode
 from penstock.wire.process import LEAVE_SECONDS, EngineProcess
+from penstock.wire.under_way import UnderWay
 
 log = logging.getLogger(__name__)
 
@@ -35,38 +36,6 @@ FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
 MAX_DEATHS = 3
 """Engines that may die of a request. After the last but one, those that were there are let in one by one: whoever kills
 the next engine has come alone."""
-
-
-@dataclass(slots=True)
-class _Sample:
-    tokens: list[int]
-    aborted: bool = False
-    ended: bool = False
-
-
-@dataclass(slots=True)
-class _Request:
-    """A submission that is not finished, and all that was heard of it.
-
-    Attributes:
-        reported: entries of prompt log-probabilities that were delivered; those of an engine ``heard`` begin anew.
-        deaths: engines that died while it ran, and that it may have killed.
-    """
-
-    submission: Submission
-    sink: Sink
-    samples: list[_Sample]
-    reported: int = 0
-    heard: int = 0
-    deaths: int = 0
-
-    @property
-    def left(self) -> list[int]:
-        return [index for index, sample in enumerate(self.samples) if not sample.ended]
-
-    def continuation(self) -> Submission:
-        emitted = tuple(None if sample.ended else tuple(sample.tokens) for sample in self.samples)
-        return replace(self.submission, emitted=emitted if any(e != () for e in emitted) else ())
 
 
 class RemoteService:
@@ -81,7 +50,7 @@ class RemoteService:
 
     def __init__(self, argv: Sequence[str], config: EngineConfig) -> None:
         self._argv, self._config = list(argv), config
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, UnderWay] = {}
         self._lock = threading.Lock()
         self._mail: queue.SimpleQueue[bytes | None] | None = None  # of the engine that is there, if one is
         self._connection: Connection | None = None
@@ -114,15 +83,12 @@ class RemoteService:
             EngineError: (engine_dead) it died too often; engine_closed.
         """
         frame = encode(Submit.of(submission))
-        samples = [_Sample([], ended=True) for _ in range(submission.params.n)]
-        for sample, tokens in submission.unfinished:
-            samples[sample] = _Sample(list(tokens))
         with self._lock:
             if self._fault or self._closing.is_set():
                 raise self._fault or EngineError("engine_closed", "The engine was closed", fix="make a new one")
             if submission.id in self._requests:
                 raise duplicate_id(submission.id)
-            self._requests[submission.id] = _Request(submission, sink, samples)
+            self._requests[submission.id] = UnderWay(submission, sink)
             if self._mail:
                 self._mail.put(frame)
 
@@ -130,8 +96,7 @@ class RemoteService:
         with self._lock:
             if (request := self._requests.get(id)) is None:
                 return
-            for index, one in enumerate(request.samples):
-                one.aborted |= sample in (None, index)
+            request.abort(sample)
             if self._mail:
                 self._mail.put(encode(Cancel(id, sample)))
 
@@ -266,13 +231,12 @@ class RemoteService:
         if not self._first.done():
             self._first.set_result(ready)
 
-    def _continue(self, request: _Request) -> None:
+    def _continue(self, request: UnderWay) -> None:
         """Sends a request, and who of it was aborted meanwhile. The lock is held, and there is an engine."""
         assert self._mail is not None
         self._mail.put(encode(Submit.of(request.continuation())))
-        for index in request.left:
-            if request.samples[index].aborted:
-                self._mail.put(encode(Cancel(request.submission.id, index)))
+        for sample in sorted(request.aborted.intersection(request.left)):
+            self._mail.put(encode(Cancel(request.submission.id, sample)))
 
     def _try_next(self) -> None:
         self._tried = None
@@ -282,40 +246,31 @@ class RemoteService:
                 self._continue(request)
 
     def _hear(self, update: Update) -> None:
-        request = self._requests.get(update.id)
-        if request is None or request.samples[update.sample].ended:
+        if (request := self._requests.get(update.id)) is None:
             return
         if update.id == self._tried:  # it did no harm
             with self._lock:
                 self._try_next()
-        request.samples[update.sample].tokens += update.tokens
-        if update.prompt_logprobs:
-            known = max(0, request.reported - request.heard)
-            request.heard += len(update.prompt_logprobs)
-            request.reported = max(request.reported, request.heard)
-            update.prompt_logprobs = update.prompt_logprobs[known:]
-        if update.finish_reason:
-            self._end(request, update)
-        elif not _tell(request, update):
-            self.abort(update.id, update.sample)
+        self._pass_on(request, update)
 
-    def _end(self, request: _Request, update: Update) -> None:
-        with self._lock:
-            request.samples[update.sample].ended = True
-            if not request.left:
+    def _pass_on(self, request: UnderWay, update: Update) -> None:
+        if not request.hear(update):
+            return
+        if not request.left:
+            with self._lock:
                 del self._requests[update.id]
-        _tell(request, update)
+        if not _tell(request, update) and not update.finish_reason:
+            self.abort(update.id, update.sample)
 
     def _bury(self, served: bool) -> None:
         """An engine is gone, and with it what killed it the last time that may be."""
         self._gone = _sum(self._gone, self._status.counters)
         self._status = replace(self._status, running=0, waiting=0, blocks_used=0, counters=Counters())
         for id, request in list(self._requests.items()):
-            request.heard = 0
             request.deaths += served and self._tried in (None, id)
             if request.deaths >= MAX_DEATHS:
-                for index in request.left:
-                    self._end(request, Update(id, index, finish_reason="error", error=_quarantined()))
+                for sample in request.left:
+                    self._pass_on(request, Update(id, sample, finish_reason="error", error=_quarantined()))
         self._held.clear()
         self._tried = None
 
@@ -329,7 +284,7 @@ def _post(connection: Connection, mail: queue.SimpleQueue[bytes | None]) -> None
         pass  # it has died; whoever listens to it knows
 
 
-def _tell(request: _Request, update: Update) -> bool:
+def _tell(request: UnderWay, update: Update) -> bool:
     """Whether the caller took it. A caller's fault is not the engine's."""
     try:
         request.sink(update)
