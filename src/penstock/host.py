@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from penstock.assemble import Face, Loaded, find_model, load_behind, read_face
@@ -178,9 +179,12 @@ def load(config: EngineConfig) -> tuple[Face, Loaded]:
 def main(path: str, load: Load = load) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever serves has been told too, and may still be draining
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(path)
+    with suppress(OSError):  # nobody is there any more, here and below
+        sock.connect(path)
     connection, loaded = Connection(sock), threading.Event()
-    start = decode_to_engine(connection.receive() or b"")
+    if (frame := connection.receive()) is None:
+        return
+    start = decode_to_engine(frame)
     if not isinstance(start, Start):
         raise WireError("bad_frame", "The first frame does not start an engine", fix="report this")
 
@@ -193,7 +197,8 @@ def main(path: str, load: Load = load) -> None:
     try:
         host = Host(connection, start.epoch, *load(start.config))
     except Exception as error:
-        connection.send(encode(Refused(refusal(error))))
+        with suppress(OSError):
+            connection.send(encode(Refused(refusal(error))))
         return
     finally:
         loaded.set()

@@ -57,7 +57,7 @@ class EngineProcess:
             while True:
                 with suppress(TimeoutError):
                     accepted, _ = self._listener.accept()
-                    if peer_of(accepted) == self.process.pid:
+                    if peer_of(accepted) in (None, self.process.pid):
                         accepted.settimeout(None)
                         return Connection(accepted)
                     accepted.close()
@@ -101,8 +101,10 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def peer_of(connected: socket.socket) -> int:
-    """The process at the other end (SO_PEERCRED of unix(7))."""
+def peer_of(connected: socket.socket) -> int | None:
+    """The process at the other end (SO_PEERCRED of unix(7)); None where the system does not tell."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None
     pid: int = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[
         0
     ]

@@ -117,6 +117,8 @@ class RemoteService:
             self._closing.set()
             if self._connection:
                 self._connection.close()
+            else:  # there is nothing yet that it could lose
+                self._process.process.kill()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -187,7 +189,8 @@ class RemoteService:
         except PenstockError as error:
             if not self._first.done():
                 raise
-            log.error("%s", error)
+            if not self._closing.is_set():
+                log.error("%s", error)
         finally:
             with self._lock:
                 mail, self._mail, self._connection = self._mail, None, None
