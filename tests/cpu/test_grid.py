@@ -123,6 +123,7 @@ class Driver:
 
     Attributes:
         interrupted: names of the requests that were preempted after their first token.
+        continued: of those that went on, after their first token, when an engine was lost.
     """
 
     def __init__(self, worlds: Worlds, world: World, cell: Cell) -> None:
@@ -141,6 +142,7 @@ class Driver:
         self.now = 0.0
         self.under_way: dict[str, UnderWay] = {}
         self.interrupted: set[str] = set()
+        self.continued: list[str] = []
 
     def __enter__(self) -> Driver:
         return self
@@ -175,8 +177,9 @@ class Driver:
         scheduler._next_id = lost.scheduler._next_id  # the executor stays: it forgets the requests of the lost one
         scheduler._draft.plan.gone += self.runner.inputs.row_of
         self.loop = Engine(scheduler, self.engine.executor, self.deliver, self.setup.depth)
-        for one in self.under_way.values():
-            self.loop.post(one.continuation())
+        for id, one in self.under_way.items():
+            self.loop.post(continuation := one.continuation())
+            self.continued += [id] * any(continuation.emitted)
         for mail in lost.inbox:
             if isinstance(mail, Abort):
                 self.loop.post(mail)
@@ -250,6 +253,7 @@ def check(worlds: Worlds, world: World, cell: Cell) -> Counter[str]:
     events = Counter({f"{name} interrupted": 1 for name in interrupted})
     events.update(preempted=counters.preemptions, found=counters.prefix_hit_tokens)
     events.update(copied=counters.copies, failed=counters.failed_steps)
+    events.update(f"{name} continued" for name in driver.continued)
     return events
 
 
@@ -301,7 +305,7 @@ def test_full_product(worlds: Worlds, world: World, sliced: tuple[Any, ...]) -> 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_grid_exercises_what_it_claims(worlds: Worlds, model: str) -> None:
-    """A tight pool preempts, a grammar in its midst too; a warm cache hits; samples copy."""
+    """A tight pool preempts, a grammar in its midst too; a warm cache hits; samples copy. Lost engines cut requests."""
     busy = PLAIN | {
         "mates": "leaving",
         "pool": "tight",
@@ -313,6 +317,8 @@ def test_the_grid_exercises_what_it_claims(worlds: Worlds, model: str) -> None:
     events = check(worlds, World(model, list(ARITHMETICS)[-1]), busy)
     assert events["preempted"] and events["found"] and events["copied"] and events["failed"]
     assert events["json interrupted"]
+    events = check(worlds, World(model, list(ARITHMETICS)[-1]), PLAIN | {"mates": "all", "chunk": 29, "engine": "lost"})
+    assert all(events[f"{name} continued"] for name in ("json", "penalties", "n = 3", "rules", "thoughts"))
 
 
 def test_kinds_do_what_they_say(worlds: Worlds) -> None:
