@@ -234,7 +234,7 @@ GOOD = {
     "import table": [
         ("core/a.py", "import json\nfrom penstock.base import env\nfrom .kv import link"),
         ("sampling/a.py", "from penstock.core.plan import StepPlan"),
-        ("assemble.py", "def f():\n    from penstock.runtime import runner"),
+        ("assemble/a.py", "def f():\n    from penstock.runtime import runner"),
         ("kernels/__init__.py", "@backends.register('ref')\ndef ref():\n    from penstock.kernels.ref import ops"),
         ("__init__.py", "def __getattr__(name):\n    from penstock import llm"),
     ],

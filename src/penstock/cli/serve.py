@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +56,12 @@ def serve(
     engine: dict[str, Any],
 ) -> None:
     """Serve MODEL over HTTP, with the API of OpenAI."""
+    from penstock.wire import RemoteService, python
+
+    wanted = EngineConfig(model=model, **engine)
+    service = RemoteService(python("penstock.host"), wanted)  # first of all: what it imports and reads takes longest
+
+    from penstock.assemble import front_of
     from penstock.fleet import Admission
     from penstock.llm import AsyncLLM
     from penstock.serving import server
@@ -62,20 +69,19 @@ def serve(
     from penstock.serving.requestlog import RequestLog
 
     with ExitStack() as stack:  # what can be wrong with the options is noticed before the model is loaded
+        stack.enter_context(closing(service))
         bound = stack.enter_context(server.listen(host, port))
         public, gate = not server.is_loopback(bound), Gate(Admission(queue_tokens or 1), keys)
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
         log = None if log_file is None else RequestLog(log_file)
-        llm = AsyncLLM(EngineConfig(model=model, **engine))
+        llm = AsyncLLM(front_of(service, wanted))
         gate.admission.budget = queue_tokens or queue_budget(llm.engine)
         url, admin_url = server.url_of(bound), None if admin is None else server.url_of(admin)
         stack.enter_context(_present(llm.engine, url, admin_url, gate))
 
-        def announce() -> None:
-            print(_greeting(llm.engine, url, admin_url, public=public, keyed=gate.ring is not None), flush=True)
-
-        server.serve(llm, bound, announce, store, gate=gate, admin=admin, log=log)
+        greeting = _greeting(llm.engine, url, admin_url, public=public, keyed=gate.ring is not None)
+        server.serve(llm, bound, partial(print, greeting, flush=True), store, gate=gate, admin=admin, log=log)
 
 
 def _present(engine: Assembled, url: str, admin_url: str | None, gate: Gate) -> AbstractContextManager[None]:

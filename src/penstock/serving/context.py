@@ -101,7 +101,12 @@ def shutting_down() -> Unavailable:
 
 
 def engine_stopped() -> Unavailable:
-    return Unavailable("engine_stopped", "The engine has stopped", fix="restart the server and report its log")
+    return Unavailable(
+        "engine_stopped",
+        "The engine is not running",
+        why="it stopped, or it died and is being started again",
+        fix="try again in some seconds; if it stays so, restart the server and report its log",
+    )
 
 
 @dataclass(slots=True)

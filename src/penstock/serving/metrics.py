@@ -31,6 +31,8 @@ _COUNTERS = {
     "prefix_hit_tokens": ("penstock_prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
     "preemptions": ("penstock_preemptions", "Requests whose KV was given up and recomputed"),
     "failed_steps": ("penstock_failed_steps", "Steps that raised and were rolled back"),
+    "restarts": ("penstock_engine_restarts", "Times the engine process was started again"),
+    "bad_frames": ("penstock_bad_frames", "Frames from the engine process that could not be read"),
 }
 
 
