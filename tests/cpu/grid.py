@@ -49,6 +49,7 @@ AXES = {
     "pool": Axis("KV blocks: ample, or so few that requests are preempted", ("ample", "tight")),
     "depth": Axis("steps in flight", (1, 2), "depth"),
     "policy": Axis("order of service", ("fcfs", "priority"), "scheduling_policy"),
+    "engine": Axis("the engine: stays; or is lost three times, and another goes on", ("stays", "lost")),
     "faults": Axis("steps of several requests that fail once they are done", ("none", "every 5th")),
     "threads": Axis("threads of the processor", (1, 2, 4), "num_threads"),
     "eager": Axis("steps recorded and replayed, or run op by op", (False, True), "enforce_eager"),

@@ -28,6 +28,7 @@ SOUND = Checkup(
     processor="Some CPU", usable=("avx2", "portable"), native_error="", features=AVX2, processors=2, online=2,
     threads=2, memory=20 * GIB, memory_total=24 * GIB, swap_used=0, limits=RATES, again=RATES, disk=1e9, disk_error="",
     folder="/models", devices=(), linked=True, nvidia=0, watch=STILL,
+    quota=None, memory_limit=None,
 )  # fmt: skip
 
 
@@ -91,6 +92,8 @@ def test_a_sound_machine() -> None:
     assert "nothing is off" in text and "avx2, of avx2, portable" in text
     assert f"0.63 GB of weights (Qwen3-0.6B, 8 bits) decodes at most {42 / 0.6333:.0f} tokens/s" in text
     assert 42e9 / decode_limit(RATES) == pytest.approx(0.633e9, rel=1e-3)
+    assert "no quota, no limit of memory" in text
+    assert "1.5 processors, 4.0 GiB  ->  more threads" in table(replace(SOUND, quota=1.5, memory_limit=4 * GIB))
     assert prompt_limit(RATES) == pytest.approx(2 * 0.44e9 * 512 / 400e9, rel=0.1)
 
 

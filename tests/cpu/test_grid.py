@@ -34,12 +34,16 @@ from penstock.runtime.local import Launched, StepRunner
 from penstock.spec import EngineConfig
 from penstock.spec.hf import model_spec
 from penstock.spec.tensors import checkpoint_tensors
+from penstock.wire import UnderWay
 
 ARITHMETICS = {name: options for name, options in grid.ARITHMETICS.items() if options["backend"] == "ref" or native()}
 SLICED = ("mates", "chunk", "block")
 """Axes of the full product whose values are tests of their own, which processes share."""
-DRAWN = ("threads", "faults", "eager")
+DRAWN = ("threads", "engine", "faults", "eager")
 """Axes that are not in the full product: each of its cells draws a value."""
+
+LIVES = (9.0, 22.0, 31.0)
+"""Steps after which an engine is lost, in cells where one is."""
 
 Answers = dict[str, Any]
 
@@ -119,22 +123,26 @@ class Driver:
 
     Attributes:
         interrupted: names of the requests that were preempted after their first token.
+        continued: of those that went on, after their first token, when an engine was lost.
     """
 
     def __init__(self, worlds: Worlds, world: World, cell: Cell) -> None:
         self.cell = cell
         self.engine = build(worlds.model(world.model), grid.ARITHMETICS[world.arithmetic], cell)
         self.requests = Requests(replace(self.engine, service=self), next_seed=lambda: 0)  # type: ignore[arg-type]
+        self.runner = self.engine.executor.runner  # type: ignore[union-attr]
         setup = self.engine.setup
         if cell["pool"] == "tight":  # the scheduler is told of blocks for one request and a half
             blocks = -(-3 * CONTEXT // (2 * setup.block_size))
             setup = replace(setup, pools=tuple(replace(pool, blocks=blocks) for pool in setup.pools))
         if cell["faults"] != "none":
-            self.engine.executor.runner = Faulty(self.engine.executor.runner)  # type: ignore[attr-defined]
+            self.engine.executor.runner = Faulty(self.runner)  # type: ignore[attr-defined]
+        self.setup, self.lives = setup, LIVES if cell["engine"] == "lost" else ()
         self.loop = Engine(setup.scheduler(), self.engine.executor, self.deliver, setup.depth)
         self.now = 0.0
-        self.sinks: dict[str, Sink] = {}
+        self.under_way: dict[str, UnderWay] = {}
         self.interrupted: set[str] = set()
+        self.continued: list[str] = []
 
     def __enter__(self) -> Driver:
         return self
@@ -143,7 +151,7 @@ class Driver:
         self.engine.close()
 
     def submit(self, submission: Submission, sink: Sink) -> None:
-        self.sinks[submission.id] = sink
+        self.under_way[submission.id] = UnderWay(submission, sink)
         self.loop.post(submission)
 
     def abort(self, id: str, sample: int | None = None) -> None:
@@ -155,7 +163,26 @@ class Driver:
     def deliver(self, updates: list[Update]) -> None:
         for update in updates:
             assert update.error is None, update.error
-            self.sinks[update.id](update)
+            one = self.under_way[update.id]
+            if one.hear(update):
+                if not one.left:
+                    del self.under_way[update.id]
+                one.sink(update)
+
+    def lose(self) -> None:
+        """The engine is lost with all that it knew and had in flight; another begins with what was told of it."""
+        lost, scheduler = self.loop, self.setup.scheduler()
+        for _, ticket in lost.inflight:
+            ticket.wait()
+        scheduler._next_id = lost.scheduler._next_id  # the executor stays: it forgets the requests of the lost one
+        scheduler._draft.plan.gone += self.runner.inputs.row_of
+        self.loop = Engine(scheduler, self.engine.executor, self.deliver, self.setup.depth)
+        for id, one in self.under_way.items():
+            self.loop.post(continuation := one.continuation())
+            self.continued += [id] * any(continuation.emitted)
+        for mail in lost.inbox:
+            if isinstance(mail, Abort):
+                self.loop.post(mail)
 
     def round(self, mates: str) -> Answers:
         """Answers of all kinds, among such mates."""
@@ -191,6 +218,8 @@ class Driver:
             self.interrupted.update(request.submission.id for request in waits)
         self.loop.land()
         self.now += 1.0
+        if self.now in self.lives:
+            self.lose()
 
 
 def build(folder: Path, arithmetic: dict[str, Any], cell: Cell) -> Assembled:
@@ -224,6 +253,7 @@ def check(worlds: Worlds, world: World, cell: Cell) -> Counter[str]:
     events = Counter({f"{name} interrupted": 1 for name in interrupted})
     events.update(preempted=counters.preemptions, found=counters.prefix_hit_tokens)
     events.update(copied=counters.copies, failed=counters.failed_steps)
+    events.update(f"{name} continued" for name in driver.continued)
     return events
 
 
@@ -275,7 +305,7 @@ def test_full_product(worlds: Worlds, world: World, sliced: tuple[Any, ...]) -> 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_grid_exercises_what_it_claims(worlds: Worlds, model: str) -> None:
-    """A tight pool preempts, a grammar in its midst too; a warm cache hits; samples copy."""
+    """A tight pool preempts, a grammar in its midst too; a warm cache hits; samples copy. Lost engines cut requests."""
     busy = PLAIN | {
         "mates": "leaving",
         "pool": "tight",
@@ -287,6 +317,8 @@ def test_the_grid_exercises_what_it_claims(worlds: Worlds, model: str) -> None:
     events = check(worlds, World(model, list(ARITHMETICS)[-1]), busy)
     assert events["preempted"] and events["found"] and events["copied"] and events["failed"]
     assert events["json interrupted"]
+    events = check(worlds, World(model, list(ARITHMETICS)[-1]), PLAIN | {"mates": "all", "chunk": 29, "engine": "lost"})
+    assert all(events[f"{name} continued"] for name in ("json", "penalties", "n = 3", "rules", "thoughts"))
 
 
 def test_kinds_do_what_they_say(worlds: Worlds) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from penstock import assemble
+import penstock
 from penstock.cli import terminal
 
 FILES = {
@@ -46,7 +46,7 @@ WANTED = set(FILES) - {
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_good"
 
-TINY = Path(assemble.__file__).parent / "bundled"
+TINY = Path(penstock.__file__).parent / "bundled"
 
 SCRIPT = """
 import json, sys

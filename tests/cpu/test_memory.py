@@ -13,6 +13,7 @@ from penstock.base import ConfigError, parse_size
 from penstock.core.kv.groups import KVCache
 from penstock.core.kv.prefix import BlockNames
 from penstock.runtime import available_memory, check_weights, cpu_count, memory, plan_pools
+from penstock.runtime.host import group_limits
 from penstock.spec import EngineConfig, ModelSpec
 from penstock.spec.sizing import kv_block_bytes, weight_bytes
 
@@ -175,6 +176,7 @@ def test_memory_inside_a_container(tmp_path: Path) -> None:
     root = files(tmp_path, MEMINFO | texts)
     assert available_memory(root) == GIB
     assert cpu_count(root) == 1
+    assert group_limits(root) == (0.5, GIB)
 
 
 @pytest.mark.parametrize(("quota", "most"), [("150000 100000", 2), ("10000 100000", 1), ("max 100000", 10**6)])
@@ -182,3 +184,4 @@ def test_processors_are_capped_by_the_quota(tmp_path: Path, quota: str, most: in
     root = files(tmp_path, V2 | {"sys/fs/cgroup/box/cpu.max": quota + "\n"})
     assert 1 <= cpu_count(root) <= most
     assert cpu_count(root) == min(most, cpu_count(tmp_path / "nothing"))
+    assert group_limits(root) == (None if quota.startswith("max") else int(quota.split()[0]) / 100000, None)

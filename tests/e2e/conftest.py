@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from penstock.spec.location import locate
+from penstock.text import Tokenizer, load_tokenizer
+from scripted import HERMES
 from servers import MODEL, TEMPLATE, Server, start
 
 
@@ -30,3 +35,30 @@ def server(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         assert running.process.wait(30) == 0
         log.seek(0)
         assert log.read() == ""
+
+
+BUNDLED = locate(None)
+assert isinstance(BUNDLED, Path)
+
+
+@pytest.fixture(scope="session")
+def hermes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The bundled model with a template for tools, and a rule that makes it say what a test wants."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "template.jinja").write_text(HERMES)
+    options = ("--chat-template", str(folder / "template.jinja"), "--logits-rule", "scripted:say")
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)), (folder / "log").open("w+") as log:
+        running = start(BUNDLED, *options, "--served-model-name", "m", log=log)
+        yield running
+        running.wait_until_idle()
+        assert running.metric("penstock_kv_blocks_used") == 0
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0
+        log.seek(0)
+        assert log.read() == ""
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The bundled model's."""
+    return load_tokenizer(BUNDLED, None)

@@ -109,7 +109,7 @@ def test_required_fields_and_allowed_values_are_told(server: Server) -> None:
     [
         (COMPLETIONS, "suffix", "x"), (COMPLETIONS, "prompt_logprobs", 1),
         (COMPLETIONS, "use_beam_search", True), (COMPLETIONS, "prompt_embeds", "x"),
-        (CHAT, "tools", [{"type": "function"}]), (CHAT, "tool_choice", "required"), (CHAT, "chat_template", "{{ 1 }}"),
+        (CHAT, "functions", [{"name": "f"}]), (CHAT, "chat_template", "{{ 1 }}"),
         (CHAT, "response_format", {"type": "structural_tag"}), (CHAT, "modalities", ["text", "audio"]),
         (CHAT, "chat_template_kwargs", {"tokenize": True}), (CHAT, "reasoning_effort", "high"),
     ],
@@ -371,19 +371,35 @@ FIELDS = st.sampled_from(
     "model prompt messages stream stream_options n temperature top_p top_k min_p repetition_penalty presence_penalty "
     "frequency_penalty logit_bias seed stop stop_token_ids min_tokens ignore_eos skip_special_tokens "
     "include_stop_str_in_output priority add_special_tokens logprobs echo best_of top_logprobs "
-    "tools response_format suffix user".split()
+    "tools tool_choice parallel_tool_calls chat_template_kwargs reasoning_effort add_generation_prompt "
+    "continue_final_message response_format suffix user input instructions previous_response_id reasoning text "
+    "metadata max_output_tokens system thinking stop_sequences tokens return_token_strs".split()
 )
+OTHERS = {
+    "/v1/responses": [],
+    "/v1/messages": ["messages", "max_tokens"],
+    "/v1/messages/count_tokens": ["messages"],
+    "/tokenize": ["prompt"],
+    "/detokenize": [],
+}
 NEAR = st.sampled_from(
     [0, 1, -1, 2, 128, 129, 2**31, 2**63, 2**64, 0.0, 1.0, 1e308, "", "a", [], [1], [511], ["a"], True, {}]
 )
 
 
 @settings(max_examples=2 * settings.default.max_examples)
-@given(path=st.sampled_from([COMPLETIONS, CHAT]), fields=st.dictionaries(FIELDS, NEAR | JSON, max_size=5))
+@given(path=st.sampled_from([COMPLETIONS, CHAT, *OTHERS]), fields=st.dictionaries(FIELDS, NEAR | JSON, max_size=5))
 def test_any_json_gets_an_answer_or_a_named_error(llm: AsyncLLM, path: str, fields: dict[str, Any]) -> None:
     base = {"prompt": "a", "messages": [USER], "max_tokens": 1}
-    response = ask(llm, path, base | fields)
-    if response.status_code != 200:
+    if path in OTHERS:
+        base = {name: base[name] for name in OTHERS[path]} | ({"input": "a"} if path == "/v1/responses" else {})
+    other = AsyncLLM(replace(llm.engine, chat=ChatTemplate(TEMPLATE)))
+    response = ask(other, path, base | fields)
+    if path.startswith("/v1/messages") and response.status_code != 200:
+        assert response.status_code in (400, 404) and response.json()["type"] == "error", response.text
+    elif response.status_code == 404 and "previous_response_id" in fields:
+        assert response.json()["error"]["code"] == "response_not_found"
+    elif response.status_code != 200:
         error_of(response, 404 if response.json()["error"]["code"] == "model_not_found" else 400)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from penstock.core.service import Abort, Submission, Task, Update
 from penstock.core.setup import EngineSetup
 from penstock.sim.replay import Recorder, replay
 from penstock.sim.toy import ToyExecutor, toy_completion, toy_reports, toy_vector
-from penstock.spec import SamplingParams, TokenLogprobs, Vocabulary
+from penstock.spec import FinishReason, SamplingParams, TokenLogprobs, Vocabulary
 
 VOCAB, EOS, POISON = 64, 0, 64  # the toy draws ids below 64, so that poison comes only with a prompt
 STEM = [2 + (7 * i) % 61 for i in range(64)]
@@ -48,7 +49,8 @@ class Outcome:
 
 
 @st.composite
-def lives(draw: st.DrawFn) -> Life:
+def lives(draw: st.DrawFn, begun: bool = False) -> Life:
+    """``begun``: an engine before this one was lost, and its requests go on."""
     size = draw(st.sampled_from([1, 2, 4, 8]))
     whole = draw(st.integers(0, 24)) == 24  # an encoder
     windows = () if whole else draw(st.sampled_from([(None,), (None, 5), (None, 9), (3,), (7,), (2, 6)]))
@@ -77,7 +79,10 @@ def lives(draw: st.DrawFn) -> Life:
     tasks = (
         ["mean", "cls"] if whole else draw(st.sampled_from([["generate"], ["generate", "generate", "mean", "last"]]))
     )
-    arrivals = [draw(_arrival(i, longest, faulty == "poison", tasks)) for i in range(draw(st.integers(1, 9)))]
+    arrivals = [
+        draw(_arrival(i, longest, faulty == "poison", tasks, windows if begun else None))
+        for i in range(draw(st.integers(1, 9)))
+    ]
     failing = {
         "steps": st.frozensets(st.integers(0, 40), max_size=4),
         "many steps": st.frozensets(st.integers(0, 30), min_size=5, max_size=15),
@@ -93,7 +98,14 @@ def lives(draw: st.DrawFn) -> Life:
 
 
 @st.composite
-def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool, tasks: list[Task]) -> Arrival:
+def _arrival(
+    draw: st.DrawFn,
+    index: int,
+    longest: int,
+    poison: bool,
+    tasks: list[Task],
+    windows: tuple[int | None, ...] | None,
+) -> Arrival:
     shared = draw(st.one_of(st.integers(0, 10), st.integers(0, longest)))
     own = draw(st.lists(st.integers(2, VOCAB - 1), min_size=0 if shared else 1, max_size=6))
     prompt = STEM[:shared] + own
@@ -119,9 +131,40 @@ def _arrival(draw: st.DrawFn, index: int, longest: int, poison: bool, tasks: lis
         task=task,
         tenant=draw(st.sampled_from(["", "", "other"])),
     )
+    if task == "generate" and windows is not None:
+        submission = draw(_begun(submission, longest, windows))
     one_abort = st.tuples(st.integers(step, step + 20), st.sampled_from([None, None, 0, 1]))
     aborts = draw(st.one_of(st.just([]), st.just([]), st.lists(one_abort, min_size=1, max_size=3)))
     return Arrival(step, submission, tuple(aborts), poisoned)
+
+
+@st.composite
+def _begun(draw: st.DrawFn, submission: Submission, longest: int, windows: Sequence[int | None]) -> Submission:
+    """The same request as another engine left it, some samples of it ended."""
+    if len(submission.tokens) >= longest:
+        return submission
+    n = submission.params.n
+    alive, emitted = draw(st.integers(0, n - 1)), list[tuple[int, ...] | None]()
+    for sample in range(n):
+        whole = expected(submission, sample, longest, windows)[0]
+        ended = sample != alive and draw(st.integers(0, 3)) == 0
+        emitted.append(None if ended else tuple(whole[: draw(st.integers(0, len(whole) - 1))]))
+    return replace(submission, emitted=tuple(emitted))
+
+
+def expected(
+    submission: Submission, sample: int, longest: int, windows: Sequence[int | None]
+) -> tuple[list[int], FinishReason]:
+    """Tokens and end of a sample that runs alone and undisturbed."""
+    params = submission.params
+    room = longest - len(submission.tokens)
+    tokens = toy_completion(
+        submission.tokens, min(room, params.max_tokens or room), windows, submission.seed, sample, VOCAB
+    )
+    stops = {*(() if params.ignore_eos else (EOS,)), *params.stop_token_ids}
+    if ends := [i for i, token in enumerate(tokens) if token in stops and i >= params.min_tokens]:
+        return tokens[: ends[0] + 1], "stop"
+    return tokens, "length"
 
 
 def live(life: Life, max_launches: int = 4000) -> Outcome:
@@ -187,6 +230,7 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
         aborts=sum(u.finish_reason == "abort" for u in outcome.last.values()),
         vectors=sum(u.vector is not None for u in outcome.last.values()),
         reports=len(outcome.reports),
+        continued=sum(any(arrival.submission.emitted) for arrival in life.arrivals),
     )
     return outcome
 
@@ -197,7 +241,7 @@ def verify(life: Life, outcome: Outcome) -> None:
     for arrival in life.arrivals:
         submission, params = arrival.submission, arrival.submission.params
         prompt = submission.tokens
-        for sample in range(params.n):
+        for sample, emitted in submission.unfinished:
             last = outcome.last[submission.id, sample]
             got = outcome.tokens.get((submission.id, sample), [])
             if last.error is not None and last.error.code in ("prompt_too_long", "kv_too_small"):
@@ -207,25 +251,20 @@ def verify(life: Life, outcome: Outcome) -> None:
                 _verify_vector(life, arrival, last)
                 continue
             if sample == 0 and params.prompt_logprobs is not None:
-                expected_reports = toy_reports(prompt, windows)
+                all_reports = toy_reports(prompt, windows)
                 reports = outcome.reports.get(submission.id, [])
-                assert reports == (expected_reports if got else expected_reports[: len(reports)])
-            room = life.setup.limits.max_model_len - len(prompt)
-            count = min(room, params.max_tokens or room)
-            expected = toy_completion(prompt, count, windows, submission.seed, sample, VOCAB)
-            reason = "length"
-            stops = {*(() if params.ignore_eos else (EOS,)), *params.stop_token_ids}
-            if ends := [i for i, token in enumerate(expected) if token in stops and i >= params.min_tokens]:
-                expected, reason = expected[: ends[0] + 1], "stop"
+                assert reports == (all_reports if got else all_reports[: len(reports)])
+            whole, reason = expected(submission, sample, life.setup.limits.max_model_len, windows)
+            wanted = whole[len(emitted) :]
             if last.finish_reason == "error":
                 code = last.error.code if last.error else None
                 guilty = arrival.poisoned or life.failing if code == "injected_fault" else life.bad_rows
                 assert guilty and code in ("injected_fault", "numerical_error"), "an innocent request failed"
-                assert got == expected[: len(got)]
+                assert got == wanted[: len(got)]
             elif last.finish_reason == "abort":
-                assert arrival.aborts and got == expected[: len(got)]
+                assert arrival.aborts and got == wanted[: len(got)]
             else:
-                assert not arrival.poisoned and (got, last.finish_reason) == (expected, reason)
+                assert not arrival.poisoned and (got, last.finish_reason) == (wanted, reason)
 
 
 def _verify_vector(life: Life, arrival: Arrival, last: Update) -> None:

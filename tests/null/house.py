@@ -175,7 +175,9 @@ def under_type_checking(source: Source, edge: Import) -> bool:
     return any(child is edge.node for guard in guards for child in ast.walk(guard))
 
 
-TORCH_FREE = set("penstock base formats spec core cost fleet search text grammar wire sim planner client apps".split())
+TORCH_FREE = set(
+    "penstock base formats spec core cost fleet search text grammar wire host sim planner client apps".split()
+)
 STDLIB_ONLY = {"base", "spec", "core", "cost", "fleet"}
 MSGSPEC = {"wire", "serving"}
 

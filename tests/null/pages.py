@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from house import ROOT, Function, Source, base_names, dotted, package_sources
 from penstock.spec import EngineConfig
-from reference import reference_pages
+from reference import reference_pages, server_options
 
 
 def markdown_pages() -> list[Path]:
@@ -214,7 +214,18 @@ CONFIGURATION_HEAD = """# Configuration
 Every field of `EngineConfig` (`spec/config.py`) is a keyword of `LLM(...)` and an option of every command that runs a
 model. A value that is absent is decided from the model and the machine. Nothing else configures an engine.
 
+`penstock serve` reads its options from a file too, and from the environment. A later source wins:
+
+1. the TOML file that `--config` or `PENSTOCK_CONFIG` names: `max_num_seqs = 16`
+2. the environment: `PENSTOCK_SERVE_MAX_NUM_SEQS=16`
+3. the command line: `--max-num-seqs 16`
+
+A key that is no option is an error, and so is a value that the option would not take. `penstock config show --origin`,
+given the same file, environment and options, tells every value and where it comes from.
+
 This page is generated from the code (`make docs`).
+
+## An engine
 
 | `LLM(...)` | command line | default | meaning |
 | --- | --- | --- | --- |
@@ -230,7 +241,17 @@ def configuration_page() -> str:
             option = f"`{flag}` / `--no-{flag[2:]}`"
         default = "" if field.default is None else f"`{field.default!r}`".replace("'", '"')
         lines.append(f"| `{field.name}` | {option} | {default} | {field.metadata['help']} |\n")
-    return CONFIGURATION_HEAD + "".join(lines)
+    return CONFIGURATION_HEAD + "".join(lines) + SERVER_HEAD + "".join(server_options())
+
+
+SERVER_HEAD = """
+## A server
+
+All of the above, and these, in a file by the name of the first column:
+
+| file | command line | environment | default | meaning |
+| --- | --- | --- | --- | --- |
+"""
 
 
 def generated_pages(sources: list[Source]) -> dict[Path, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from typing import Any
 import typer.main
 
 from house import ROOT
+from penstock.base import env
 from penstock.cli.app import app
+from penstock.cli.config import NO_KEYS
 from penstock.search import BeamSearchParams
 from penstock.spec import EngineConfig, PoolingParams, SamplingParams, StructuredOutputs
 from penstock.spec.encoder import ENCODERS, PARTS
@@ -35,7 +38,8 @@ CLI_HEAD = f"""# Command line
 
 `penstock COMMAND --help` says the same. Exit codes: 0 done; 1 the fault is ours or the machine's; 2 the request was
 wrong; 3 the model or the configuration was wrong; 130 interrupted; 141 whoever read the output went away. With `--json`
-an error is one JSON object on stderr. `PENSTOCK_DEBUG=1` shows the traceback of an error. `PENSTOCK_CACHE` is where
+an error is one JSON object on stderr. `PENSTOCK_DEBUG=1` shows the traceback of an error. `PENSTOCK_CONFIG` and
+`PENSTOCK_SERVE_...` are for [`serve`](../configuration.md). `PENSTOCK_CACHE` is where
 [packed weights](../how-to/start.md) are kept, and `PENSTOCK_CACHE_SIZE` how much of them.
 
 Commands that run a model also take every [option of the engine](../configuration.md).
@@ -68,6 +72,17 @@ def commands(name: str, command: Any) -> Iterator[str]:
             yield f"| {', '.join(f'`{flag}`' for flag in flags)} | {cell(parameter.help)}{default(parameter)} |\n"
     if runs_models:
         yield "| engine options | [configuration](../configuration.md) |\n"
+
+
+def server_options() -> Iterator[str]:
+    """A row for each option that ``penstock serve`` has beside those of an engine."""
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    engine = {field.name for field in dataclasses.fields(EngineConfig)}
+    for parameter in serve.params:
+        if parameter.name not in engine | NO_KEYS:
+            told = "" if parameter.default in (None, False) else f"`{json.dumps(parameter.default)}`"
+            variable = env.serve_option(parameter.name)
+            yield f"| `{parameter.name}` | `{parameter.opts[0]}` | `{variable}` | {told} | {cell(parameter.help)} |\n"
 
 
 def default(parameter: Any) -> str:

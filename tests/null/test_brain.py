@@ -31,3 +31,20 @@ def test_random_lives() -> None:
     print("share of examples with", {event: f"{share:.0%}" for event, share in shares.items()})
     assert all(shares[event] >= 0.2 for event in COMMON), shares
     assert all(shares[event] >= 0.05 for event in RARER), shares
+
+
+@pytest.mark.timeout(3600)
+def test_lives_that_another_engine_has_begun() -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=5 * settings.default.max_examples)
+    @given(lives(begun=True))
+    def run(life: Life) -> None:
+        outcome = live(life)
+        verify(life, outcome)
+        replays(outcome)
+        seen["examples"] += 1
+        seen.update(event for event, count in outcome.events.items() if count)
+
+    run()
+    assert all(seen[event] >= 0.1 * seen["examples"] for event in ("continued", *COMMON)), seen

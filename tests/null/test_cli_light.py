@@ -57,7 +57,7 @@ def test_every_engine_field_is_an_option_with_its_help() -> None:
 NOT_ON_THE_COMMAND_LINE = """
     dry_penalty_last_n dry_sequence_breakers logit_bias allowed_token_ids prompt_logprobs detokenize skip_special_tokens
     spaces_between_special_tokens include_stop_str_in_output logits_rules logits_processors thinking_start thinking_end
-    thinking_close thinking_soft bad_words_ids dry_breaker_ids thinking_ids
+    thinking_close thinking_soft bad_words_ids dry_breaker_ids thinking_ids shown_token_ids
 """.split()
 """Fields of SamplingParams that a line of ``run --input`` or a script can give, and an option cannot."""
 

@@ -24,10 +24,13 @@ EXCEPTIONS: dict[str, int] = {}
 ENGINE_OPTIONS = """
     model served_model_name device backend dtype quant weight_cache max_model_len max_num_seqs max_num_batched_tokens
     block_size kv_memory kv_dtype gpu_memory_utilization enable_prefix_caching scheduling_policy priority_age_seconds
-    depth seed tensor_parallel_size pipeline_parallel_size enforce_eager num_threads chat_template generation_config
-    logits_rule
+    depth seed tensor_parallel_size pipeline_parallel_size enforce_eager num_threads chat_template tool_parser
+    reasoning_parser generation_config logits_rule
 """.split()
 """Every field of EngineConfig, so every flag. A new one is a decision: it is argued for where this list is edited.
+
+tool_parser, reasoning_parser: how a model writes calls and thoughts follows from its chat template, unless somebody
+trained it to write them otherwise: only the operator can know.
 
 kv_dtype: whether a KV cache may be rounded again is a choice of accuracy for memory that only the operator can make. It
 follows neither from the model nor from ``dtype``, and it is a part of the numerics id.
@@ -231,7 +234,7 @@ GOOD = {
     "import table": [
         ("core/a.py", "import json\nfrom penstock.base import env\nfrom .kv import link"),
         ("sampling/a.py", "from penstock.core.plan import StepPlan"),
-        ("assemble.py", "def f():\n    from penstock.runtime import runner"),
+        ("assemble/a.py", "def f():\n    from penstock.runtime import runner"),
         ("kernels/__init__.py", "@backends.register('ref')\ndef ref():\n    from penstock.kernels.ref import ops"),
         ("__init__.py", "def __getattr__(name):\n    from penstock import llm"),
     ],

@@ -294,6 +294,49 @@ def test_nobody_finds_what_a_failed_row_computed() -> None:
     assert tokens == toy_completion(PROMPT, 8, [None], 0, 0, 50)
 
 
+@pytest.mark.parametrize("guilty", [frozenset([0]), frozenset([21]), frozenset([63]), frozenset([5, 40])])
+def test_a_step_that_fails_is_bisected(guilty: frozenset[int]) -> None:
+    """64 requests decode side by side. Each guilty one is alone after log2 64 lineups, not after one for each mate."""
+    s = setup(blocks=1024, tokens=256, rows=64)
+    scheduler, executor = s.scheduler(), toy(s)
+    executor.fault = lambda plan: plan.number >= 3 and any(id in guilty for id, _, _ in plan.slices)
+    for i in range(64):
+        scheduler.add(job(str(i), (i, 9), max_tokens=8), 0.0)
+    while not scheduler.idle:
+        step(scheduler, executor)
+    assert {u.id for u in scheduler.outbox if u.finish_reason == "error"} == set(map(str, guilty))
+    for i in set(range(64)) - guilty:
+        tokens = [token for update in scheduler.outbox if update.id == str(i) for token in update.tokens]
+        assert tokens == toy_completion((i, 9), 8, [None], 0, 0, 50)
+    assert scheduler.counters.failed_steps <= 7 * len(guilty) and scheduler.counters.steps <= 9 + 8 * len(guilty)
+
+
+def test_steps_that_fail_only_together_end_all_the_same() -> None:
+    """No request is guilty alone, so none may fail, and none may keep the others from going on."""
+    s = setup(tokens=64)
+    scheduler, executor = s.scheduler(), toy(s)
+    executor.fault = lambda plan: len(plan.slices) > 1
+    for i in range(4):
+        scheduler.add(job(str(i), (i + 1, 9)), 0.0)
+    while not scheduler.idle:
+        step(scheduler, executor)
+    assert [u.finish_reason for u in scheduler.outbox if u.finish_reason] == ["length"] * 4
+
+
+@pytest.mark.parametrize(
+    ("emitted", "why"),
+    [
+        (((),), "1 samples"),
+        ((None, None), "0 of them unfinished"),
+        (((1,), (1,) * 8), "sample 1 has 8 tokens and may have 8"),
+        (((1, 100), None), "sample 0 is not in the vocabulary"),
+    ],
+)
+def test_what_cannot_go_on_is_refused(emitted: tuple[tuple[int, ...] | None, ...], why: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{why}.*cannot_continue"):
+        setup().scheduler().add(replace(job("a", n=2), emitted=emitted), 0.0)
+
+
 def test_ended_requests_do_not_pile_up_behind_a_waiting_one() -> None:
     s = setup(rows=1)
     scheduler, executor = s.scheduler(), toy(s)

@@ -6,6 +6,7 @@ from penstock.base.errors import (
     InvalidRequest,
     ModelFormatError,
     NotFound,
+    OverLimit,
     PenstockError,
     Unavailable,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "InvalidRequest",
     "ModelFormatError",
     "NotFound",
+    "OverLimit",
     "PenstockError",
     "Registry",
     "Unavailable",

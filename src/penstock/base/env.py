@@ -1,4 +1,4 @@
-"""Every environment variable Penstock reads, and the only place that reads them. At most ten, ever."""
+"""Every environment variable Penstock reads, and the only place that reads them. At most ten, ever; one is a family."""
 
 from __future__ import annotations
 
@@ -28,6 +28,31 @@ def data_folder() -> Path:
 def cache_size() -> str:
     """PENSTOCK_CACHE_SIZE: bytes they may take together, such as "20G"."""
     return os.environ.get("PENSTOCK_CACHE_SIZE") or "20G"
+
+
+def runtime_folder() -> Path | None:
+    """``penstock`` in XDG_RUNTIME_DIR, which belongs to the user and ends with the session."""
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(given) / "penstock" if given else None
+
+
+def config_file() -> Path | None:
+    """PENSTOCK_CONFIG: the file of ``penstock serve`` where --config is left out."""
+    given = os.environ.get("PENSTOCK_CONFIG")
+    return Path(given) if given else None
+
+
+_SERVE = "PENSTOCK_SERVE_"
+
+
+def serve_options() -> dict[str, str]:
+    """PENSTOCK_SERVE_PORT and the like, a variable for each option of ``penstock serve``: its name to its text."""
+    return {name.removeprefix(_SERVE).lower(): text for name, text in os.environ.items() if name.startswith(_SERVE)}
+
+
+def serve_option(name: str) -> str:
+    """The variable of an option."""
+    return _SERVE + name.upper()
 
 
 def _flag(name: str) -> bool:

@@ -4,6 +4,7 @@ PenstockError
 ├── InvalidRequest    the caller asked for something that cannot be served (HTTP 400)
 ├── NotFound          a model, adapter or file that does not exist (HTTP 404)
 ├── Unavailable       it could be served, but not now (HTTP 503)
+│   └── OverLimit     this caller has had its share for the moment (HTTP 429)
 ├── ModelFormatError  a model folder or file is damaged or not understood
 ├── ConfigError       this configuration cannot run on this build or machine
 └── EngineError       a step failed; the fault is ours or the hardware's (HTTP 500)
@@ -46,7 +47,19 @@ class NotFound(PenstockError):
 
 
 class Unavailable(PenstockError):
+    """Attributes:
+    retry_after: seconds after which it is worth another try.
+    """
+
     status = 503
+
+    def __init__(self, code: str, what: str, *, why: str = "", fix: str = "", retry_after: float = 1.0) -> None:
+        super().__init__(code, what, why=why, fix=fix)
+        self.retry_after = retry_after
+
+
+class OverLimit(Unavailable):
+    status = 429
 
 
 class ModelFormatError(PenstockError):

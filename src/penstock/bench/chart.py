@@ -30,14 +30,14 @@ def line_chart(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        _text(LEFT, TOP - 18, title, size=15),
-        _text((LEFT + right) / 2, HEIGHT - 10, x_label, anchor="middle"),
+        text_at(LEFT, TOP - 18, title, size=15),
+        text_at((LEFT + right) / 2, HEIGHT - 10, x_label, anchor="middle"),
     ]
     for percent in range(0, 101, 20):
         at = y(percent / 100)
         parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
-        parts.append(_text(LEFT - 8, at + 4, f"{percent} %", anchor="end"))
-    parts += [_text(x(i), bottom + 18, tick, anchor="middle") for i, tick in enumerate(ticks)]
+        parts.append(text_at(LEFT - 8, at + 4, f"{percent} %", anchor="end"))
+    parts += [text_at(x(i), bottom + 18, tick, anchor="middle") for i, tick in enumerate(ticks)]
     labels = []
     for color, (name, shares) in zip(COLORS, curves.items(), strict=False):
         points = " ".join(f"{x(i):.1f},{y(share):.1f}" for i, share in enumerate(shares))
@@ -52,11 +52,11 @@ def line_chart(
     lowest = 0.0
     for at, name, color in sorted(labels):  # from the top, none over another
         lowest = max(lowest + 15.0, at + 4.0)
-        parts.append(_text(right + 8, lowest, name, color=color))
+        parts.append(text_at(right + 8, lowest, name, color=color))
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12, color: str = "#222") -> str:
+def text_at(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12, color: str = "#222") -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{color}">{escape(text)}</text>'
     )

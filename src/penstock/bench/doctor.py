@@ -13,7 +13,7 @@ import torch
 from penstock.bench.checkpoints import QWEN3_06B
 from penstock.bench.job import Job
 from penstock.bench.limits import Limits, limit_seconds, measure_limits
-from penstock.runtime.host import ROOT, available_memory, cpu_count, field, text
+from penstock.runtime.host import ROOT, available_memory, cpu_count, field, group_limits, text
 from penstock.runtime.watch import Watch, watch
 from penstock.spec.hf import model_spec
 from penstock.spec.quantization import FORMATS
@@ -57,6 +57,7 @@ class Checkup:
         usable: sets of native kernels that run here, the chosen one first; none if ``native_error`` says why not.
         features: what the processor says it can do, in Linux's words.
         processors: that this process may keep busy, of ``online`` ones; ``threads`` are those it will use.
+        quota, memory_limit: processors and bytes that control groups allow; None without a limit.
         limits, again: before and after the watch.
         disk: bytes a second read from ``folder``, None if ``disk_error`` says why not.
         devices: name and bytes of each GPU; ``linked`` if all reach each other's memory.
@@ -73,6 +74,8 @@ class Checkup:
     memory: int
     memory_total: int
     swap_used: int
+    quota: float | None
+    memory_limit: int | None
     limits: Limits
     again: Limits
     disk: float | None
@@ -105,6 +108,7 @@ def examine(seconds: float, folder: Path, root: Path = ROOT) -> Checkup:
     limits = measure_limits(threads)
     seen = watch(seconds, root)
     disk, disk_error = _measure_disk(folder)
+    quota, memory_limit = group_limits(root)
     memory, about = root / "proc/meminfo", _processor(root)
     count = torch.cuda.device_count()
     properties = [torch.cuda.get_device_properties(i) for i in range(count)]
@@ -120,6 +124,8 @@ def examine(seconds: float, folder: Path, root: Path = ROOT) -> Checkup:
         memory=available_memory(root),
         memory_total=1024 * field(memory, "MemTotal:"),
         swap_used=1024 * (field(memory, "SwapTotal:") - field(memory, "SwapFree:")),
+        quota=quota,
+        memory_limit=memory_limit,
         limits=limits,
         again=measure_limits(threads),
         disk=disk,

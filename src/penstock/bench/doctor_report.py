@@ -74,6 +74,15 @@ def _company(c: Checkup) -> Iterator[Concern]:
             yield Concern(f"The rate of {what} is not steady", why, "no figure here is worth more than that")
 
 
+def _group(c: Checkup) -> tuple[str, str]:
+    quota = "no quota" if c.quota is None else f"{c.quota:g} processors"
+    size = "no limit of memory" if c.memory_limit is None else f"{c.memory_limit / GIB:.1f} GiB"
+    meaning = "" if c.quota is None else "more threads than that are stopped in turn, each token with them"
+    if c.memory_limit is not None:
+        meaning += "; " * bool(meaning) + "a process that takes more memory is killed"
+    return f"{quota}, {size}", meaning
+
+
 def table(c: Checkup) -> str:
     best, w = c.best, c.watch
     threads = f"{c.threads} thread{'s' * (c.threads != 1)}"
@@ -91,6 +100,7 @@ def table(c: Checkup) -> str:
     rows = [
         ("processor", f"{c.processor}: {c.processors} of {c.online} processors", f"{threads} compute"),
         ("kernels", kernels, answer),
+        ("cgroup", *_group(c)),
         ("memory", f"{c.memory / GIB:.1f} GiB free of {c.memory_total / GIB:.1f}", "weights and KV must fit into it"),
         ("reading", f"{best.read_rate / GB:.1f} GB/s", f"{model} decodes at most {decode_limit(best):.0f} tokens/s"),
         (

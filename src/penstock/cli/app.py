@@ -8,7 +8,23 @@ from typing import Annotated
 import typer
 
 from penstock.base import InvalidRequest
-from penstock.cli import bench, cache, chat, doctor, embed, models, quantize, run, serve, show, version
+from penstock.cli import (
+    bench,
+    cache,
+    chat,
+    config,
+    doctor,
+    embed,
+    keys,
+    logs,
+    models,
+    ps,
+    quantize,
+    run,
+    serve,
+    show,
+    version,
+)
 from penstock.cli.exits import explain, guarded
 
 app = typer.Typer(
@@ -40,6 +56,12 @@ def _options(
 app.command("chat")(guarded(chat.chat))
 app.command("run")(guarded(run.run))
 app.command("serve")(guarded(serve.serve))
+app.command("ps")(guarded(ps.ps))
+app.command("top")(guarded(ps.top))
+app.command("logs")(guarded(logs.logs))
+app.add_typer(keys.app, name="keys")
+config.show_like(serve.serve)
+app.add_typer(config.app, name="config")
 app.command("embed")(guarded(embed.embed))
 app.command("quantize")(guarded(quantize.quantize))
 app.command("models")(guarded(models.models))

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from penstock.base import InvalidRequest
+from penstock.cli import bench_load
 from penstock.cli.exits import emit, guarded
 from penstock.cli.options import MODEL_HELP
 from penstock.spec.sampling import MAX_N
@@ -22,6 +23,12 @@ app = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_ma
 @app.callback()
 def bench() -> None:
     """Measure on this machine."""
+
+
+app.command("serve")(guarded(bench_load.serve))
+app.command("latency")(guarded(bench_load.latency))
+app.command("offline")(guarded(bench_load.offline))
+app.command("cost")(guarded(bench_load.cost))
 
 
 @app.command("startup")

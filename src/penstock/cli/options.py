@@ -26,16 +26,42 @@ def engine_options(command: Command) -> Command:
     The command receives ``engine`` as a dict, ready for ``EngineConfig(model=..., **engine)``. A parameter of
     the command itself hides the field of the same name, which then keeps its default.
     """
-    hints = get_type_hints(EngineConfig)
-    hidden = _POSITIONAL | set(inspect.signature(command).parameters)
-    options = {
-        field.name: _option(
-            field.name, hints[field.name], field.default, field.metadata["help"], field.default is not None
-        )
-        for field in dataclasses.fields(EngineConfig)
-        if field.name not in hidden
-    }
-    return _expanded(command, "engine", options.values(), dict)
+    return field_options(EngineConfig, "engine", *_POSITIONAL)(command)
+
+
+def field_options(kind: type[Any], target: str, *left_out: str) -> Callable[[Command], Command]:
+    """Replaces the parameter ``target`` of a command, which receives a dict, by one option for each field of a
+    dataclass whose metadata has ``help``; ``flag`` there is a name of its own. Hidden are ``left_out`` and fields named
+    as a parameter of the command."""
+    hints = get_type_hints(kind)
+
+    def expand(command: Command) -> Command:
+        hidden = set(left_out) | set(inspect.signature(command).parameters)
+        options = [
+            _option(
+                field.name,
+                hints[field.name],
+                field.default,
+                field.metadata["help"],
+                field.default not in (None, ""),
+                *([flag] if (flag := field.metadata.get("flag")) else []),
+            )
+            for field in dataclasses.fields(kind)
+            if field.name not in hidden
+        ]
+        return _expanded(command, target, options, dict)
+
+    return expand
+
+
+def flags_of(values: dict[str, Any]) -> list[str]:
+    """The options of a command line that give an engine these values; defaults are left out."""
+    flags = []
+    for field in dataclasses.fields(EngineConfig):
+        value, name = values.get(field.name, field.default), field.name.replace("_", "-")
+        if value != field.default:
+            flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags
 
 
 def sampling_options(*left_out: str, **defaults: Any) -> Callable[[Command], Command]:

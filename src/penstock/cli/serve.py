@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+from contextlib import AbstractContextManager, ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penstock.base import env
 from penstock.cli.complete import complete_model
+from penstock.cli.config import ConfigOption
 from penstock.cli.options import MODEL_HELP, engine_options
 from penstock.spec import EngineConfig
 
 if TYPE_CHECKING:
     from penstock.assemble import Assembled
+    from penstock.serving.gate import Gate
 
 
 @engine_options
@@ -33,32 +37,79 @@ def serve(
     store: Annotated[
         Path | None, typer.Option(help="folder of uploaded files and batches; by default in ~/.local/share/penstock")
     ] = None,
+    config: ConfigOption = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="file of the keys that may use it (penstock keys); SIGHUP reads it again")
+    ] = None,
+    allow_anyone: Annotated[
+        bool, typer.Option("--allow-anyone", help="let others than this machine reach it without a key")
+    ] = False,
+    admin_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="status, reload and drain, on loopback, for admin keys")
+    ] = None,
+    queue_tokens: Annotated[
+        int | None, typer.Option(min=1, help="most tokens admitted at a time, prompts and completions; 8 KV pools")
+    ] = None,
+    log_file: Annotated[
+        Path | None, typer.Option(help="append a line of JSON for each request (penstock logs); SIGHUP opens it anew")
+    ] = None,
     engine: dict[str, Any],
 ) -> None:
     """Serve MODEL over HTTP, with the API of OpenAI."""
+    from penstock.wire import RemoteService, python
+
+    wanted = EngineConfig(model=model, **engine)
+    service = RemoteService(python("penstock.host"), wanted)  # first of all: what it imports and reads takes longest
+
+    from penstock.assemble import front_of
+    from penstock.fleet import Admission
     from penstock.llm import AsyncLLM
     from penstock.serving import server
+    from penstock.serving.gate import Gate, queue_budget
+    from penstock.serving.requestlog import RequestLog
 
-    with server.listen(host, port) as bound:
-        llm = AsyncLLM(EngineConfig(model=model, **engine))
-        assembled = llm.engine
-        url, public = server.url_of(bound), not server.is_loopback(bound)
+    with ExitStack() as stack:  # what can be wrong with the options is noticed before the model is loaded
+        stack.enter_context(closing(service))
+        bound = stack.enter_context(server.listen(host, port))
+        public, gate = not server.is_loopback(bound), Gate(Admission(queue_tokens or 1), keys)
+        server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
+        admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
+        log = None if log_file is None else RequestLog(log_file)
+        llm = AsyncLLM(front_of(service, wanted))
+        gate.admission.budget = queue_tokens or queue_budget(llm.engine)
+        url, admin_url = server.url_of(bound), None if admin is None else server.url_of(admin)
+        stack.enter_context(_present(llm.engine, url, admin_url, gate))
 
-        def announce() -> None:
-            print(f"Serving {assembled.name} at {url}/v1")
-            if not assembled.one_answer:
-                print(
-                    f"The {assembled.config.backend} backend does not promise one answer: tokens can depend on what "
-                    "else runs at the same time. --backend ref promises it, slowly."
-                )
-            if public:
-                print("Anyone who can reach this address can use it: this server asks for no key.")
-            print(f"Try it:\n  {example(url, assembled)}", flush=True)
-
-        server.serve(llm, bound, announce, store or env.data_folder() / "store")
+        greeting = _greeting(llm.engine, url, admin_url, public=public, keyed=gate.ring is not None)
+        server.serve(llm, bound, partial(print, greeting, flush=True), store, gate=gate, admin=admin, log=log)
 
 
-def example(url: str, engine: Assembled) -> str:
+def _present(engine: Assembled, url: str, admin_url: str | None, gate: Gate) -> AbstractContextManager[None]:
+    """So that ``penstock ps`` finds it."""
+    from penstock.serving.presence import Presence, began, present
+
+    pid = os.getpid()
+    here = Presence(
+        pid=pid, began=began(pid) or 0, model=engine.name, url=url, admin=admin_url or url, token=gate.own_key()
+    )
+    return present(here)
+
+
+def _greeting(engine: Assembled, url: str, admin_url: str | None, *, public: bool, keyed: bool) -> str:
+    lines = [f"Serving {engine.name} at {url}/v1"]
+    if not engine.one_answer:
+        lines.append(
+            f"The {engine.config.backend} backend does not promise one answer: tokens can depend on what "
+            "else runs at the same time. --backend ref promises it, slowly."
+        )
+    if public and not keyed:
+        lines.append("Anyone who can reach this address can use it: this server asks for no key.")
+    if admin_url:
+        lines.append(f"Administration at {admin_url}")
+    return "\n".join([*lines, f"Try it:\n  {example(url, engine, keyed=keyed)}"])
+
+
+def example(url: str, engine: Assembled, *, keyed: bool = False) -> str:
     """A line to paste into a shell, of what this model can do."""
     body: dict[str, Any]
     if engine.generates:
@@ -68,4 +119,5 @@ def example(url: str, engine: Assembled) -> str:
     else:
         path, body = "embeddings", {"input": "The garden was locked."}
     data = shlex.quote(json.dumps({"model": engine.name} | body))
-    return f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {data}"
+    key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {data}"

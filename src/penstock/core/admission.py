@@ -67,8 +67,8 @@ def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary,
     """Tokens, prompt included, at which a submission's samples end for lack of room.
 
     Raises:
-        InvalidRequest: as ``check_prompt``; token_out_of_range, invalid_parameter; kv_too_small when not even an
-            empty pool could hold it.
+        InvalidRequest: as ``check_prompt``; token_out_of_range, invalid_parameter, cannot_continue; kv_too_small when
+            not even an empty pool could hold it.
     """
     check_prompt(submission.tokens, limits, vocabulary, submission.task)
     if abs(submission.priority) > MAX_PRIORITY:
@@ -92,6 +92,8 @@ def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary,
     limit = min(longest, len(submission.tokens) + (params.max_tokens or longest))
     if submission.task != "generate":
         limit = len(submission.tokens) + 1  # what is owed at the end takes the place of a token
+    if submission.emitted:
+        _check_emitted(submission, limit, vocabulary)
     if shortage := kv.shortage(limit - 1):  # the last token is never computed
         raise InvalidRequest(
             "kv_too_small",
@@ -100,3 +102,18 @@ def final_length(submission: Submission, limits: Limits, vocabulary: Vocabulary,
             fix="lower max_tokens or give the KV pool more memory (kv_memory)",
         )
     return limit
+
+
+def _check_emitted(submission: Submission, limit: int, vocabulary: Vocabulary) -> None:
+    count, room = len(submission.emitted), limit - len(submission.tokens)
+    why = ""
+    if count != submission.params.n or submission.task != "generate" or not submission.unfinished:
+        unfinished = len(submission.unfinished)
+        why = f"it tells of {count} samples, {unfinished} of them unfinished, and has {submission.params.n}"
+    for sample, tokens in submission.unfinished:
+        if len(tokens) >= room:
+            why = f"sample {sample} has {len(tokens)} tokens and may have {room}"
+        elif not all(type(token) is int and 0 <= token < vocabulary.size for token in tokens):
+            why = f"a token of sample {sample} is not in the vocabulary of {vocabulary.size}"
+    if why:
+        raise InvalidRequest("cannot_continue", "The request cannot go on from the tokens it brings", why=why)

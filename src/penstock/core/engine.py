@@ -99,7 +99,7 @@ class Engine:
         return tuple(mail)
 
     def _refuse(self, submission: Submission, error: PenstockError) -> None:
-        for sample in range(submission.params.n):
+        for sample, _ in submission.unfinished:
             self.scheduler.outbox.append(Update(submission.id, sample, finish_reason="error", error=error))
 
     def _flush(self) -> None:

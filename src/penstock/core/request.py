@@ -30,7 +30,7 @@ class Request:
     A step computes some of the gap; a slice that closes it draws a token, which is owed until it lands.
 
     Attributes:
-        tokens: known tokens: the prompt, then what was emitted.
+        tokens: known tokens: the prompt, then what was emitted, by an engine before this one too.
         limit: length at which it ends for lack of room.
         tables: for each KV group the block of each block index, NO_BLOCK for those outside the window for good.
         names: hashes of its full blocks, as far as they were needed.
@@ -40,7 +40,7 @@ class Request:
         tail_shared: its last block may be read by others, so look before writing.
         leader: the sample whose prompt blocks it will share, until it does.
         waits: plans it sat out because another request was computing its next block.
-        suspect: it was part of a step that failed, and runs alone until it has proved innocent.
+        suspect: it was part of a step that failed, and runs among suspects alone until a step of theirs succeeds.
         reported: prompt positions whose log-probabilities were delivered, if it reports any.
     """
 

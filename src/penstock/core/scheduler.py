@@ -6,8 +6,8 @@ whole prompt, a chunk of one, one decoded token, or what a preemption or a faile
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
@@ -18,6 +18,7 @@ from penstock.core.plan import StepFailed, StepPlan, StepResult
 from penstock.core.policy import SchedulingPolicy
 from penstock.core.request import Phase, Request
 from penstock.core.service import Counters, Status, Submission, Update, duplicate_id
+from penstock.core.suspects import Suspects
 from penstock.spec import FinishReason, TokenLogprobs, Vocabulary
 
 _NONE: tuple[TokenLogprobs, ...] = ()
@@ -48,7 +49,7 @@ class Scheduler:
         self.policy = policy
         self.running: list[Request] = []  # in policy order
         self.waiting: list[Request] = []  # heap in policy order; ended requests are dropped when they surface
-        self.suspects: list[Request] = []
+        self.suspects = Suspects()
         self.samples: dict[str, list[Request]] = {}  # of the submissions that are not finished
         self.inflight: deque[StepRecord] = deque()
         self.outbox: list[Update] = []
@@ -74,18 +75,18 @@ class Scheduler:
         eos = frozenset() if params.ignore_eos else self.vocabulary.eos_ids
         root = self.kv.names.root(submission.tenant, submission.adapter)
         family: list[Request] = []
-        for sample in range(params.n):
+        for sample, emitted in submission.unfinished:
             request = Request(
                 id=self._next_id,
                 submission=submission,
                 sample=sample,
                 order=(place, self._next_id),
-                tokens=list(submission.tokens),
+                tokens=[*submission.tokens, *emitted],
                 limit=limit,
                 stop_ids=eos.union(params.stop_token_ids or ()),
                 root=root,
                 tables=[[] for _ in self.kv.pools],
-                leader=family[0] if sample else None,
+                leader=family[0] if family else None,
             )
             self._next_id += 1
             family.append(request)
@@ -114,27 +115,31 @@ class Scheduler:
 
     # -- planning ------------------------------------------------------------------------------------
 
-    def plan(self, now: float, only: Request | None = None) -> StepPlan | None:
+    def plan(self, now: float, only: Sequence[Request] = ()) -> StepPlan | None:
         """The next step, or None if nothing can be computed before a step in flight lands.
 
         Requests are served in policy order. Every running request after the current one is promised one
         token of the budget, so that a long prompt never holds up those who decode.
         """
-        if only is None and self.suspects:
-            return None if self.inflight else self._plan_suspect(now)
+        if not only and self.suspects:
+            return None if self.inflight else self._plan_suspects(now)
         draft, index, budget = self._draft, 0, self.limits.max_batch_tokens
-        while budget > 0 and only is None:
+        while budget > 0 and not only:
             request = self._candidate(index)
             if request is None:
                 break
             later = 0 if self.limits.whole else len(self.running) - index - 1
-            budget -= self._advance(request, max(1, budget - later))
+            if request.suspect:  # preempted before its turn came, and met again
+                self.suspects.accuse(request)
+            else:
+                budget -= self._advance(request, max(1, budget - later))
             index += 1
-        if only is not None:
-            self._advance(only, budget)
+        for suspect in only:
+            if budget > 0 and suspect in self.suspects:  # or it gave its blocks to one before it
+                budget -= self._advance(suspect, budget)
         if not draft.plan.slices:  # what it says of blocks and departures stays for the next one
             draft.starved = False
-            return self._plan_suspect(now) if only is None and self.suspects and not self.inflight else None
+            return self._plan_suspects(now) if not only and self.suspects and not self.inflight else None
         self.inflight.append(draft)
         self.counters.steps += 1
         self.counters.copies += len(draft.plan.copies)
@@ -196,11 +201,7 @@ class Scheduler:
         return count
 
     def _ready(self, request: Request) -> bool:
-        """Whether a request may be planned now: a follower waits for its leader's prompt, a suspect to be alone."""
-        if request.suspect and (not self.suspects or self.suspects[0] is not request):
-            if request not in self.suspects:
-                insort(self.suspects, request)
-            return False
+        """Whether a request may be planned now: a follower waits for its leader's prompt."""
         if (leader := request.leader) is None:
             return True
         shared = request.prompt_len - 1
@@ -229,8 +230,7 @@ class Scheduler:
 
     def _preempt(self, victim: Request) -> None:
         self.running.remove(victim)
-        if victim in self.suspects:
-            self.suspects.remove(victim)
+        self.suspects.leave(victim)
         if victim.planned:
             self.counters.preemptions += 1
         self._evict(victim)
@@ -295,8 +295,8 @@ class Scheduler:
                     self._finish(request, Update(id, 0, finish_reason="stop", cached_tokens=cached, vector=vector))
             if request.phase is not Phase.RUNNING:
                 self._settle(request)
-        if self.suspects and record.requests[0] is self.suspects[0]:
-            self.suspects.pop(0).suspect = False
+        if self.suspects and record.requests[0].suspect:  # then all of them are
+            self.suspects.passed(record.requests)
 
     def _accept(self, request: Request, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
         reason: FinishReason | None = None
@@ -341,8 +341,7 @@ class Scheduler:
         else:
             self._leaving -= 1
         request.phase = Phase.DONE
-        if request in self.suspects:
-            self.suspects.remove(request)
+        self.suspects.leave(request)
         self._evict(request)
         self._settle(request)
         self.outbox.append(update)
@@ -353,7 +352,7 @@ class Scheduler:
     # -- failed steps --------------------------------------------------------------------------------
 
     def _roll_back(self, error: PenstockError) -> None:
-        """Undoes the oldest plan and all later ones. Its requests rerun alone, so that only the guilty one fails."""
+        """Undoes the oldest plan and all later ones. Its requests rerun in halves until the guilty is alone."""
         self.counters.failed_steps += 1
         present = self.inflight[0].requests
         accused = [r for r in present if r.phase is not Phase.DONE]
@@ -378,19 +377,18 @@ class Scheduler:
             if request.phase is not Phase.RUNNING:
                 request.owed = 0
                 self._settle(request)
-        if len(present) == 1:
-            for guilty in accused:  # nobody, if it ended while the step ran
-                self._fail(guilty, error)
-        else:
-            for request in accused:
+        self.suspects.failed(len(present))
+        for request in accused:  # nobody, if it ended while the step ran
+            if len(present) == 1:
+                self._fail(request, error)
+            elif request.phase is Phase.RUNNING:
+                self.suspects.accuse(request)
+            else:
                 request.suspect = True
-                if request.phase is Phase.RUNNING and request not in self.suspects:
-                    insort(self.suspects, request)
 
-    def _plan_suspect(self, now: float) -> StepPlan | None:
-        """Plans the first suspect alone. One that finds no room goes back to the line and is met again there."""
-        suspect = self.suspects[0]
-        if plan := self.plan(now, only=suspect):
+    def _plan_suspects(self, now: float) -> StepPlan | None:
+        """Plans the first suspects and nobody else. If none finds room, the first goes back to the line."""
+        if plan := self.plan(now, only=self.suspects.lineup()):
             return plan
-        self._preempt(suspect)
+        self._preempt(self.suspects.lineup()[0])
         return self.plan(now)

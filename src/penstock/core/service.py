@@ -28,6 +28,8 @@ class Submission:
             ``priority_age_seconds`` of waiting.
         task: "generate", or how the vector is pooled that is wanted instead of tokens; ``params`` then say nothing.
         tenant, adapter: KV blocks are shared only within the same pair.
+        emitted: of a request that another engine has begun: the tokens each sample has so far, or None for one that has
+            ended. They are not told again, and the rest is what it would have been. Empty for a new request.
     """
 
     id: str
@@ -38,6 +40,13 @@ class Submission:
     task: Task = "generate"
     tenant: str = ""
     adapter: str = ""
+    emitted: tuple[tuple[int, ...] | None, ...] = ()
+
+    @property
+    def unfinished(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(sample, tokens it has so far) of the samples that are to be computed."""
+        emitted = self.emitted or ((),) * self.params.n
+        return [(sample, tokens) for sample, tokens in enumerate(emitted) if tokens is not None]
 
 
 class Abort(NamedTuple):
@@ -82,6 +91,8 @@ class Counters:
     Attributes:
         prefix_hit_tokens: positions found rather than computed, those found again after a preemption included.
         copies: blocks copied because a sample was about to write to a shared one.
+        restarts, bad_frames: of an engine in another process: times it was started again, and frames from it that could
+            not be read.
     """
 
     steps: int = 0
@@ -91,6 +102,8 @@ class Counters:
     preemptions: int = 0
     copies: int = 0
     failed_steps: int = 0
+    restarts: int = 0
+    bad_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +137,15 @@ class Service(Protocol):
         ...
 
     def status(self) -> Status: ...
+
+    @property
+    def alive(self) -> bool:
+        """It can compute now."""
+        ...
+
+    def close(self) -> None:
+        """Ends what is running; each sample still gets its last update."""
+        ...
 
 
 def duplicate_id(id: str) -> InvalidRequest:

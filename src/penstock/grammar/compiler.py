@@ -28,6 +28,7 @@ from penstock.grammar.schema import (
     readings,
     references,
 )
+from penstock.grammar.tags import tags_grammar
 from penstock.grammar.tokens import TokenTable
 from penstock.grammar.validation import InstanceCheck
 from penstock.spec import StructuredOutputs
@@ -107,6 +108,8 @@ def _compile(wanted: StructuredOutputs, table: TokenTable) -> Grammar:
             return _from_schema(json.loads(str(wanted.json)), table, compact=wanted.disable_any_whitespace)
         case "json_object":
             return _from_schema({"type": "object"}, table, compact=wanted.disable_any_whitespace)
+        case "structural_tag":
+            return _from_tags(json.loads(str(wanted.structural_tag)), table)
     source, code, what = _source(wanted)
     try:
         return Grammar(source, table)
@@ -180,6 +183,19 @@ def _from_schema(schema: Any, table: TokenTable, *, compact: bool) -> Grammar:
         errors[-1],
         fix="simplify the named part, or check that any JSON can satisfy it",
     )
+
+
+def _from_tags(tags: Any, table: TokenTable) -> Grammar:
+    schemas = [structure["schema"] for structure in tags["structures"]]
+    for schema in [*schemas, tags.get("answer", True)]:
+        _vet(schema)
+    values = tuple(value for schema in schemas for value in hints(schema))
+    try:
+        source = LLMatcher.grammar_from_lark(tags_grammar(tags, table))
+        return Grammar(source, table, is_json=bool(tags.get("at_least")), hints=values)
+    except ValueError as error:
+        fix = "simplify the named part of the schema; the form in which it must hold knows less than a schema alone"
+        raise _refusal("unsupported_schema", "A schema of these tools cannot be compiled", error, fix=fix) from None
 
 
 def _vet(schema: Any) -> None:

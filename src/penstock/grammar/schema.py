@@ -73,6 +73,14 @@ def readings(schema: Schema, *, compact: bool) -> Iterator[Reading]:
         yield Reading(_grammar(plain, compact, wider=True), exact=False)
 
 
+def exact(schema: Schema) -> Schema:
+    """A schema to be read in another grammar, as its first reading is."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    plain = rewrite(schema, _Same(old_refs=is_old_dialect(schema)).rewrite)
+    return plain | {"x-guidance": {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}}
+
+
 def hints(schema: Schema) -> tuple[bytes, ...]:
     """JSON values that the schema speaks of, as texts: its names, constants, bounds and words of its patterns."""
     found: dict[bytes, None] = {}

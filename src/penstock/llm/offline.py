@@ -111,6 +111,8 @@ class LLM:
         Args:
             lora_request: only None in this build.
             chat_template: Jinja source to use instead of the model's own.
+            tools: functions the model may call, as OpenAI's API has them. Calls are in the output's text as the model
+                writes them; ``engine.formats.parser`` reads them.
             chat_template_kwargs: variables for the template; those it does not read are ignored.
         """
         _refuse_lora(lora_request)

@@ -35,6 +35,7 @@ from penstock.spec import (
 from penstock.text import Delta
 
 T = TypeVar("T")
+Admit = Callable[[int], None]
 
 
 class AsyncLLM:
@@ -43,14 +44,18 @@ class AsyncLLM:
     Requests without a seed get a random one.
 
     Args:
-        engine: a configuration to build from, or an engine that was built; the bundled model by default.
+        engine: a configuration to build from, or an engine that was built; the bundled model by default. Of another
+            AsyncLLM, whose event loop then must run, the same engine.
+        tenant: whose requests these are; cached prefixes are shared within one.
     """
 
-    def __init__(self, engine: EngineConfig | Assembled | None = None) -> None:
+    def __init__(self, engine: EngineConfig | Assembled | AsyncLLM | None = None, tenant: str = "") -> None:
+        self._mailbox: _Mailbox | None = None
+        if isinstance(engine, AsyncLLM):
+            self._mailbox, engine = engine._current_mailbox(), engine.engine
         built = build_engine(engine or EngineConfig()) if engine is None or isinstance(engine, EngineConfig) else engine
         # Ids of 128 random bits: numbers could be ids that callers have chosen for requests of their own.
-        self._requests = Requests(built, lambda: secrets.randbits(64), lambda: secrets.token_hex(16))
-        self._mailbox: _Mailbox | None = None
+        self._requests = Requests(built, lambda: secrets.randbits(64), lambda: secrets.token_hex(16), tenant)
 
     @property
     def engine(self) -> Assembled:
@@ -172,9 +177,17 @@ class AsyncLLM:
         return vectors.embedded(job)
 
     async def embed_all(
-        self, prompts: Sequence[Prompt], pooling_params: PoolingParams | None = None, priority: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        priority: int = 0,
+        *,
+        admit: Admit | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """As ``embed``, for several prompts. All are checked before the first is started.
+
+        Args:
+            admit: is told of how many tokens they are before the first is started, and may raise.
 
         Raises:
             PenstockError: a request was refused, or the first that failed.
@@ -183,7 +196,7 @@ class AsyncLLM:
         jobs = await asyncio.to_thread(
             lambda: [vectors.embedding(prompt, pooling_params, priority=priority) for prompt in prompts]
         )
-        await self._collect(jobs)
+        await self._collect(jobs, admit)
         return [vectors.embedded(job) for job in jobs]
 
     async def score(
@@ -192,15 +205,17 @@ class AsyncLLM:
         text_2: str | Sequence[str],
         pooling_params: PoolingParams | None = None,
         priority: int = 0,
+        *,
+        admit: Admit | None = None,
     ) -> list[ScoringRequestOutput]:
-        """As ``LLM.score``. Cancelling the task aborts the requests.
+        """As ``LLM.score``. Cancelling the task aborts the requests. ``admit`` as for ``embed_all``.
 
         Raises:
             PenstockError: a request was refused, or the first that failed.
         """
         vectors = Vectors(self._requests)
         pairs = await asyncio.to_thread(vectors.pairs, text_1, text_2, pooling_params, priority)
-        await self._collect([job for pair in pairs for job in pair.jobs])
+        await self._collect([job for pair in pairs for job in pair.jobs], admit)
         return [vectors.scored(pair) for pair in pairs]
 
     async def abort(self, request_id: str) -> None:
@@ -261,12 +276,15 @@ class AsyncLLM:
             self._mailbox = _Mailbox(loop)
         return self._mailbox
 
-    async def _collect(self, jobs: Iterable[VectorJob]) -> None:
+    async def _collect(self, jobs: Iterable[VectorJob], admit: Admit | None = None) -> None:
         """Submits jobs and waits for all of them."""
+        jobs = list(dict.fromkeys(jobs))
+        if admit is not None:
+            admit(sum(job.num_tokens for job in jobs))
         mailbox, news = self._current_mailbox(), asyncio.Queue[Update]()
         service, unfinished = self.engine.service, dict[str, VectorJob]()
         try:
-            for job in dict.fromkeys(jobs):
+            for job in jobs:
                 service.submit(job.submission, lambda update: mailbox.post(news, update))
                 unfinished[job.submission.id] = job
             while unfinished:

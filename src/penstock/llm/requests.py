@@ -25,6 +25,7 @@ from penstock.text import (
     with_rule_ids,
     with_thinking_ids,
 )
+from penstock.text.parsers.described import described
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...} and whatever else the model's chat template reads."""
@@ -119,14 +120,20 @@ class Requests:
     """Checks, tokenizes and names the requests of one engine.
 
     Args:
+        tenant: whose they are; cached prefixes are shared within one.
         next_seed, next_id: for requests that bring none of their own. Where callers may bring ids, a new one must be
             such that no caller has chosen it; by default they are numbers.
     """
 
     def __init__(
-        self, engine: Assembled, next_seed: Callable[[], int], next_id: Callable[[], str] | None = None
+        self,
+        engine: Assembled,
+        next_seed: Callable[[], int],
+        next_id: Callable[[], str] | None = None,
+        tenant: str = "",
     ) -> None:
         self.engine = engine
+        self._tenant = tenant
         self._next_seed, self._next_id = next_seed, next_id or map(str, count()).__next__
         self._longest = cast(int, engine.config.max_model_len)  # filled in by assemble.resolve
         self._max_chars = max(1 << 20, 64 * self._longest)
@@ -150,7 +157,11 @@ class Requests:
     def tokenize_chat(
         self, messages: Sequence[Message], template: ChatTemplate | None = None, **options: Any
     ) -> TokensPrompt:
-        """Raises InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises."""
+        """To a template that has no place for tools they are told in a system message.
+
+        Raises:
+            InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises.
+        """
         template = template or self.engine.chat
         if template is None:
             raise InvalidRequest(
@@ -158,6 +169,8 @@ class Requests:
                 f"The model {self.engine.name} has no chat template",
                 fix="send a plain prompt, or start with chat_template=FILE",
             )
+        if not template.reads_tools and (calls := self.engine.formats.calls) is not None:
+            messages = described(messages, options.pop("tools", None) or (), calls.shape)
         chat = template.apply(self.engine.tokenizer, messages, **options)
         return TokensPrompt(prompt_token_ids=chat.token_ids, prompt=chat.text)
 
@@ -229,6 +242,7 @@ class Requests:
             seed=(self._next_seed() if params.seed is None else params.seed) % 2**64,
             priority=priority,
             task=task,
+            tenant=self._tenant,
         )
 
     def submit(self, job: Job, sink: Callable[[Job, Update], None]) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 ROOT = Path("/")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+NO_LIMIT = 1 << 60
+"""Bytes from which control groups (v1) mean that there is no limit."""
 KEPT = 128 << 20
 MAX_MMAP_THRESHOLD = 32 << 20  # glibc accepts no more
 
@@ -23,6 +25,14 @@ def cpu_count(root: Path = ROOT) -> int:
         if quota > 0 and period > 0:
             allowed = min(allowed, max(1, math.ceil(quota / period)))
     return allowed
+
+
+def group_limits(root: Path = ROOT) -> tuple[float | None, int | None]:
+    """(processors, bytes) that the tightest of the control groups allow; None where none says."""
+    quotas = [quota / period for quota, period in map(_quota, groups(root, "cpu")) if quota > 0 and period > 0]
+    named = (group / name for group in groups(root, "memory") for name in ("memory.max", "memory.limit_in_bytes"))
+    sizes = [size for path in named if (size := _number(path)) is not None and size < NO_LIMIT]
+    return min(quotas, default=None), min(sizes, default=None)
 
 
 def keep_freed_memory() -> None:

@@ -40,7 +40,7 @@ class LocalService:
                 raise self._fault or EngineError("engine_closed", "The engine was closed", fix="make a new one")
             if submission.id in self._sinks:
                 raise duplicate_id(submission.id)
-            self._sinks[submission.id] = (sink, set(range(submission.params.n)))
+            self._sinks[submission.id] = (sink, {sample for sample, _ in submission.unfinished})
         self._engine.post(submission)
         self._wake.set()
 

@@ -25,6 +25,7 @@ from penstock.serving.database import StoredFile
 from penstock.serving.edge import off_loop, parse
 from penstock.serving.errors import HTTPError, body_of, internal_error, log_fault
 from penstock.serving.files import write
+from penstock.serving.gate import Caller, current
 from penstock.serving.limits import MAX_BATCH_LINES, MAX_BODY_BYTES, MAX_COMPLAINTS
 from penstock.serving.schemas import GenerationRequest, ModelRequest
 from penstock.serving.store import Store
@@ -42,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class Answerer:
     """What may stand in a batch: the requests of a path, and the answer to one that is not streamed."""
 
     decode: Callable[[bytes], ModelRequest]
@@ -61,8 +62,8 @@ class BatchLine(msgspec.Struct, kw_only=True):
 class Run:
     """One batch, from the state in which it is found to its end."""
 
-    def __init__(self, store: Store, batch: Batch, context: Context, endpoint: Endpoint, wake: asyncio.Event) -> None:
-        self.store, self.batch, self.context, self.endpoint, self.wake = store, batch, context, endpoint, wake
+    def __init__(self, store: Store, batch: Batch, context: Context, answerer: Answerer, wake: asyncio.Event) -> None:
+        self.store, self.batch, self.context, self.answerer, self.wake = store, batch, context, answerer, wake
 
     async def all(self) -> None:
         try:
@@ -137,11 +138,12 @@ class Run:
         """The same file gets the same answers whenever it is sent, so that a line's seed and ids are made of both."""
         digest = blake2b(f"{sha256}:{line.number}".encode(), digest_size=16).digest()
         seed, name = int.from_bytes(digest[:8], "little") >> 1, digest.hex()
+        current.set(Caller(self.context.gate, name, tenant=self.batch.tenant, booked=False))
         while True:
             try:
                 body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
-                asked = await off_loop(len(body), partial(self.endpoint.decode, body))
-                return self._done(line, name, 200, await self.endpoint.answer(self._behind(asked, seed), self.context))
+                asked = await off_loop(len(body), partial(self.answerer.decode, body))
+                return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), self.context))
             except PenstockError as error:
                 if error.status in (429, 503):  # not the line's fault: it comes again, in this process or the next
                     await asyncio.sleep(RETRY_SECONDS)

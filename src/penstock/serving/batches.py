@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.base import Unavailable
-from penstock.serving.batch_run import Endpoint, Run
+from penstock.serving.batch_run import Answerer, Run
 from penstock.serving.batch_table import LIVE, Batch, Complaint
 from penstock.serving.context import Context
 from penstock.serving.errors import HTTPError
@@ -103,11 +103,11 @@ class Batches:
 
     Args:
         folder: of the store; made when the first file comes, so that a server that never sees one writes nothing.
-        endpoints: by path.
+        answerers: by path.
     """
 
-    def __init__(self, context: Context, folder: Path, endpoints: Mapping[str, Endpoint]) -> None:
-        self.context, self.folder, self.endpoints = context, folder, endpoints
+    def __init__(self, context: Context, folder: Path, answerers: Mapping[str, Answerer]) -> None:
+        self.context, self.folder, self.answerers = context, folder, answerers
         self._store: Store | None = None
         self._wake = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -137,8 +137,8 @@ class Batches:
 
     async def create(self, asked: BatchRequest, tenant: str) -> BatchObject:
         """Raises HTTPError: (invalid_parameter), (file_not_found)."""
-        if asked.endpoint not in self.endpoints:
-            why = f"it must be one of {', '.join(sorted(self.endpoints))}"
+        if asked.endpoint not in self.answerers:
+            why = f"it must be one of {', '.join(sorted(self.answerers))}"
             raise HTTPError("invalid_parameter", "endpoint cannot be used", why=why, param="endpoint")
         store, now = await self.store(), int(time.time())
         await asyncio.to_thread(store.file, tenant, asked.input_file_id)
@@ -182,7 +182,7 @@ class Batches:
                 await self._wake.wait()
                 continue
             try:
-                await Run(self._store, batches[0], self.context, self.endpoints[batches[0].endpoint], self._wake).all()
+                await Run(self._store, batches[0], self.context, self.answerers[batches[0].endpoint], self._wake).all()
             except Exception:  # a full disk, say: the batch is tried again, and the others wait
                 _log.exception("batch %s cannot go on", batches[0].id)
                 await asyncio.sleep(RETRY_SECONDS)

@@ -2,73 +2,97 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
-from penstock.serving.context import Context, Generation
-from penstock.serving.errors import unsupported
-from penstock.serving.logprobs import chat_logprobs
-from penstock.serving.schemas import (
+import msgspec
+
+from penstock.serving.chat_schemas import (
     AssistantMessage,
+    CallPiece,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
-    ChatLogprobs,
-    ChatMessage,
-    ChatRequest,
-    Usage,
+    FunctionPiece,
 )
+from penstock.serving.context import Context
+from penstock.serving.dialogue import Dialogue, template_variables
+from penstock.serving.errors import unsupported
+from penstock.serving.logprobs import chat_logprobs
+from penstock.serving.schemas import ChatLogprobs, ChatMessage, ChatRequest, Usage
+from penstock.serving.tools import offer_of
 from penstock.text import Delta
+from penstock.text.parsers import Arguments, CallDropped, CallStart, Content, Event, Reasoning
 
 
 class ChatTask:
     """One request: its conversation rendered and tokenized, ready to be answered whole or in chunks."""
 
-    def __init__(self, request: ChatRequest, generation: Generation) -> None:
-        self.request, self.generation = request, generation
+    def __init__(self, request: ChatRequest, dialogue: Dialogue) -> None:
+        self.request, self.dialogue, self.generation = request, dialogue, dialogue.generation
 
     @classmethod
     async def prepare(cls, request: ChatRequest, context: Context) -> ChatTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
-        params = request.sampling_params(context.llm.engine.recommended)
-        await context.llm.compile(params)
-        prompt = await context.llm.tokenize_chat(messages_of(request))
-        identifier = f"chatcmpl-{uuid.uuid4().hex}"
-        return cls(request, Generation(context, identifier, [prompt], params, request.priority or 0))
+        engine = context.llm.engine
+        going_on = bool(request.continue_final_message)
+        dialogue = await Dialogue.prepare(
+            context,
+            f"chatcmpl-{uuid.uuid4().hex}",
+            messages_of(request),
+            request.sampling_params(engine.recommended),
+            await asyncio.to_thread(offer_of, request.tools, request.tool_choice, request.parallel_tool_calls),
+            priority=request.priority or 0,
+            variables=template_variables(engine.chat, request.chat_template_kwargs, request.reasoning_effort),
+            add_generation_prompt=not going_on
+            if request.add_generation_prompt is None
+            else request.add_generation_prompt,
+            continue_final_message=going_on,
+        )
+        return cls(request, dialogue)
 
     async def whole(self) -> ChatCompletion:
         choices: dict[int, ChatChoice] = {}
-        async with aclosing(self.generation.deltas()) as news:
-            async for index, delta in news:
-                logprobs = self._logprobs(delta)
-                message = AssistantMessage(delta.text)
-                new = ChatChoice(index, message, logprobs, delta.finish_reason, delta.stop_reason)
+        events: dict[int, list[Event]] = {}
+        async with aclosing(self.dialogue.said()) as news:
+            async for index, said in news:
+                delta, logprobs = said.delta, self._logprobs(said.delta)
+                events.setdefault(index, []).extend(said.events)
+                new = ChatChoice(index, AssistantMessage(None), logprobs, said.finish_reason, delta.stop_reason)
                 if (choice := choices.setdefault(index, new)) is not new:
-                    choice.message.content += delta.text
-                    choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+                    choice.finish_reason, choice.stop_reason = said.finish_reason, delta.stop_reason
                     if choice.logprobs is not None and logprobs is not None:
                         choice.logprobs.content += logprobs.content
+        for index, choice in choices.items():
+            choice.message = message_of(events[index])
         ordered = [choices[index] for index in sorted(choices)]
-        return self._completion("chat.completion", ordered, self.generation.usage())
+        return self._completion("chat.completion", ordered, self.dialogue.usage())
 
     async def chunks(self) -> AsyncGenerator[object, None]:
-        """The role first; then text; the reason it ended comes with an empty delta."""
+        """The role first; then what is said, thought and called; the reason it ended comes with an empty delta."""
         started: set[int] = set()
-        async with aclosing(self.generation.deltas()) as news:
-            async for index, delta in news:
+        async with aclosing(self.dialogue.said()) as news:
+            async for index, said in news:
                 if index not in started:
                     started.add(index)
                     yield self._chunk(ChatChunkChoice(index, ChatDelta(role="assistant", content=""), None, None))
-                if delta.text or delta.logprobs:
-                    logprobs = self._logprobs(delta)
-                    yield self._chunk(ChatChunkChoice(index, ChatDelta(content=delta.text), logprobs, None))
-                if delta.finish_reason is not None:
-                    ended = ChatChunkChoice(index, ChatDelta(), None, delta.finish_reason, delta.stop_reason)
-                    yield self._chunk(ended)
+                logprobs = self._logprobs(said.delta)
+                pieces = deltas_of(said.events)
+                if not pieces and logprobs is not None and logprobs.content:
+                    pieces = [ChatDelta(content="")]
+                for piece in pieces:
+                    yield self._chunk(ChatChunkChoice(index, piece, logprobs, None))
+                    logprobs = None if logprobs is None else ChatLogprobs([])
+                if said.finish_reason is not None:
+                    yield self._chunk(
+                        ChatChunkChoice(index, ChatDelta(), None, said.finish_reason, said.delta.stop_reason)
+                    )
         if self.request.usage_wanted():
-            yield self._completion("chat.completion.chunk", [], self.generation.usage())
+            yield self._completion("chat.completion.chunk", [], self.dialogue.usage())
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         tokenizer = self.generation.context.llm.engine.tokenizer
@@ -85,14 +109,50 @@ class ChatTask:
         return ChatCompletion(generation.id, kind, generation.created, generation.context.name, choices, *usage)
 
 
-def messages_of(request: ChatRequest) -> list[dict[str, str]]:
+def message_of(events: Sequence[Event]) -> AssistantMessage:
+    """All that was said, in one message. Calls that came to nothing are not in it: their text is content."""
+    content = "".join(event.text for event in events if isinstance(event, Content))
+    thoughts = "".join(event.text for event in events if isinstance(event, Reasoning))
+    calls: dict[int, CallPiece] = {}
+    for event in events:
+        match event:
+            case CallStart(i, identifier, name):
+                calls[i] = CallPiece(FunctionPiece("", name), id=identifier, type="function")
+            case Arguments(i, text):
+                calls[i].function.arguments += text
+            case CallDropped(i):
+                del calls[i]
+    message = AssistantMessage(content if content or not calls else None)
+    if thoughts:
+        message.reasoning_content = message.reasoning = thoughts
+    message.tool_calls = list(calls.values()) or msgspec.UNSET
+    return message
+
+
+def deltas_of(events: Sequence[Event]) -> list[ChatDelta]:
+    """Chunks' deltas in order. A call that came to nothing is not taken back: its text follows as content."""
+    deltas: list[ChatDelta] = []
+    for event in events:
+        match event:
+            case Content(text):
+                deltas.append(ChatDelta(content=text))
+            case Reasoning(text):
+                deltas.append(ChatDelta(reasoning_content=text, reasoning=text))
+            case CallStart(i, identifier, name):
+                piece = CallPiece(FunctionPiece("", name), i, identifier, "function")
+                deltas.append(ChatDelta(tool_calls=[piece]))
+            case Arguments(i, text):
+                deltas.append(ChatDelta(tool_calls=[CallPiece(FunctionPiece(text), i)]))
+    return deltas
+
+
+def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
     """Messages as templates read them: text parts joined by newlines, absent fields left out."""
-    return [_plain(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
+    return [plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
 
 
-def _plain(message: ChatMessage, place: str) -> dict[str, str]:
-    if message.tool_calls:
-        raise unsupported(f"{place}.tool_calls")
+def plain_message(message: ChatMessage, place: str) -> dict[str, Any]:
+    """One message; ``place`` names it in errors. Raises HTTPError: (unsupported_parameter)."""
     content = message.content
     if isinstance(content, list):
         for i, part in enumerate(content):
@@ -101,5 +161,17 @@ def _plain(message: ChatMessage, place: str) -> dict[str, str]:
                     f"{place}.content[{i}].type", what="Only text parts of a message are supported by this server"
                 )
         content = "\n".join(part.text or "" for part in content)
-    plain = {"role": message.role, "content": content or ""}
-    return plain | {"name": message.name} if message.name is not None else plain
+    plain: dict[str, Any] = {"role": message.role, "content": content or ""}
+    for name in ("name", "tool_call_id", "reasoning_content", "reasoning"):
+        if (value := getattr(message, name)) is not None:
+            plain[name] = value
+    if message.tool_calls:
+        plain["tool_calls"] = [_called(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)]
+    return plain
+
+
+def _called(call: Any, place: str) -> dict[str, Any]:
+    if call.type != "function":
+        raise unsupported(f"{place}.type", what="Only calls of type function are supported by this server")
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    return {"id": call.id, "type": "function", "function": function}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -12,8 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from penstock.base import PenstockError, Unavailable
 from penstock.llm import AsyncLLM, TokensPrompt
 from penstock.serving.errors import HTTPError
+from penstock.serving.gate import Gate, current
 from penstock.serving.limits import MAX_CHOICES
 from penstock.serving.metrics import Metrics
+from penstock.serving.requestlog import RequestLog
+from penstock.serving.response_store import ResponseStore
 from penstock.serving.schemas import PromptTokensDetails, Usage
 from penstock.spec import SamplingParams
 from penstock.text import Delta
@@ -32,18 +36,24 @@ class Context:
         name: what clients call it.
         live: engine ids of the requests under way that generate.
         tasks: those that make vectors, or choose among samples.
+        responses: those that may be gone on from.
         draining: no new requests; the process is about to end.
-        batches: files of requests, answered when there is time; None where they are not served.
+        batches: files of requests, answered when there is time.
+        stop: set to begin that end.
     """
 
     llm: AsyncLLM
     metrics: Metrics
+    gate: Gate
     name: str
     created: int
+    log: RequestLog | None = None
     live: set[str] = field(default_factory=set)
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
+    responses: ResponseStore = field(default_factory=ResponseStore)
     draining: bool = False
-    batches: Batches | None = None
+    batches: Batches = field(init=False)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     def admit(self, model: str | None) -> None:
         """Refuses any model but this one, by its name or as the engine was given it, and everything while it ends."""
@@ -58,6 +68,11 @@ class Context:
                 param="model",
                 status=404,
             )
+
+    @property
+    def own_llm(self) -> AsyncLLM:
+        """The model as the caller's tenant sees it."""
+        return AsyncLLM(self.llm, current.get().tenant)
 
     async def until_aborted(self, work: Awaitable[T]) -> T:
         """Awaits work that ``abort_all`` cancels. Raises Unavailable: (shutting_down) it did."""
@@ -86,7 +101,12 @@ def shutting_down() -> Unavailable:
 
 
 def engine_stopped() -> Unavailable:
-    return Unavailable("engine_stopped", "The engine has stopped", fix="restart the server and report its log")
+    return Unavailable(
+        "engine_stopped",
+        "The engine is not running",
+        why="it stopped, or it died and is being started again",
+        fix="try again in some seconds; if it stays so, restart the server and report its log",
+    )
 
 
 @dataclass(slots=True)
@@ -134,49 +154,69 @@ class Generation:
 
         Choice ``i * choices + j`` is sample j of prompt i, or the one that came out as number j.
         """
+        self._charge()
         one = self._best if self.kept else self._one
         async with aclosing(merged([one(i) for i in range(len(self.prompts))])) as news:
             async for prompt, delta in news:
-                self.completion_tokens += len(delta.token_ids)
+                self._count(len(delta.token_ids))
                 yield prompt * self.choices + delta.index, delta
+
+    def _charge(self) -> None:
+        """All of it, before any of it is computed. Raises OverLimit, Unavailable."""
+        lengths = [len(prompt["prompt_token_ids"]) for prompt in self.prompts]
+        room = self.context.llm.engine.setup.limits.max_model_len - min(lengths)
+        completions = len(lengths) * self.params.n
+        current.get().charge(sum(lengths), completions, max(1, room), self.params.max_tokens)
+
+    def _count(self, tokens: int) -> None:
+        self.completion_tokens += tokens
+        current.get().completion_tokens += tokens
 
     async def _best(self, prompt: int) -> AsyncGenerator[Delta, None]:
         """Samples as a whole, those of the highest mean log-probability first."""
-        search = self.context.llm.best_of(self.prompts[prompt], self.params, f"{self.id}-{prompt}", self.priority)
+        search = self.context.own_llm.best_of(self.prompts[prompt], self.params, f"{self.id}-{prompt}", self.priority)
         outcome = await self.context.until_aborted(search)
         ranked = sorted(range(self.params.n), key=lambda i: -outcome.scores[i])
         for place, sample in enumerate([outcome.candidates[i] for i in ranked]):
             self.context.metrics.finished.labels(sample.finish_reason).inc()
+            current.get().finish = sample.finish_reason
             if place >= self.kept:
-                self.completion_tokens += len(sample.token_ids)  # drawn all the same
+                self._count(len(sample.token_ids))  # drawn all the same
                 continue
             logprobs = None if self.params.logprobs is None else sample.logprobs
             yield Delta(place, sample.text, sample.token_ids, logprobs, sample.finish_reason, sample.stop_reason)
 
     async def _one(self, prompt: int) -> AsyncGenerator[Delta, None]:
         metrics, engine_id = self.context.metrics, f"{self.id}-{prompt}"
-        started = time.perf_counter()
+        started, caller = time.perf_counter(), current.get()
         latest: dict[int, float] = {}
+        lengths: Counter[int] = Counter()
         unfinished, cached, reason = self.params.n, 0, "abort"
         self.context.live.add(engine_id)
         try:
-            stream = self.context.llm.stream(self.prompts[prompt], self.params, engine_id, self.priority)
+            stream = self.context.own_llm.stream(self.prompts[prompt], self.params, engine_id, self.priority)
             async with aclosing(stream):
                 async for delta in stream:
                     now = time.perf_counter()
+                    lengths[delta.index] += len(delta.token_ids)
                     if delta.token_ids:
                         if (before := latest.get(delta.index)) is None:
                             metrics.first_token.observe(now - started)
+                            caller.first_token = caller.first_token or time.monotonic()
                         else:
                             metrics.between.observe((now - before) / len(delta.token_ids))
                         latest[delta.index] = now
                     self.cached_tokens += delta.num_cached_tokens - cached
+                    caller.cached_tokens = self.cached_tokens
                     cached = delta.num_cached_tokens
                     if delta.finish_reason is not None:
                         if delta.finish_reason == "abort":
                             raise shutting_down()
                         unfinished -= 1
+                        if self.params.max_tokens is None:
+                            self.context.gate.admission.completed(lengths[delta.index])
                         metrics.finished.labels(delta.finish_reason).inc()
+                        caller.finish = delta.finish_reason
                         metrics.whole.observe(now - started)
                     yield delta
         except PenstockError:
@@ -185,6 +225,8 @@ class Generation:
         finally:
             self.context.live.discard(engine_id)
             metrics.finished.labels(reason).inc(unfinished)
+            if unfinished:
+                caller.finish = reason
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -10,14 +10,27 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from penstock.serving.context import Context
 from penstock.serving.errors import HTTPError, error_response, internal_error
-from penstock.serving.limits import BODY_SECONDS, INLINE_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_HEADERS
+from penstock.serving.gate import Caller, current
+from penstock.serving.limits import (
+    BODY_SECONDS,
+    INLINE_BYTES,
+    MAX_BODY_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    MAX_JSON_DEPTH,
+)
 
 T = TypeVar("T")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+PROBES = frozenset({"live", "ready", "health", "metrics", "status"})
+"""First parts of paths that are asked for all the time."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _PORT = re.compile(r":\d{0,5}$")
@@ -28,13 +41,15 @@ class Edge:
     """Wraps the whole application.
 
     Args:
+        context: its gate knows who is asking, and who has no good key gets no further than here; its log has a line for
+            each request but probes that were answered.
         hosts: names a Host header may carry, without port; None for any. A server on loopback needs the list:
             a web page can point its own name at 127.0.0.1 (DNS rebinding) but cannot forge this header.
-        count: called with (path, status) of each response.
+        public: paths that need no key.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, count: Callable[[str, int], None]) -> None:
-        self.app, self.hosts, self.count = app, hosts, count
+    def __init__(self, app: ASGIApp, context: Context, *, hosts: frozenset[str] | None, public: frozenset[str]) -> None:
+        self.app, self.context, self.hosts, self.public = app, context, hosts, public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,28 +57,42 @@ class Edge:
             return
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         request_id = _request_id(headers)
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        caller = self.context.gate.caller(headers, request_id)
+        current.set(caller)
+        started = 0
 
         async def send_named(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode("ascii"))]
-                self.count(scope["path"], message["status"])
+                started = message["status"]
+                own = [(b"x-request-id", request_id.encode("ascii"))]
+                if self.context.draining:  # a client shall not come back on a connection that is about to end
+                    own.append((b"connection", b"close"))
+                message["headers"] = [*message["headers"], *own]
+                self.context.metrics.count(scope["path"], message["status"])
             await send(message)
 
         try:
             self._admit(headers)
+            if scope["path"] not in self.public:
+                caller.require("inference")
+            await self.app(scope, receive, send_named)
         except HTTPError as error:
             await error_response(error)(scope, receive, send_named)
-            return
-        try:
-            await self.app(scope, receive, send_named)
         except Exception:
             _log.exception("request %s failed", request_id)
             if not started:
                 await error_response(internal_error())(scope, receive, send_named)
+        finally:
+            caller.leave()
+            self._note(caller, scope["path"], started or 499)
+
+    def _note(self, caller: Caller, path: str, status: int) -> None:
+        """Puts a request that has ended into the books. 499: its client was gone before it was answered (nginx)."""
+        self.context.metrics.account(caller, status)
+        probe = not PROBES.isdisjoint(path.split("/", 2)[1:2])
+        if self.context.log is not None and (not probe or status in (401, 403)):
+            self.context.log.add(caller, path, status)
 
     def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) for name, value in headers)
@@ -73,6 +102,13 @@ class Edge:
                 "The request carries too many headers",
                 why=f"{len(headers)} headers of {size} bytes; at most {MAX_HEADERS} of {MAX_HEADER_BYTES}",
                 status=431,
+            )
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            raise HTTPError(  # of two lengths a proxy may believe the other (request smuggling, RFC 9112, 6.1)
+                "ambiguous_length",
+                "The body has two lengths",
+                why="both Content-Length and Transfer-Encoding are given",
+                fix="send one of them",
             )
         named = [value.decode("latin-1").lower() for name, value in headers if name == b"host"]
         if self.hosts is not None and (len(named) != 1 or _PORT.sub("", named[0]) not in self.hosts):
@@ -142,6 +178,17 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
     return work() if size <= INLINE_BYTES else await asyncio.to_thread(work)
 
 
+def nested_too_deeply(body: bytes) -> bool:
+    """Whether JSON has more than MAX_JSON_DEPTH brackets open at a time. Told before anything recurses."""
+    if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
+        return False
+    text = np.frombuffer(body.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8)
+    steps = ((text == ord("[")) | (text == ord("{"))).astype(np.int8)
+    steps -= (text == ord("]")) | (text == ord("}"))
+    steps[np.bitwise_xor.accumulate(text == ord('"'))] = 0  # between quotes they are text
+    return int(np.cumsum(steps, dtype=np.int32).max()) > MAX_JSON_DEPTH
+
+
 _PATH = re.compile(r"^(?P<text>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _PLAIN = re.compile(r"(Expected `[^`]{1,80}`( (<=|>=|<|>) [-\d.]+| of length (<=|>=) \d+)?(, got `[^`]{1,40}`)?)")
@@ -154,6 +201,9 @@ def parse(body: bytes, shape: type[T]) -> T:
         HTTPError: (invalid_json) not JSON, or nested too deeply; (invalid_parameter) a field that is missing,
             of the wrong type or out of its range, named.
     """
+    if nested_too_deeply(body):
+        why = f"more than {MAX_JSON_DEPTH} brackets within brackets"
+        raise HTTPError("invalid_json", "The body is nested too deeply", why=why, fix="flatten it")
     try:
         return msgspec.json.decode(body, type=shape)
     except msgspec.ValidationError as error:
@@ -171,5 +221,3 @@ def parse(body: bytes, shape: type[T]) -> T:
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise HTTPError("invalid_json", "The body is not valid JSON", fix="check quotes, commas and UTF-8") from None
-    except RecursionError:
-        raise HTTPError("invalid_json", "The body is nested too deeply", fix="flatten it") from None

@@ -6,17 +6,19 @@ A client sees texts that were written for it: those of PenstockError. The text o
 from __future__ import annotations
 
 import logging
+import random
 import re
+from math import ceil
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from penstock.base import InvalidRequest, PenstockError
+from penstock.base import InvalidRequest, PenstockError, Unavailable
 from penstock.serving.limits import MAX_ERROR_CHARS
 
-_TYPES = {429: "rate_limit_error", 503: "overloaded_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "overloaded_error"}
 _log = logging.getLogger(__name__)
 _PARAMETER = re.compile(r"(\w+) = ")
 
@@ -81,7 +83,11 @@ def param_of(error: PenstockError) -> str | None:
 
 
 def error_response(error: PenstockError) -> Response:
-    headers = {"retry-after": "1"} if error.status in (429, 503) else None
+    headers: dict[str, str] = {}
+    if isinstance(error, Unavailable):  # spread over a quarter more, so that those refused together come back apart
+        headers["retry-after"] = str(max(1, ceil(error.retry_after * random.uniform(1.0, 1.25))))
+    elif error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     return Response(msgspec.json.encode(body_of(error)), error.status, headers, "application/json")
 
 
@@ -107,7 +113,8 @@ async def on_http_exception(_: Request, error: Exception) -> Response:
     if error.status_code == 405:
         refusal = HTTPError("method_not_allowed", "This path does not take this method", fix="see Allow", status=405)
     else:
-        fix = "the API is /v1 with /completions, /chat/completions, /embeddings, /score, /rerank and /models"
+        paths = "/completions, /chat/completions, /responses, /messages, /embeddings, /score, /rerank and /models"
+        fix = f"the API is /v1 with {paths}"
         refusal = HTTPError("unknown_path", "There is nothing at this path", fix=fix, status=error.status_code)
     response = error_response(refusal)
     response.headers.update(error.headers or {})

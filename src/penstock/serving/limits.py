@@ -10,11 +10,20 @@ MAX_HEADER_BYTES = 32 << 10
 
 MAX_HEADERS = 64
 
+HEAD_SECONDS = 10.0
+"""A request's headers must have arrived after this long; of a new connection, counted from its start."""
+
+STALL_SECONDS = 60.0
+"""A client that has not taken what was sent to it for so long is cut off, and its request ends."""
+
 BODY_SECONDS = 30.0
 """A body must have arrived whole after this long."""
 
 INLINE_BYTES = 32 << 10
 """Bodies up to this size are parsed on the event loop; larger ones in a thread, so that nobody else waits."""
+
+MAX_JSON_DEPTH = 160
+"""Brackets within brackets. A schema may have 128 levels of its own."""
 
 MAX_PROMPTS = 256
 """Prompts in one request."""
@@ -27,11 +36,34 @@ MAX_CHOICES = 512
 
 MAX_MESSAGES = 2048
 MAX_MODEL_NAME = 512
+MAX_SHOWN = 50
+"""Requests in a status, the oldest."""
+
+MAX_TOOLS = 128
+"""Tools in one request, and calls in one message."""
+
+MAX_TOOL_CHARS = 256 << 10
+"""Of all tools of a request together, as JSON."""
+
+MAX_TOOL_DEPTH = 32
+"""How deep brackets may nest in one tool."""
+
+MAX_TEMPLATE_VARIABLES = 32
+MAX_TEMPLATE_VARIABLE = 4096
+"""Characters of one variable that a request sets in the chat template."""
+
+MAX_STORED_RESPONSES = 1024
+MAX_RESPONSE_BYTES = 64 << 20
+"""Of responses kept for those that follow them, with their conversations."""
+
 MAX_ERROR_CHARS = 600
 """An error message may quote what the client sent, but not all of it."""
 
 DRAIN_SECONDS = 30.0
 """After SIGTERM, running requests have this long to finish."""
+
+CLOSE_SECONDS = 5
+"""And then clients this long to read what was written for them."""
 
 MAX_CONNECTIONS = 4096
 """More are answered 503 at once."""

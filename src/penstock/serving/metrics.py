@@ -10,6 +10,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from penstock.core.service import Status
+from penstock.fleet import Admission
+from penstock.serving.gate import Caller
+from penstock.serving.requestlog import RequestLog
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _ITL = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
@@ -28,6 +31,8 @@ _COUNTERS = {
     "prefix_hit_tokens": ("penstock_prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
     "preemptions": ("penstock_preemptions", "Requests whose KV was given up and recomputed"),
     "failed_steps": ("penstock_failed_steps", "Steps that raised and were rolled back"),
+    "restarts": ("penstock_engine_restarts", "Times the engine process was started again"),
+    "bad_frames": ("penstock_bad_frames", "Frames from the engine process that could not be read"),
 }
 
 
@@ -47,6 +52,25 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(name, text, value=getattr(status.counters, field))
 
 
+class QueueCollector(Collector):
+    """What has been admitted and has not ended."""
+
+    def __init__(self, admission: Admission, log: RequestLog | None) -> None:
+        self.admission, self.log = admission, log
+
+    def collect(self) -> Iterator[Metric]:
+        if self.log is not None:
+            text = "Requests that the log has no line for"
+            yield CounterMetricFamily("penstock_log_lines_dropped", text, value=self.log.dropped)
+        values = (
+            ("penstock_queue_requests", "Requests admitted and not ended", self.admission.running),
+            ("penstock_queue_tokens", "Tokens charged for them", self.admission.held),
+            ("penstock_queue_tokens_limit", "Most tokens charged at a time", self.admission.budget),
+        )
+        for name, text, value in values:
+            yield GaugeMetricFamily(name, text, value=value)
+
+
 class Metrics:
     """Counters and histograms of the requests as clients see them, beside the engine's own."""
 
@@ -55,6 +79,8 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         registry.register(EngineCollector(status))
         self.responses = Counter("penstock_http_responses", "HTTP responses", ["path", "status"], registry=registry)
+        self.requests = Counter("penstock_tenant_requests", "Requests", ["tenant", "status"], registry=registry)
+        self.tokens = Counter("penstock_tenant_tokens", "Tokens", ["tenant", "kind"], registry=registry)
         self.finished = Counter("penstock_samples_finished", "Finished samples", ["reason"], registry=registry)
         self.first_token = _histogram("penstock_time_to_first_token_seconds", "Arrival to first token", _TTFT, registry)
         self.between = _histogram("penstock_inter_token_latency_seconds", "Token to next token", _ITL, registry)
@@ -63,6 +89,13 @@ class Metrics:
     def count(self, path: str, status: int) -> None:
         """Unknown paths share one label, so that a scanner cannot grow the registry."""
         self.responses.labels(path if path in self.paths else "other", str(status)).inc()
+
+    def account(self, caller: Caller, status: int) -> None:
+        """By tenant; of requests without a key nobody knows whose they are. There are as many series as tenants."""
+        if caller.key is not None and caller.visit is not None:
+            self.requests.labels(caller.tenant, str(status)).inc()
+            self.tokens.labels(caller.tenant, "prompt").inc(caller.prompt_tokens)
+            self.tokens.labels(caller.tenant, "completion").inc(caller.completion_tokens)
 
     def expose(self) -> bytes:
         return generate_latest(self.registry)

@@ -13,9 +13,11 @@ from msgspec import Meta
 
 from penstock.core.service import MAX_PRIORITY
 from penstock.serving.errors import HTTPError, unsupported
-from penstock.serving.limits import MAX_MESSAGES, MAX_MODEL_NAME, MAX_PROMPTS
+from penstock.serving.limits import MAX_MESSAGES, MAX_MODEL_NAME, MAX_PROMPTS, MAX_TOOLS
 from penstock.serving.structured import wanted_form
+from penstock.serving.tools import ToolSpec
 from penstock.spec import FinishReason, SamplingParams
+from penstock.spec.ranges import MAX_ID
 from penstock.spec.sampling import MAX_N, MAX_STOP_IDS, MAX_STOP_LENGTH
 
 Name = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
@@ -33,24 +35,18 @@ _HARMLESS: Harmless = {
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "prompt_logprobs": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 
 _CHAT_HARMLESS = _HARMLESS | {
-    "add_generation_prompt": (True,),
     "audio": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
-    "reasoning_effort": (),
     "store": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -119,6 +115,12 @@ class GenerationRequest(ModelRequest, kw_only=True):
         if self.stream_options is not None and not self.stream:
             raise _contradiction("stream_options", "stream")
 
+    def params(self, defaults: dict[str, Any], **own: int | None) -> SamplingParams:
+        """Of what all such requests share, and what each kind has of its ``own``; None leaves a field open."""
+        asked = {name: getattr(self, name) for name in _SHARED} | own
+        asked["structured_outputs"] = wanted_form({name: getattr(self, name) for name in _FORMS})
+        return SamplingParams(**defaults | {name: value for name, value in asked.items() if value is not None})
+
     def usage_wanted(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -126,7 +128,12 @@ class GenerationRequest(ModelRequest, kw_only=True):
 class CompletionRequest(GenerationRequest, kw_only=True):
     """POST /v1/completions"""
 
-    HARMLESS: ClassVar[Harmless] = _HARMLESS | {"prompt_embeds": (), "suffix": ("",)}
+    HARMLESS: ClassVar[Harmless] = _HARMLESS | {
+        "prompt_embeds": (),
+        "suffix": ("",),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+    }
 
     prompt: Texts
     logprobs: int | None = None
@@ -150,7 +157,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def sampling_params(self, recommended: Mapping[str, Any]) -> SamplingParams:
         """``recommended``: by the model, for what the request leaves open; where it says nothing, 16 tokens."""
-        return _params(self, {"max_tokens": 16, **recommended}, max_tokens=self.max_tokens, logprobs=self.logprobs)
+        return self.params({"max_tokens": 16, **recommended}, max_tokens=self.max_tokens, logprobs=self.logprobs)
 
 
 Texts = str | list[str | int | list[int]]
@@ -179,11 +186,25 @@ class ContentPart(msgspec.Struct):
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
+class CalledFunction(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str = "{}"
+
+
+class PastCall(msgspec.Struct, kw_only=True):
+    id: Name
+    function: CalledFunction
+    type: str = "function"
+
+
 class ChatMessage(msgspec.Struct, kw_only=True):
     role: str  # one of ROLES; as a Literal, its error would not say which there are
     content: str | list[ContentPart] | None = None
     name: Name | None = None
-    tool_calls: list[Any] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: Annotated[list[PastCall], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Name | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -192,7 +213,14 @@ class ChatRequest(GenerationRequest, kw_only=True):
     HARMLESS: ClassVar[Harmless] = _CHAT_HARMLESS
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
+    tools: list[ToolSpec] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
@@ -211,8 +239,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     def sampling_params(self, recommended: Mapping[str, Any]) -> SamplingParams:
         """As for completions; as many tokens as the context holds, unless the request or the model says less."""
-        return _params(
-            self,
+        return self.params(
             {"max_tokens": None, **recommended},
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
@@ -231,13 +258,6 @@ _SHARED = (
 ).split()
 
 _FORMS = "response_format structured_outputs guided_json guided_regex guided_choice guided_grammar".split()
-
-
-def _params(request: GenerationRequest, defaults: dict[str, Any], **own: int | None) -> SamplingParams:
-    """Of what the two kinds of requests share, and what each has of its ``own``; None leaves a field open."""
-    asked = {name: getattr(request, name) for name in _SHARED} | own
-    asked["structured_outputs"] = wanted_form({name: getattr(request, name) for name in _FORMS})
-    return SamplingParams(**defaults | {name: value for name, value in asked.items() if value is not None})
 
 
 _LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "service_tier", "user"}
@@ -264,11 +284,16 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int = 0
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -313,44 +338,6 @@ class TokenLogprob(msgspec.Struct):
 class ChatLogprobs(msgspec.Struct):
     content: list[TokenLogprob]
     refusal: None = None
-
-
-class AssistantMessage(msgspec.Struct):
-    content: str
-    role: str = "assistant"
-    refusal: None = None
-
-
-class ChatChoice(msgspec.Struct):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None = None
-
-
-class ChatDelta(msgspec.Struct, omit_defaults=True):
-    role: str | None = None
-    content: str | None = None
-
-
-class ChatChunkChoice(msgspec.Struct):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None = None
-
-
-class ChatCompletion(msgspec.Struct):
-    """Also each chunk of its stream, with ChatChunkChoice."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[ChatChoice] | list[ChatChunkChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Model(msgspec.Struct):

@@ -13,12 +13,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.base import ConfigError
 from penstock.llm import AsyncLLM
+from penstock.serving.admin import build_admin
 from penstock.serving.app import build_app
+from penstock.serving.context import Context
 from penstock.serving.edge import LOOPBACK
-from penstock.serving.limits import DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
+from penstock.serving.gate import Gate
+from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
+from penstock.serving.protocol import Connection
+from penstock.serving.requestlog import RequestLog
 
 DEFAULT_PORT = 8000
 _PORTS_TRIED = 100
@@ -82,53 +88,68 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(llm: AsyncLLM, bound: socket.socket, announce: Callable[[], None], store: Path | None = None) -> None:
-    """Answers until SIGTERM or Ctrl-C; calls ``announce`` once it does.
-
-    Then no connection is accepted, running requests have DRAIN_SECONDS to finish, and what is left is aborted
-    and told so. A second Ctrl-C ends at once.
+def check_access(gate: Gate, *, public: bool, admin: bool) -> None:
+    """Refuses to serve everybody by accident.
 
     Args:
-        store: folder of uploaded files and batches. Batches that an earlier process left go on.
-    """
-    own_names = LOOPBACK | {bound.getsockname()[0]} if is_loopback(bound) else None
-    app, context = build_app(llm, hosts=own_names, store=store)
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(DRAIN_SECONDS) + 5,
-        h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,  # what is in memory; the edge checks exactly
-    )
-    server = uvicorn.Server(config)
+        public: others than this machine can reach it.
+        admin: there is a port for administration.
 
-    async def accompany() -> None:
-        while not server.started:
-            await asyncio.sleep(0.01)
-        if context.batches is not None:
-            await context.batches.resume()
-        with suppress(BrokenPipeError):  # whoever read it has read enough
-            announce()
-        while not server.should_exit:
-            await asyncio.sleep(0.05)
-        context.draining = True
-        if context.batches is not None:
-            await context.batches.close()
-        await asyncio.sleep(DRAIN_SECONDS)
-        await context.abort_all()
+    Raises:
+        ConfigError: (keys_required) it is public and asks for no key; (admin_key_required) nobody could use that port.
+    """
+    if public and gate.ring is None:
+        raise ConfigError(
+            "keys_required",
+            "Others could use this server without a key",
+            why="--host is not an address of loopback, and there is no --keys",
+            fix="make keys with `penstock keys add FILE` and serve with --keys FILE; or say --allow-anyone",
+        )
+    if admin and (gate.ring is None or not gate.ring.administered):
+        raise ConfigError(
+            "admin_key_required",
+            "Nobody could use --admin-port",
+            why="there is no --keys" if gate.ring is None else f"{gate.path} has no key of the role admin",
+            fix="add one with `penstock keys add FILE --role admin` and serve with --keys FILE",
+        )
+
+
+def serve(
+    llm: AsyncLLM,
+    bound: socket.socket,
+    announce: Callable[[], None],
+    store: Path | None = None,
+    *,
+    gate: Gate | None = None,
+    admin: socket.socket | None = None,
+    log: RequestLog | None = None,
+) -> None:
+    """Answers until SIGTERM or Ctrl-C; calls ``announce`` once it does.
+
+    Then new requests are refused, running ones have DRAIN_SECONDS to finish, and what is left is aborted and told so.
+    A second signal ends it at once. SIGHUP reads the keys again and opens the log anew.
+
+    Args:
+        store: as for ``build_app``. Batches that an earlier process left go on.
+        gate: who may use it; anybody by default.
+        admin: where administration is spoken to.
+        log: has a line for each request.
+
+    Raises:
+        KeyboardInterrupt: it was Ctrl-C.
+    """
+    app, context = build_app(llm, store, hosts=_own_names(bound), gate=gate, log=log)
+    sockets = [bound]
+    if admin is not None:
+        app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
+        sockets.append(admin)
+    server = uvicorn.Server(_settings(app))
+    ending = _Ending(server, context)
 
     async def run() -> None:
-        companion = asyncio.create_task(accompany())
+        companion = asyncio.create_task(ending.accompany(announce))
         try:
-            await server.serve(sockets=[bound])
+            await server.serve(sockets=sockets)
         finally:
             companion.cancel()
 
@@ -140,3 +161,83 @@ def serve(llm: AsyncLLM, bound: socket.socket, announce: Callable[[], None], sto
     finally:
         signal.signal(signal.SIGTERM, previous)
         llm.close()
+        if log is not None:
+            log.close()
+    if ending.signals[:1] == [signal.SIGINT]:
+        raise KeyboardInterrupt
+
+
+class _Ending:
+    """Signals, and how a server ends. It listens until the last request is done, so that whoever asks meanwhile hears
+    that it is about to end.
+    """
+
+    def __init__(self, server: uvicorn.Server, context: Context) -> None:
+        self.server, self.context = server, context
+        self.signals: list[int] = []
+        self._hurry = asyncio.Event()
+
+    async def accompany(self, announce: Callable[[], None]) -> None:
+        while not self.server.started:
+            await asyncio.sleep(0.01)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        if self.context.gate.path is not None or self.context.log is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._renew)
+        await self.context.batches.resume()
+        with suppress(BrokenPipeError):  # whoever read it has read enough
+            announce()
+        await self.context.stop.wait()
+        self.context.draining = True
+        await self.context.batches.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._done(), DRAIN_SECONDS)
+        self.server.should_exit = True
+        await self.context.abort_all()
+
+    async def _done(self) -> None:
+        while self.context.gate.admission.running and not self._hurry.is_set():
+            await asyncio.sleep(0.05)
+
+    def _renew(self) -> None:
+        self.context.gate.reload_or_log()
+        if self.context.log is not None:
+            self.context.log.reopen()
+
+    def _end(self, number: int) -> None:
+        self.signals.append(number)
+        if self.context.stop.is_set():
+            self._hurry.set()
+        self.context.stop.set()
+
+
+def _settings(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+        h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,  # what is in memory; the edge checks exactly
+    )
+
+
+def _own_names(bound: socket.socket) -> frozenset[str] | None:
+    return LOOPBACK | {bound.getsockname()[0]} if is_loopback(bound) else None
+
+
+def _by_port(app: ASGIApp, port: int, other: ASGIApp) -> ASGIApp:
+    """``other`` for connections to the port, as the kernel has it: nothing that a client sends is asked."""
+
+    async def chosen(scope: Scope, receive: Receive, send: Send) -> None:
+        await (other if scope["type"] == "http" and scope["server"][1] == port else app)(scope, receive, send)
+
+    return chosen

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,14 +30,38 @@ def event(chunk: object) -> bytes:
     return b"data: " + _encode(chunk) + b"\n\n"
 
 
+def named(chunk: object) -> bytes:
+    """An event with the name that its ``type`` says."""
+    assert isinstance(chunk, dict)
+    return f"event: {chunk['type']}\n".encode() + event(chunk)
+
+
+def _fault_event(error: PenstockError) -> bytes:
+    fault = body_of(error).error
+    return named({"type": "error", "code": fault.code, "message": fault.message, "param": fault.param})
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How an API writes its events, what comes after the last one, and an error that ends a stream."""
+
+    encode: Callable[[object], bytes]
+    last: bytes
+    fault: Callable[[PenstockError], bytes]
+
+
+PLAIN = Dialect(event, b"data: [DONE]\n\n", lambda error: event(body_of(error)))
+NAMED = Dialect(named, b"", _fault_event)
+
+
 class EventStream:
-    """A response that sends each chunk as one event, then ``[DONE]``. An error becomes the last event instead.
+    """A response that sends each chunk as one event, then what ends a stream; an error becomes the last event instead.
 
     The first chunk has been waited for, so that what fails before it is answered with a status of its own.
     """
 
-    def __init__(self, first: object, rest: AsyncGenerator[object, None]) -> None:
-        self.first, self.rest = first, rest
+    def __init__(self, first: object, rest: AsyncGenerator[object, None], dialect: Dialect = PLAIN) -> None:
+        self.first, self.rest, self.dialect = first, rest, dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.rest):
@@ -45,17 +70,17 @@ class EventStream:
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        last = b"data: [DONE]\n\n"
+        last = self.dialect.last
         try:
-            await send({"type": "http.response.body", "body": event(self.first), "more_body": True})
+            await send({"type": "http.response.body", "body": self.dialect.encode(self.first), "more_body": True})
             async for chunk in self.rest:
-                await send({"type": "http.response.body", "body": event(chunk), "more_body": True})
+                await send({"type": "http.response.body", "body": self.dialect.encode(chunk), "more_body": True})
         except PenstockError as error:
             log_fault(error)
-            last = event(body_of(error))
+            last = self.dialect.fault(error)
         except Exception:
             _log.exception("a stream failed")
-            last = event(body_of(internal_error()))
+            last = self.dialect.fault(internal_error())
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

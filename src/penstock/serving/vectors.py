@@ -13,10 +13,13 @@ import numpy as np
 from msgspec import Meta
 
 from penstock.serving.context import Context
+from penstock.serving.gate import current
 from penstock.serving.limits import MAX_TEXTS
 from penstock.serving.schemas import Harmless, ModelRequest, Texts, each_of
 from penstock.spec import EmbeddingRequestOutput, PoolingParams, ScoringRequestOutput
+from penstock.spec.ranges import MAX_ID
 
+Truncation = Annotated[int, Meta(ge=-1, le=MAX_ID)]
 Several = Annotated[list[str], Meta(min_length=1, max_length=MAX_TEXTS)]
 
 
@@ -27,9 +30,9 @@ class EmbeddingRequest(ModelRequest, kw_only=True):
 
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     normalize: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
     def check(self) -> None:
         self.inputs()
@@ -44,7 +47,7 @@ class ScoreRequest(ModelRequest, kw_only=True):
     text_1: str | Several
     text_2: str | Several
     use_activation: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
 
 class RerankRequest(ModelRequest, kw_only=True):
@@ -52,9 +55,9 @@ class RerankRequest(ModelRequest, kw_only=True):
 
     query: str
     documents: Several
-    top_n: Annotated[int, Meta(ge=0)] | None = None
+    top_n: Annotated[int, Meta(ge=0, le=MAX_TEXTS)] | None = None
     use_activation: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
 
 class VectorUsage(msgspec.Struct):
@@ -107,7 +110,8 @@ async def embeddings(request: EmbeddingRequest, context: Context) -> VectorList:
         normalize=request.normalize,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
     )
-    outputs = await context.llm.embed_all(request.inputs(), params, request.priority or 0)
+    admit = current.get().charge
+    outputs = await context.own_llm.embed_all(request.inputs(), params, request.priority or 0, admit=admit)
     packed = request.encoding_format == "base64"
     vectors = [output.outputs.embedding for output in outputs]
     data = [Embedding(i, base64_of(vector) if packed else vector) for i, vector in enumerate(vectors)]
@@ -139,7 +143,7 @@ async def _scored(
     first: str | list[str], second: str | list[str], request: ScoreRequest | RerankRequest, context: Context
 ) -> list[ScoringRequestOutput]:
     params = PoolingParams(use_activation=request.use_activation, truncate_prompt_tokens=request.truncate_prompt_tokens)
-    return await context.llm.score(first, second, params, request.priority or 0)
+    return await context.own_llm.score(first, second, params, request.priority or 0, admit=current.get().charge)
 
 
 def base64_of(vector: list[float]) -> str:

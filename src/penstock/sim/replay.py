@@ -156,7 +156,9 @@ def _encode_mail(mail: Mail) -> Any:
 def _decode_mail(mail: Any) -> Mail:
     if isinstance(mail, list):
         return Abort(*mail)
-    return Submission(**{**mail, "tokens": tuple(mail["tokens"]), "params": SamplingParams(**mail["params"])})
+    emitted = tuple(None if tokens is None else tuple(tokens) for tokens in mail.get("emitted", ()))
+    params = SamplingParams(**mail["params"])
+    return Submission(**{**mail, "tokens": tuple(mail["tokens"]), "params": params, "emitted": emitted})
 
 
 def _encoded(setup: EngineSetup) -> dict[str, Any]:

@@ -53,6 +53,10 @@ class EngineConfig:
     enforce_eager: bool = option(False, "never capture steps as graphs")
     num_threads: int | None = option(None, "compute threads on a CPU", low=1, high=4096)
     chat_template: str | None = option(None, "file with a chat template that replaces the model's own")
+    tool_parser: str | None = option(
+        None, "format of tool calls that replaces the one the chat template shows; or none"
+    )
+    reasoning_parser: str | None = option(None, "format of thoughts, likewise; or none")
     generation_config: Literal["auto", "none", "vllm"] = option(
         "auto",
         "sampling that requests leave open: auto as the model's generation_config.json says; none (or vllm) as if it "

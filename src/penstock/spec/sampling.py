@@ -53,6 +53,9 @@ _REALS = {
     "thinking_soft": (0.0, 1.0),
 }
 _POSITIVE_REALS = {"top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1e4}
+BOUNDS = _INTEGERS | _OPTIONAL_INTEGERS | _REALS | {name: (0.0, most) for name, most in _POSITIVE_REALS.items()}
+"""Least and most of every number; ``_POSITIVE_REALS`` stop just short of their least."""
+
 _FLAGS = (
     "ignore_eos",
     "detokenize",
@@ -101,6 +104,7 @@ class SamplingParams:
             ``max_tokens``.
         detokenize: make text of the tokens; without it texts are empty, and there are no stop strings.
         skip_special_tokens: leave special tokens out of the text.
+        shown_token_ids: special tokens that are part of the text even so, such as marks of tool calls.
         spaces_between_special_tokens: of effect only where special tokens are shown and the tokenizer does not say how
             they are spaced; the tokenizers read here do.
         include_stop_str_in_output: keep the stop string, or the stop token's text, at the end of the text.
@@ -150,6 +154,7 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    shown_token_ids: Sequence[int] = ()
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logits_rules: Mapping[str, Any] | None = None
@@ -203,6 +208,7 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         self._set("stop", ranges.strings("stop", stop, MAX_STOP, MAX_STOP_LENGTH))
         self._set("stop_token_ids", ranges.token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
+        self._set("shown_token_ids", ranges.token_ids("shown_token_ids", self.shown_token_ids, MAX_STOP_IDS))
         breakers = ranges.strings("dry_sequence_breakers", self.dry_sequence_breakers, MAX_BREAKERS, MAX_BREAKER_LENGTH)
         self._set("dry_sequence_breakers", breakers)
         for name in ("thinking_start", "thinking_end", "thinking_close"):

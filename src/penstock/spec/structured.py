@@ -14,13 +14,15 @@ MAX_GRAMMAR_CHARS = 1 << 20
 MAX_SCHEMA_DEPTH = 128
 MAX_CHOICES = 10_000
 
-_KINDS = ("json", "regex", "choice", "grammar", "json_object")
-_NOT_YET = ("disable_additional_properties", "whitespace_pattern", "structural_tag")
+MAX_STRUCTURES = 256
+
+_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_NOT_YET = ("disable_additional_properties", "whitespace_pattern")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputs:
-    """A completion must be one whole word of a language; exactly one of the first five says which.
+    """A completion must be one whole word of a language; exactly one of the first six says which.
 
     Values are small, immutable and hashable once made: equal ones ask for the same grammar.
 
@@ -30,6 +32,8 @@ class StructuredOutputs:
         choice: the strings it may be.
         grammar: an EBNF grammar, either in llguidance's dialect of Lark (``start: ...``) or in GBNF (``root ::= ...``).
         json_object: any JSON object.
+        structural_tag: free text in which marked structures hold JSON, as JSON text or a mapping: ``structures``, each
+            with ``begin``, ``schema`` and ``end``, and ``triggers``; the rest is told in ``grammar/tags.py``.
         disable_any_whitespace: JSON without spaces and newlines between its parts.
         disable_fallback: accepted for compatibility; there is one grammar engine.
 
@@ -44,12 +48,12 @@ class StructuredOutputs:
     choice: Iterable[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
     disable_any_whitespace: bool = False
 
     disable_fallback: InitVar[bool] = False
     disable_additional_properties: InitVar[bool] = False
     whitespace_pattern: InitVar[str | None] = None
-    structural_tag: InitVar[str | None] = None
 
     def __post_init__(self, disable_fallback: bool, *not_yet: object) -> None:
         given = [name for name in _KINDS if getattr(self, name) is not None]
@@ -72,9 +76,11 @@ class StructuredOutputs:
         _expect("disable_any_whitespace", isinstance(flag, bool), flag, "it must be true or false")
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
+        if self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", _tags_text(self.structural_tag))
         if self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice))
-        for name in ("json", "regex", "grammar"):
+        for name in ("json", "regex", "grammar", "structural_tag"):
             if (text := getattr(self, name)) is not None:
                 _check_text(name, text)
         object.__setattr__(self, "json_object", True if self.json_object else None)
@@ -101,23 +107,44 @@ class StructuredOutputs:
         return next(name for name in _KINDS if getattr(self, name) is not None)
 
 
-def _schema_text(schema: object) -> str:
+def _schema_text(schema: object, name: str = "json") -> str:
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(parsed, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (ValueError, TypeError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InvalidRequest("invalid_schema", "structured_outputs.json is not JSON", why=why[:200]) from None
+        raise InvalidRequest("invalid_schema", f"structured_outputs.{name} is not JSON", why=why[:200]) from None
     if not isinstance(parsed, (Mapping, bool)):
         why = f"it is {reprlib.repr(parsed)}"
         raise InvalidRequest("invalid_schema", "A JSON schema must be an object, true or false", why=why)
-    if (depth := _depth(text)) > MAX_SCHEMA_DEPTH:
+    if (depth := depth_of(text)) > MAX_SCHEMA_DEPTH:
         why = f"it is nested {depth} deep, at most {MAX_SCHEMA_DEPTH} are allowed"
-        raise InvalidRequest("invalid_schema", "structured_outputs.json is nested too deeply", why=why)
+        raise InvalidRequest("invalid_schema", f"structured_outputs.{name} is nested too deeply", why=why)
     return text
 
 
-def _depth(text: str) -> int:
+def _tags_text(value: object) -> str:
+    text = _schema_text(value, "structural_tag")
+    tags = json.loads(text)
+    structures = tags.get("structures") if isinstance(tags, dict) else None
+    fits = isinstance(structures, list) and 0 < len(structures) <= MAX_STRUCTURES
+    _expect("structural_tag", fits, value, f"it must have 1 to {MAX_STRUCTURES} structures")
+    for structure in structures or ():
+        whole = isinstance(structure, dict) and isinstance(structure.get("schema"), (dict, bool))
+        texts = whole and all(isinstance(structure.get(name), str) for name in ("begin", "end"))
+        _expect("structural_tag", texts, structure, "a structure has begin and end, texts, and a schema")
+    for name in ("first", "between", "last"):
+        _expect("structural_tag", isinstance(tags.get(name, ""), str), tags.get(name), f"{name} must be a text")
+    thoughts = tags.get("thoughts") or {"start": ["a"], "end": ["a"]}
+    lists = [tags.get("triggers", []), *(isinstance(thoughts, dict) and thoughts.get(key) for key in ("start", "end"))]
+    for texts in lists:
+        fits = isinstance(texts, list) and len(texts) <= MAX_STRUCTURES and all(isinstance(t, str) and t for t in texts)
+        _expect("structural_tag", fits, texts, "triggers, and start and end of thoughts, must be lists of texts")
+    _expect("structural_tag", isinstance(tags.get("answer", True), (dict, bool)), value, "answer must be a schema")
+    return text
+
+
+def depth_of(text: str) -> int:
     """How deep brackets nest in JSON text."""
     deepest = depth = 0
     quoted = escaped = False

@@ -121,7 +121,9 @@ class Completion:
         self._index, self._params = index, params
         self._tokenizer = tokenizer if params.detokenize else None
         self._detokenizer = (
-            tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens, after=prompt)
+            tokenizer.detokenizer(
+                skip_special_tokens=params.skip_special_tokens, after=prompt, shown=params.shown_token_ids
+            )
             if params.detokenize
             else None
         )

@@ -184,7 +184,7 @@ class Detokenizer:
     """The text of a growing sequence of tokens.
 
     Args:
-        skip_special_tokens: leave special tokens out.
+        skip_special_tokens: leave special tokens out, but for those in ``shown``.
         after: tokens before these, whose text is not wanted: the first token then continues a text rather than begins
             one, and may complete a character that they left unfinished.
 
@@ -193,9 +193,16 @@ class Detokenizer:
     True
     """
 
-    def __init__(self, table: TokenBytes, *, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        table: TokenBytes,
+        *,
+        skip_special_tokens: bool = True,
+        after: Sequence[int] = (),
+        shown: Sequence[int] = (),
+    ) -> None:
         self._table = table
-        self._skipped = table.special if skip_special_tokens else frozenset[int]()
+        self._skipped = table.special.difference(shown) if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip, self._strip_left = table.leading
         self._tail, self._tail_limit = table.trailing

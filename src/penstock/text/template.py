@@ -40,6 +40,11 @@ class ChatTemplate:
         tool_use: source to use instead when tools are given.
         special_tokens: bos_token, eos_token and their kind, as variables of the template.
 
+    Attributes:
+        source: all of it, that for tools included.
+        variables: names it reads that are not special tokens, nor what every conversation has.
+        reads_tools: it has a place for them.
+
     Raises:
         ModelFormatError: (template_error) a source cannot be compiled, or uses what templates may not.
     """
@@ -51,6 +56,9 @@ class ChatTemplate:
         self._plain = _compile(source)
         self._tool_use = self._plain if tool_use is None else _compile(tool_use)
         self._controls: tuple[Tokenizer, re.Pattern[str]] | None = None
+        self.source = source + (tool_use or "")
+        read = self._plain.variables | self._tool_use.variables
+        self.variables, self.reads_tools = read - _RESERVED - self.special_tokens.keys(), "tools" in read
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation; arguments and errors are those of ``apply``."""

@@ -145,9 +145,11 @@ class Tokenizer:
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
 
-    def detokenizer(self, *, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> Detokenizer:
-        """For tokens that arrive one by one, after those of a prompt."""
-        return Detokenizer(self._bytes, skip_special_tokens=skip_special_tokens, after=after)
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, after: Sequence[int] = (), shown: Sequence[int] = ()
+    ) -> Detokenizer:
+        """For tokens that arrive one by one, after those of a prompt; special tokens in ``shown`` are not skipped."""
+        return Detokenizer(self._bytes, skip_special_tokens=skip_special_tokens, after=after, shown=shown)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text, special tokens by name."""

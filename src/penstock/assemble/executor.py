@@ -1,31 +1,25 @@
-"""The one place that turns names into objects: from an EngineConfig to a running engine."""
+"""The part of an engine that knows tensors, from an EngineConfig."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, cast
 
-from penstock.base import ConfigError, env, parse_size
+from penstock.assemble.resolve import resolve_here
+from penstock.base import env, parse_size
 from penstock.core.admission import Limits
-from penstock.core.engine import Journal
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import Executor
 from penstock.core.setup import EngineSetup
 from penstock.formats import WeightCache, file_digest
-from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec, PoolingSpec, Vocabulary
+from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec, Vocabulary
 from penstock.spec.encoder import read_any_spec
-from penstock.spec.generation import read_recommended
-from penstock.spec.location import BUNDLED_NAME, locate
 from penstock.spec.pooling import read_pooling
-from penstock.spec.quantization import check_formats
 from penstock.spec.rule_places import invalid_option, rule_places
-from penstock.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -36,90 +30,7 @@ if TYPE_CHECKING:
     from penstock.grammar import Grammars
     from penstock.kernels import Ops
     from penstock.models import Placement
-    from penstock.runtime.service import LocalService
     from penstock.sampling import LogitsRule, RuleFactory, RuleKit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assembled:
-    """A model ready to serve, and what the layers above it need to know.
-
-    Attributes:
-        name: what clients call the model.
-        config: resolved: nothing is left to be decided by the machine or the model.
-        recommended: sampling parameters that the model's folder recommends; empty where they are passed over.
-        setup: the numbers that determine every decision; a recording starts with them.
-        one_answer: whether the kernels keep the promise of docs/architecture.md, bit for bit.
-        grammars: compiles structured outputs for this tokenizer; made when it is first called.
-    """
-
-    name: str
-    config: EngineConfig
-    spec: ModelSpec | EncoderSpec
-    vocabulary: Vocabulary
-    tokenizer: Tokenizer
-    chat: ChatTemplate | None
-    pooling: PoolingSpec
-    recommended: Mapping[str, Any]
-    setup: EngineSetup
-    executor: Executor
-    service: LocalService
-    one_answer: bool
-    grammars: Callable[[], Grammars]
-
-    @property
-    def generates(self) -> bool:
-        """Whether it continues texts; an encoder, or a decoder without its output layer, only makes vectors of them."""
-        return isinstance(self.spec, ModelSpec) and not self.pooling.headless
-
-    def close(self) -> None:
-        self.service.close()
-
-
-def build_engine(config: EngineConfig, journal: Journal | None = None) -> Assembled:
-    """Loads a model and starts its engine.
-
-    Raises:
-        NotFound: (model_not_found) no such folder or hub id.
-        ModelFormatError: the folder is damaged or of an architecture this build does not run.
-        ConfigError: the configuration cannot run here; the message has the numbers.
-    """
-    from penstock.runtime.service import LocalService
-
-    folder = find_model(config.model)
-    spec = read_any_spec(folder)
-    tokenizer = load_tokenizer(folder, spec.vocab_size)
-    chat = load_chat_template(folder, config.chat_template)
-    pooling = read_pooling(folder, spec)
-    recommended = read_recommended(folder) if config.generation_config == "auto" else {}
-    between = tokenizer.pair_frame()[1] if pooling.classifier else []
-    grammars = cache(lambda: _grammars(tokenizer))
-    loaded = load_executor(folder, config, tokenizer.vocabulary, between[0] if between else None, grammars)
-    return Assembled(
-        name=config.served_model_name or _name(config.model),
-        config=loaded.config,
-        spec=loaded.spec,
-        vocabulary=tokenizer.vocabulary,
-        tokenizer=tokenizer,
-        chat=chat,
-        pooling=pooling,
-        recommended=recommended,
-        setup=loaded.setup,
-        executor=loaded.executor,
-        service=LocalService(loaded.setup.scheduler(), loaded.executor, loaded.setup.depth, journal),
-        one_answer=loaded.one_answer,
-        grammars=grammars,
-    )
-
-
-def _grammars(tokenizer: Tokenizer) -> Grammars:
-    """Late, since most engines never see a grammar."""
-    from penstock.grammar import Grammars, TokenTable
-
-    vocabulary, special = tokenizer.vocabulary, tokenizer.special_tokens.values()
-    return Grammars(
-        lambda: TokenTable([tokenizer.token_bytes(i) for i in range(vocabulary.size)], special, vocabulary.eos_ids)
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,85 +187,6 @@ def _load_encoder(
     return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
 
 
-def find_model(model: str | None) -> Path:
-    """The folder or GGUF file of a model: the bundled one, a path, or that of a hub id, downloaded if need be.
-
-    Raises:
-        NotFound: (model_not_found) no such folder or hub id.
-        Unavailable: (hub_unreachable) a hub id that is not in the cache, and no hub.
-    """
-    place = locate(model)
-    if isinstance(place, Path):
-        return place
-    from penstock.hub import fetch
-
-    return fetch(place)
-
-
-def resolve_here(config: EngineConfig, spec: ModelSpec | EncoderSpec) -> EngineConfig:
-    """``resolve`` for this machine."""
-    import torch
-
-    from penstock.kernels import native
-    from penstock.runtime.host import cpu_count
-
-    cpus = min(cpu_count(), torch.get_num_threads())  # the latter knows OMP_NUM_THREADS
-    return resolve(config, spec, "cuda" if torch.cuda.is_available() else "cpu", cpus, native=native())
-
-
-def resolve(
-    config: EngineConfig, spec: ModelSpec | EncoderSpec, accelerator: str, cpus: int, *, native: bool = False
-) -> EngineConfig:
-    """Decides everything left open. ``accelerator`` is the best device there is; ``native``: our CPU kernels are built.
-
-    Raises:
-        ConfigError: what was asked for cannot be had here.
-    """
-    for name, what in (("tensor_parallel_size", "tensor"), ("pipeline_parallel_size", "pipeline")):
-        if (size := getattr(config, name)) != 1:
-            raise ConfigError(
-                "parallelism_unsupported",
-                f"{name} = {size} cannot run",
-                why=f"this build has no {what} parallelism yet",
-                fix=f"use {name} = 1",
-            )
-    device = accelerator if config.device == "auto" else config.device
-    if device != "cpu" and device != accelerator:
-        raise ConfigError(
-            "device_missing",
-            f"device = {device} cannot run",
-            why="torch finds no such device here",
-            fix="use device = auto",
-        )
-    backend = ("cpu" if native and device == "cpu" else "torch") if config.backend == "auto" else config.backend
-    if backend == "cpu" and device != "cpu":
-        raise ConfigError(
-            "backend_device",
-            f"backend = cpu cannot run on device = {device}",
-            why="its kernels are for the processor",
-            fix="use backend = auto, or device = cpu",
-        )
-    check_formats(config, backend, decoder=isinstance(spec, ModelSpec))
-    if config.max_model_len is not None and config.max_model_len > spec.max_positions:
-        raise ConfigError(
-            "context_too_long",
-            f"max_model_len = {config.max_model_len} cannot run",
-            why=f"the model was made for {spec.max_positions} positions",
-            fix="lower it",
-        )
-    # fp16 products on CPUs take a path without matrix instructions; bfloat16 has the same size.
-    stored = "bfloat16" if device == "cpu" and spec.dtype == "float16" else spec.dtype
-    return replace(
-        config,
-        device=cast(Literal["cpu", "cuda"], device),
-        backend=backend,
-        dtype=stored if config.dtype == "auto" else config.dtype,
-        max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
-        num_threads=config.num_threads or cpus,
-        depth=config.depth or (1 if device == "cpu" else 2),
-    )
-
-
 def engine_setup(
     config: EngineConfig, pools: tuple[PoolSpec, ...], numerics: bytes, vocabulary: Vocabulary, *, whole: bool = False
 ) -> EngineSetup:
@@ -376,7 +208,3 @@ def engine_setup(
         prefix_cache=config.enable_prefix_caching,
         depth=config.depth,
     )
-
-
-def _name(model: str | None) -> str:
-    return (model or BUNDLED_NAME).rstrip("/").rsplit(os.sep, 1)[-1].removesuffix(".gguf")

@@ -1,0 +1,145 @@
+"""Where the options of ``penstock serve`` come from: a TOML file, over it the environment, over it the command line."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from penstock.base import ConfigError, PenstockError, env
+from penstock.cli.exits import emit, exit_code, explain, guarded
+
+NO_KEYS = {"config", "origin", "as_json", "help"}
+"""Options that are no part of a configuration."""
+
+_ORIGINS = "penstock.origins"
+app = typer.Typer(help="See what a server would be configured with.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def config() -> None:
+    """See what a server would be configured with."""
+
+
+def use_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Makes what a file and the environment say the defaults of the command that is being read.
+
+    Every value is taken as the text that the command line would have, and checked as that.
+    """
+    try:
+        path = path or env.config_file()
+        given = {} if path is None else {name: (text, str(path)) for name, text in read_config(path).items()}
+        given |= {name: (text, env.serve_option(name)) for name, text in env.serve_options().items()}
+        parameters: dict[str, Any] = {str(p.name): p for p in ctx.command.params if p.name not in NO_KEYS}
+        for name, (text, origin) in given.items():
+            if name not in parameters:
+                raise _unknown(name, origin, parameters)
+            try:
+                parameters[name].process_value(ctx, text)
+            except Exception as error:
+                if not hasattr(error, "format_message"):  # not one of the errors of a command line
+                    raise
+                raise _invalid(f"{name} = {text!r} in {origin} cannot be used", str(error).lower()) from None
+    except PenstockError as error:
+        explain(error, as_json="--json" in sys.argv)
+        sys.exit(exit_code(error))
+    ctx.default_map = {name: text for name, (text, _) in given.items()}
+    ctx.meta[_ORIGINS] = {name: origin for name, (_, origin) in given.items()}
+    return path
+
+
+def read_config(path: Path) -> dict[str, str]:
+    """The values of a file as the command line would have them, by the name of their option with underscores.
+
+    Raises:
+        ConfigError: (config_invalid) it cannot be read, is no TOML, or a value is neither text, number nor truth.
+    """
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise _invalid(f"{path} cannot be read", (error.strerror or str(error)).lower()) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _invalid(f"{path} is not TOML", str(error)[:200]) from None
+    for name, value in values.items():
+        if not isinstance(value, str | int | float):
+            raise _invalid(f"{name} in {path} cannot be used", f"it is a {type(value).__name__}, not a text or number")
+    return {name.replace("-", "_"): _text(value) for name, value in values.items()}
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _invalid(what: str, why: str) -> ConfigError:
+    return ConfigError("config_invalid", what, why=why, fix="see docs/configuration.md, or `penstock serve --help`")
+
+
+def _unknown(name: str, origin: str, known: Mapping[str, object]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, 1)
+    fix = f"did you mean {near[0]}?" if near else "see `penstock config show`"
+    return ConfigError("config_invalid", f"{origin} sets {name}, which is no option of penstock serve", fix=fix)
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        is_eager=True,
+        callback=use_config,
+        help="TOML file of these options; then come PENSTOCK_SERVE_... and the command line (penstock config show)",
+    ),
+]
+
+
+def show_like(command: Any) -> None:
+    """Adds ``config show``, which takes the options of a command and tells what came of them."""
+    own = {
+        "origin": Annotated[bool, typer.Option("--origin", help="and where each value comes from")],
+        "as_json": Annotated[bool, typer.Option("--json", help="print one JSON object")],
+    }
+
+    def show(ctx: typer.Context, *, origin: bool, as_json: bool, **values: Any) -> None:
+        """Show what `penstock serve` would run with, given the same file, environment and options."""
+        rows = {name: (value, _origin(ctx, name)) for name, value in values.items() if name not in NO_KEYS}
+        if as_json:
+            shown = {n: {"value": _plain(v), "origin": o} if origin else _plain(v) for n, (v, o) in rows.items()}
+            emit(json.dumps(shown))
+            return
+        width = max(map(len, rows))
+        lengths = [len(_shown(value)) for value, _ in rows.values()]
+        for name, (value, where) in rows.items():
+            text = (
+                f"{name:{width}}  {_shown(value):{max(lengths)}}  {where}"
+                if origin
+                else f"{name:{width}}  {_shown(value)}"
+            )
+            emit(text.rstrip())
+
+    parameters = list(inspect.signature(command).parameters.values())
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in own.items()]
+    signature = [context, *parameters, *more]
+    show.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    show.__annotations__ = {p.name: p.annotation for p in signature}
+    app.command("show")(guarded(show))
+
+
+def _origin(ctx: typer.Context, name: str) -> str:
+    source = getattr(ctx.get_parameter_source(name), "name", "DEFAULT")
+    if source == "DEFAULT_MAP":
+        return str(ctx.meta[_ORIGINS][name])
+    return "command line" if source == "COMMANDLINE" else "default"
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _shown(value: object) -> str:
+    return "-" if value is None else _text(value)

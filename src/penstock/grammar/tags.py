@@ -1,0 +1,131 @@
+"""Structures in a text, such as calls of tools: marked places where a JSON schema holds, and free text between them.
+
+The public form is vLLM's ``structural_tag``: ``structures`` with ``begin``, ``schema`` and ``end``, and ``triggers``,
+with which one starts. What a call of a tool needs beyond that is said by further members:
+
+| member | meaning |
+| --- | --- |
+| ``first``, ``between``, ``last`` | written around and between structures that follow each other |
+| ``at_least``, ``at_most`` | how many; with at least one there is no free text |
+| ``thoughts`` | ``start`` and ``end``, lists of texts: thoughts may come first; ``opened``: they have begun already |
+| ``answer`` | a JSON schema, which the text is an instance of if there is no structure |
+
+Without triggers only the start of a text tells whether it is a structure: a free text does not start like JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from penstock.grammar.schema import exact, references
+from penstock.grammar.tokens import TokenTable
+
+TEXT = "TEXT: /(.|\\n)*/"
+PLAIN = "PLAIN: /([^ \\t\\r\\n{\\[](.|\\n)*)?/"
+
+
+def tags_grammar(tags: Mapping[str, Any], table: TokenTable) -> str:
+    """In llguidance's Lark. Raises ValueError: a structure begins with no trigger."""
+    return _Writer(tags, table).grammar()
+
+
+class _Writer:
+    def __init__(self, tags: Mapping[str, Any], table: TokenTable) -> None:
+        self._tags = tags
+        self._special = {table.token_bytes[i].decode(errors="replace"): i for i in table.special}
+        words = sorted(filter(None, self._special), key=len, reverse=True)
+        self._split = re.compile("|".join(map(re.escape, words)) or "(?!)")
+        self._rules: list[str] = []
+
+    def grammar(self) -> str:
+        tags = self._tags
+        structures, triggers = tags["structures"], tags.get("triggers") or []
+        if tags.get("at_least"):
+            body = self._group(structures, "")
+        elif "answer" in tags and ((tags.get("first") or "") + structures[0]["begin"]).startswith("{"):
+            options = [_whole(structure) for structure in structures]
+            body = _json({"anyOf": [*options, tags["answer"]]})
+        elif "answer" in tags:
+            body = f"{self._group(structures, '')} | {_json(tags['answer'])}"
+        elif triggers:
+            body = self._in_text(structures, triggers)
+        else:
+            body = f"{self._group(structures, '')} | PLAIN"
+        self._rules.append(f"body: {body}")
+        return "\n".join([f"start: {self._thoughts()}", *self._rules, TEXT, PLAIN, ""])
+
+    def _thoughts(self) -> str:
+        thoughts = self._tags.get("thoughts")
+        if not thoughts:
+            return "body"
+        ends = " | ".join(f"thought_{i} BLANK" for i in range(len(thoughts["end"])))
+        self._rules += [self._head(f"thought_{i}", end) for i, end in enumerate(thoughts["end"])]
+        self._rules += [f"thoughts: {ends}", "BLANK: /[ \\n]*/"]
+        starts = " | ".join(map(self._literal, thoughts["start"]))
+        return "thoughts body" if thoughts.get("opened") else f"body | ({starts}) thoughts body"
+
+    def _in_text(self, structures: Sequence[Mapping[str, Any]], triggers: Sequence[str]) -> str:
+        groups = []
+        for i, trigger in enumerate(triggers):
+            own = [s for s in structures if ((self._tags.get("first") or "") + s["begin"]).startswith(trigger)]
+            if own:
+                self._rules.append(self._head(f"head_{i}", trigger))
+                groups.append(f"head_{i} {self._group(own, trigger)}")
+        if not groups:
+            raise ValueError("no structure begins with a trigger")
+        self._rules.append(f"tagged: {' | '.join(groups)}")
+        return "TEXT | tagged" if self._tags.get("at_most") == 1 else "tagged* TEXT"
+
+    def _head(self, name: str, mark: str) -> str:
+        """Free text up to a mark."""
+        if mark in self._special:
+            return f"{name}: TEXT {self._literal(mark)}"
+        return f"{name}[lazy]: TEXT {json.dumps(mark)}"
+
+    def _group(self, structures: Sequence[Mapping[str, Any]], read: str) -> str:
+        """One or more structures, of which ``read`` has been read."""
+        first, between, last = (self._tags.get(name) or "" for name in ("first", "between", "last"))
+        number = len(self._rules)
+        options = []
+        for i, structure in enumerate(structures):
+            begin = structure["begin"] if first else structure["begin"].removeprefix(read)
+            end = self._literal(structure["end"])
+            self._rules.append(f"one_{number}_{i}: {self._literal(begin)} {_json(structure['schema'])} {end}")
+            options.append(f"one_{number}_{i}")
+        self._rules.append(f"any_{number}: {' | '.join(options)}")
+        more = (
+            ""
+            if self._tags.get("at_most") == 1 or (read and not first)
+            else f"({self._literal(between)} any_{number})*"
+        )
+        return f"({self._literal(first.removeprefix(read))} any_{number} {more} {self._literal(last)})"
+
+    def _literal(self, text: str) -> str:
+        """With special tokens as such."""
+        parts, at = [], 0
+        for found in self._split.finditer(text):
+            parts += [json.dumps(text[at : found.start()])] if found.start() > at else []
+            parts.append(f"<[{self._special[found[0]]}]>")
+            at = found.end()
+        return " ".join([*parts, json.dumps(text[at:])] if at < len(text) else parts)
+
+
+def _whole(structure: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a structure that is a JSON object, whose text the lexer could not tell from an answer's.
+
+    Raises:
+        ValueError: its own schema has references, which would lead elsewhere.
+    """
+    if references(structure["schema"]):
+        raise ValueError("$ref in a tool, beside the form of an answer, in a format without marks")
+    members = json.loads(f"{structure['begin']}null{structure['end']}")
+    fixed = {name: {"const": value} for name, value in members.items() if value is not None}
+    hole = {name: structure["schema"] for name, value in members.items() if value is None}
+    return {"type": "object", "properties": fixed | hole, "required": list(members), "additionalProperties": False}
+
+
+def _json(schema: Any) -> str:
+    return f"%json {json.dumps(exact(schema))}"

@@ -1,0 +1,188 @@
+"""Who is asking, what they may, and what they are charged for it.
+
+The verdict on a request depends on its headers' key and on nothing else: neither its path nor its Host is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from penstock.assemble import Assembled
+from penstock.base import PenstockError
+from penstock.fleet import Admission, Rates, Visit
+from penstock.serving.errors import HTTPError
+from penstock.serving.keys import MAX_KEY_LENGTH, Key, Keyring, process_key, read_keys
+
+Access = Literal["public", "inference", "admin"]
+"""What a route asks of its caller."""
+
+Headers = Iterable[tuple[bytes, bytes]]
+POOLS_QUEUED = 8
+_log = logging.getLogger(__name__)
+
+
+def queue_budget(engine: Assembled) -> int:
+    """Tokens admitted at a time by default: as many as fit POOLS_QUEUED KV pools; steps of full length without one."""
+    setup = engine.setup
+    pools = [pool.blocks * setup.block_size for pool in setup.pools if pool.window is None]
+    pools = pools or [pool.blocks * setup.block_size for pool in setup.pools]
+    return POOLS_QUEUED * (min(pools) if pools else setup.limits.max_batch_requests * setup.limits.max_model_len)
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """One request as the books have it, from its first byte to its last.
+
+    Attributes:
+        id: of the request.
+        key: that it came with; None if it brought none that is good, or if this server asks for none.
+        refusal: why it may use nothing but what is public.
+        tenant: whose request it is.
+        booked: False for a line of a batch, which is bounded where it comes from and stands behind all others.
+        model, ..., first_token: what became of it, for the log; times in seconds of ``time.monotonic``.
+    """
+
+    gate: Gate
+    id: str
+    key: Key | None = None
+    refusal: HTTPError | None = None
+    tenant: str = ""
+    booked: bool = True
+    arrived: float = field(default_factory=time.monotonic)
+    visit: Visit | None = None
+    model: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_token: float | None = None
+    finish: str | None = None
+
+    def require(self, access: Access) -> None:
+        """Raises HTTPError: (no_api_key, invalid_api_key, key_revoked, role_not_allowed)."""
+        if access == "public":
+            return
+        if self.refusal is not None:
+            raise self.refusal
+        if access == "admin" and self.key is not None and self.key.role != "admin":
+            raise HTTPError(
+                "role_not_allowed",
+                "This key is not for administration",
+                why=f"its role is {self.key.role}",
+                fix="use a key of the role admin",
+                status=403,
+            )
+
+    def enter(self) -> None:
+        """Counts it among its tenant's requests. Raises OverLimit, as ``Admission.enter``."""
+        ring = self.gate.ring
+        rates = Rates() if ring is None else ring.rates(self.tenant)
+        self.visit = self.gate.admission.enter(self.tenant, rates, time.monotonic())
+        self.gate.live.add(self)
+
+    def charge(self, prompt: int, completions: int = 0, longest: int = 0, max_tokens: int | None = None) -> None:
+        """As ``Admission.size`` and ``Admission.charge``, whose errors it raises."""
+        if not self.booked:
+            return
+        if self.visit is None:
+            self.enter()
+        assert self.visit is not None
+        admission = self.gate.admission
+        admission.charge(self.visit, admission.size(prompt, completions, longest, max_tokens), time.monotonic())
+        self.prompt_tokens += prompt
+
+    def leave(self) -> None:
+        if self.visit is not None:
+            used = self.prompt_tokens + self.completion_tokens
+            self.gate.admission.leave(self.visit, time.monotonic(), used)
+            self.gate.live.discard(self)
+
+
+current: ContextVar[Caller] = ContextVar("caller")
+"""Of the request that the running task works on. The edge sets it; whatever it starts inherits it."""
+
+
+class Gate:
+    """The keys that open this server now, and the books of its tenants.
+
+    Args:
+        keys: a file of keys; None asks nobody for one.
+
+    Attributes:
+        live: requests that have entered and not left.
+
+    Raises:
+        ConfigError: as ``read_keys``.
+    """
+
+    def __init__(self, admission: Admission, keys: Path | None = None) -> None:
+        self.admission = admission
+        self.path = keys
+        self.ring = None if keys is None else Keyring(read_keys(keys))
+        self.live: set[Caller] = set()
+        self._own: tuple[Key, ...] = ()
+
+    def own_key(self) -> str | None:
+        """A key of the role admin that is in no file, good until the process ends; None if nobody needs one."""
+        if self.ring is None:
+            return None
+        secret, record = process_key()
+        self._own = (record,)
+        self.ring = Keyring([*self.ring.keys, record])
+        return secret
+
+    def reload(self) -> int:
+        """Takes the file's keys as they are now, all or none, and counts them. Requests under way go on.
+
+        Raises:
+            ConfigError: as ``read_keys``; the keys from before are still good.
+        """
+        if self.path is None:
+            return 0
+        keys = read_keys(self.path)
+        self.ring = Keyring([*keys, *self._own])
+        self.admission.forget(self.ring.tenants)
+        return len(keys)
+
+    def reload_or_log(self) -> None:
+        try:
+            self.reload()
+        except PenstockError as error:
+            _log.error("the keys were not reloaded, those from before stay: %s", error)
+
+    def caller(self, headers: Headers, id: str) -> Caller:
+        """Who sends a request with these headers."""
+        if self.ring is None:
+            return Caller(self, id)
+        presented = _presented(headers)
+        if not presented:
+            return Caller(self, id, refusal=_refused("no_api_key", "This server asks for a key"))
+        (text, *others) = presented
+        key = None if others or len(text) > MAX_KEY_LENGTH else self.ring.find(text)
+        if key is None:
+            return Caller(self, id, refusal=_refused("invalid_api_key", "The key is not one of this server's"))
+        if key.revoked is not None:
+            return Caller(self, id, refusal=_refused("key_revoked", "The key has been revoked"))
+        return Caller(self, id, key, tenant=key.tenant)
+
+
+def _refused(code: str, what: str) -> HTTPError:
+    fix = "send a key that `penstock keys add` made, as Authorization: Bearer or x-api-key"
+    return HTTPError(code, what, fix=fix, status=401)
+
+
+def _presented(headers: Headers) -> set[str]:
+    """The keys that a request carries; several that differ are none."""
+    found = set()
+    for name, value in headers:
+        if name == b"x-api-key":
+            found.add(value.decode("latin-1").strip())
+        elif name == b"authorization":
+            scheme, _, token = value.decode("latin-1").strip().partition(" ")
+            found.add(token.strip() if scheme.lower() == "bearer" else "")
+    return found

@@ -1,0 +1,325 @@
+"""POST /v1/messages: Anthropic's Messages API. Whole answers and streams come out of the same events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+from penstock.base import PenstockError
+from penstock.serving.context import Context
+from penstock.serving.dialogue import Dialogue, template_variables
+from penstock.serving.errors import HTTPError, body_of, unsupported
+from penstock.serving.limits import MAX_MESSAGES, MAX_TOOLS
+from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Stop
+from penstock.serving.sse import Dialect, named
+from penstock.serving.tools import FunctionSpec, Offer, ToolSpec, offer_of
+from penstock.spec.ranges import MAX_ID
+from penstock.spec.sampling import MAX_STOP
+from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
+
+Block = dict[str, Any]
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class Turn(msgspec.Struct, kw_only=True):
+    role: str
+    content: str | list[Block]
+
+
+class InputTool(msgspec.Struct, kw_only=True):
+    name: str
+    type: str | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class MessagesRequest(GenerationRequest, kw_only=True):
+    """POST /v1/messages; its own fields are Anthropic's, the others those of this server."""
+
+    HARMLESS: ClassVar[Harmless] = {"container": (), "context_management": (), "mcp_servers": ([],)}
+
+    messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)]
+    system: str | list[Block] | None = None
+    tools: Annotated[list[InputTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Block | None = None
+    thinking: Block | None = None
+    stop_sequences: Annotated[list[Stop], Meta(max_length=MAX_STOP)] | None = None
+    metadata: Block | None = None
+
+
+class CountRequest(ModelRequest, kw_only=True):
+    """POST /v1/messages/count_tokens"""
+
+    HARMLESS: ClassVar[Harmless] = MessagesRequest.HARMLESS
+
+    messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | list[Block] | None = None
+    tools: Annotated[list[InputTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Block | None = None
+    thinking: Block | None = None
+
+
+async def count_tokens(request: CountRequest, context: Context) -> dict[str, int]:
+    """Raises HTTPError and InvalidRequest."""
+    fields = {name: getattr(request, name) for name in request.__struct_fields__}
+    dialogue = await _prepared(MessagesRequest(max_tokens=1, **fields), context)
+    return {"input_tokens": len(dialogue.generation.prompts[0]["prompt_token_ids"])}
+
+
+class MessagesTask:
+    """One request: its conversation rendered and tokenized, ready to be answered whole or in events."""
+
+    def __init__(self, request: MessagesRequest, dialogue: Dialogue) -> None:
+        self.request, self.dialogue = request, dialogue
+        self._blocks: list[Block] = []
+        self._open = False
+
+    @classmethod
+    async def prepare(cls, request: MessagesRequest, context: Context) -> MessagesTask:
+        """Raises HTTPError and InvalidRequest before anything is computed."""
+        return cls(request, await _prepared(request, context))
+
+    async def whole(self) -> Block:
+        message: Block = {}
+        async with aclosing(self.chunks()) as events:
+            async for event in events:
+                if event["type"] == "message_start":
+                    message = event["message"]
+                elif event["type"] == "message_delta":
+                    message |= event["delta"] | {"usage": message["usage"] | event["usage"]}
+        blocks = [block for block in self._blocks if block.pop("whole", True)]
+        for block in blocks:
+            if block["type"] == "tool_use":
+                block["input"] = msgspec.Raw(block["input"].encode())  # a number in it may be too long for Python
+        return message | {"content": blocks}
+
+    async def chunks(self) -> AsyncGenerator[Block, None]:
+        started = False
+        async with aclosing(self.dialogue.said()) as news:
+            async for _, said in news:
+                if not started:
+                    started = True
+                    yield {"type": "message_start", "message": self._message()}
+                for event in said.events:
+                    for told in self._tell(event):
+                        yield told
+                if said.finish_reason is not None:
+                    for told in self._close():
+                        yield told
+                    yield {"type": "message_delta", "delta": _ending(said.finish_reason, said.delta.stop_reason),
+                           "usage": self._usage()}  # fmt: skip
+        yield {"type": "message_stop"}
+
+    def _tell(self, event: Event) -> Iterator[Block]:
+        match event:
+            case Content(text):
+                yield from self._goes_on({"type": "text", "text": ""}, {"type": "text_delta", "text": text}, text)
+            case Reasoning(text):
+                delta = {"type": "thinking_delta", "thinking": text}
+                yield from self._goes_on({"type": "thinking", "thinking": "", "signature": ""}, delta, text)
+            case CallStart(_, identifier, name):
+                yield from self._begin({"type": "tool_use", "id": identifier, "name": name, "input": {}})
+                self._blocks[-1]["input"] = ""
+            case Arguments(_, text):
+                self._blocks[-1]["input"] += text
+                yield self._delta({"type": "input_json_delta", "partial_json": text})
+            case CallEnd():
+                yield from self._close()
+            case CallDropped():  # its text follows
+                self._blocks[-1]["whole"] = False
+                yield from self._close()
+
+    def _goes_on(self, empty: Block, delta: Block, text: str) -> Iterator[Block]:
+        """Adds to the block that is open if it is of this kind, else to a new one."""
+        kind = empty["type"]
+        if not self._open or self._blocks[-1]["type"] != kind:
+            yield from self._begin(empty)
+        self._blocks[-1][kind] += text
+        yield self._delta(delta)
+
+    def _begin(self, block: Block) -> Iterator[Block]:
+        yield from self._close()
+        self._blocks.append(dict(block))
+        self._open = True
+        yield {"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": block}
+
+    def _close(self) -> Iterator[Block]:
+        if self._open:
+            self._open = False
+            yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
+
+    def _delta(self, delta: Block) -> Block:
+        return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
+
+    def _message(self) -> Block:
+        generation = self.dialogue.generation
+        return {
+            "id": generation.id,
+            "type": "message",
+            "role": "assistant",
+            "model": generation.context.name,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage(),
+        }
+
+    def _usage(self) -> dict[str, int]:
+        """Tokens read from the cache are not among ``input_tokens``."""
+        generation = self.dialogue.generation
+        usage = generation.usage()
+        return {
+            "input_tokens": usage.prompt_tokens - generation.cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": generation.cached_tokens,
+            "output_tokens": usage.completion_tokens,
+        }
+
+
+def _ending(reason: str, stopped_by: int | str | None) -> Block:
+    sequence = stopped_by if isinstance(stopped_by, str) else None
+    kind = "stop_sequence" if sequence is not None and reason == "stop" else _STOP_REASONS.get(reason, reason)
+    return {"stop_reason": kind, "stop_sequence": sequence}
+
+
+async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
+    engine = context.llm.engine
+    if request.n not in (None, 1):
+        raise _invalid("n", "a message has one answer")
+    request.stop = request.stop_sequences if request.stop_sequences is not None else request.stop
+    thoughts = request.thinking or {}
+    match thoughts:
+        case {"type": "enabled", "budget_tokens": int(budget)}:
+            request.thinking_budget = budget
+        case {"type": "disabled" | "adaptive"}:
+            pass
+        case {} if not thoughts:
+            pass
+        case _:
+            raise _invalid("thinking", "it must be disabled, or enabled with budget_tokens")
+    reads = engine.chat.variables if engine.chat is not None else frozenset[str]()
+    switch = next((name for name in ("enable_thinking", "thinking") if name in reads), None)
+    variables: dict[str, Any] | None = {switch: thoughts["type"] != "disabled"} if switch and thoughts else None
+    return await Dialogue.prepare(
+        context,
+        f"msg_{uuid.uuid4().hex}",
+        messages_from(request.messages, request.system),
+        request.params(dict(engine.recommended), max_tokens=request.max_tokens),
+        await asyncio.to_thread(_offer, request),
+        priority=request.priority or 0,
+        variables=template_variables(engine.chat, variables, None),
+    )
+
+
+def _offer(request: MessagesRequest) -> Offer:
+    tools = []
+    for i, tool in enumerate(request.tools or ()):
+        if tool.type not in (None, "custom"):
+            raise unsupported(f"tools[{i}].type", what="Only tools of the caller's own are supported by this server")
+        function = FunctionSpec(
+            name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+        )
+        tools.append(ToolSpec(type="function", function=function))
+    choice: Any = request.tool_choice or {}
+    match choice:
+        case {"type": "tool", "name": str(name)}:
+            wanted: Any = {"type": "function", "function": {"name": name}}
+        case {"type": "any"}:
+            wanted = "required"
+        case {"type": "auto" | "none" as wanted}:
+            pass
+        case {}:
+            wanted = choice or None
+    return offer_of(tools, wanted, False if choice.get("disable_parallel_tool_use") else None)
+
+
+def messages_from(turns: Sequence[Turn], system: str | list[Block] | None) -> list[dict[str, Any]]:
+    """Messages as templates read them. Raises HTTPError, which names the place."""
+    messages: list[dict[str, Any]] = []
+    if system is not None:
+        messages.append({"role": "system", "content": _text(system, "system")})
+    for i, turn in enumerate(turns):
+        place = f"messages[{i}]"
+        if turn.role not in ("user", "assistant", "system"):
+            raise _invalid(f"{place}.role", "it must be user or assistant")
+        if isinstance(turn.content, str):
+            messages.append({"role": turn.role, "content": turn.content})
+        elif turn.role == "assistant":
+            messages.append(_assistant(turn.content, place))
+        else:
+            results = [block for block in turn.content if block.get("type") == "tool_result"]
+            for block in results:
+                content = _text(block.get("content") or "", f"{place}.content")
+                messages.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id")), "content": content})
+            said = [block for block in turn.content if block.get("type") != "tool_result"]
+            if said or not results:
+                messages.append({"role": turn.role, "content": _text(said, f"{place}.content")})
+    return messages
+
+
+def _assistant(blocks: Sequence[Block], place: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": ""}
+    texts, thoughts, calls = [], [], []
+    for block in blocks:
+        match block:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case {"type": "thinking", "thinking": str(text)}:
+                thoughts.append(text)
+            case {"type": "redacted_thinking"}:
+                pass
+            case {"type": "tool_use", "id": str(call), "name": str(name), "input": dict(given)}:
+                function = {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
+                calls.append({"id": call, "type": "function", "function": function})
+            case _:
+                raise unsupported(f"{place}.content", what="Only text, thinking and tool_use blocks are supported")
+    message["content"] = "\n".join(texts)
+    if thoughts:
+        message["reasoning_content"] = "\n".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _text(content: Any, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    texts = []
+    for block in content if isinstance(content, list) else [None]:
+        match block:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case _:
+                raise unsupported(place, what="Only text blocks are supported by this server")
+    return "\n".join(texts)
+
+
+def error_body(error: PenstockError) -> Block:
+    """As Anthropic's clients expect it; the code stays at the end of the message."""
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": body_of(error).error.message}}
+
+
+EVENTS = Dialect(named, b"", lambda error: named(error_body(error)))
+
+
+def _invalid(param: str, why: str) -> HTTPError:
+    return HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)

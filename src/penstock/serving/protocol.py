@@ -1,0 +1,61 @@
+"""uvicorn's HTTP/1.1 connection, with an end to two kinds of patience."""
+
+from __future__ import annotations
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from penstock.serving import limits
+
+
+class Connection(H11Protocol):
+    """Gives a request's head HEAD_SECONDS to arrive, and cuts off a client that has read nothing for STALL_SECONDS.
+
+    uvicorn ends a connection that is silent between requests, but not one that sends its headers a byte at a time, nor
+    one that never reads: either would hold a place among MAX_CONNECTIONS for ever, the latter its request's too.
+    """
+
+    _head: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._wait_for_head()
+        else:
+            self._head = _stop(self._head)
+
+    def on_response_complete(self) -> None:
+        self._head = _stop(self._head)
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self._stalled or self.loop.call_later(limits.STALL_SECONDS, self._abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled = _stop(self._stalled)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head, self._stalled = _stop(self._head), _stop(self._stalled)
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        self._head = self._head or self.loop.call_later(limits.HEAD_SECONDS, self._abort)
+
+    def _abort(self) -> None:
+        """What is still to be written is dropped: nobody reads it."""
+        self.transport.abort()
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    if timer is not None:
+        timer.cancel()
+    return None

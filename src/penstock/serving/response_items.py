@@ -1,0 +1,124 @@
+"""Items of OpenAI's Responses API, as messages of a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from penstock.serving.errors import HTTPError, unsupported
+from penstock.serving.limits import MAX_MESSAGES
+from penstock.serving.schemas import ROLES
+from penstock.serving.tools import FunctionSpec, ToolSpec
+
+Item = dict[str, Any]
+_TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+
+
+def as_items(given: str | list[Item]) -> list[Item]:
+    return [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def messages_from(items: Sequence[Item], instructions: str | None) -> list[dict[str, Any]]:
+    """Messages as templates read them: thoughts, text and calls that follow each other are one turn of the assistant.
+
+    Raises:
+        HTTPError: invalid_parameter, unsupported_parameter; the message names the item.
+    """
+    if len(items) > MAX_MESSAGES:
+        raise _invalid("input", f"the conversation has {len(items)} items, at most {MAX_MESSAGES} are allowed")
+    messages: list[dict[str, Any]] = []
+    if instructions is not None:
+        messages.append({"role": "system", "content": instructions})
+    turn: dict[str, Any] | None = None
+    for i, item in enumerate(items):
+        place = f"input[{i}]"
+        match item:
+            case {"type": "function_call", "status": "incomplete"}:  # its text is a message
+                continue
+            case {"type": "function_call", "call_id": str(call), "name": str(name), "arguments": str(arguments)}:
+                turn = _turn(messages, turn)
+                function = {"name": name, "arguments": arguments}
+                turn.setdefault("tool_calls", []).append({"id": call, "type": "function", "function": function})
+            case {"type": "reasoning"}:
+                turn = _turn(messages, None)
+                turn["reasoning_content"] = _text(item.get("content") or item.get("summary") or [], place)
+            case {"type": "function_call_output", "call_id": str(call), "output": output}:
+                messages.append({"role": "tool", "tool_call_id": call, "content": _text(output, place)})
+                turn = None
+            case {"role": "assistant", "content": content} if item.get("type", "message") == "message":
+                turn = _turn(messages, turn if turn and not turn["content"] and "tool_calls" not in turn else None)
+                turn["content"] = _text(content, place)
+            case {"role": role, "content": content} if item.get("type", "message") == "message":
+                if role not in ROLES:
+                    raise _invalid(f"{place}.role", f"it must be one of {', '.join(ROLES)}")
+                messages.append({"role": role, "content": _text(content, place)})
+                turn = None
+            case _:
+                what = "an item is a message, a function_call with its output, or reasoning"
+                raise _invalid(place, what)
+    return messages
+
+
+def _turn(messages: list[dict[str, Any]], turn: dict[str, Any] | None) -> dict[str, Any]:
+    if turn is None:
+        messages.append(turn := {"role": "assistant", "content": ""})
+    return turn
+
+
+def _text(content: Any, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _invalid(f"{place}.content", "it must be text or a list of parts")
+    texts = []
+    for part in content:
+        match part:
+            case {"type": kind, "text": str(text)} if kind in _TEXTS:
+                texts.append(text)
+            case _:
+                raise unsupported(f"{place}.content", what="Only text parts are supported by this server")
+    return "\n".join(texts)
+
+
+def tools_from(tools: Sequence[Item] | None) -> list[ToolSpec]:
+    """The flat form of this API. Raises HTTPError."""
+    found = []
+    for i, tool in enumerate(tools or ()):
+        if tool.get("type") != "function":
+            raise unsupported(f"tools[{i}].type", what="Only tools of type function are supported by this server")
+        try:
+            function = msgspec.convert(tool, FunctionSpec)
+        except msgspec.ValidationError as error:
+            raise _invalid(f"tools[{i}]", str(error)[:200]) from None
+        found.append(ToolSpec(type="function", function=function))
+    return found
+
+
+def choice_from(choice: Any) -> Any:
+    """As chat has it."""
+    match choice:
+        case {"type": "function", "name": str(name)}:
+            return {"type": "function", "function": {"name": name}}
+        case {"type": "allowed_tools", "mode": mode, "tools": list(tools)}:
+            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [choice_from(t) for t in tools]}}
+    return choice
+
+
+def format_from(text: Any) -> Any:
+    """``text.format`` as chat's response_format. Raises HTTPError: (unsupported_parameter)."""
+    match text:
+        case None:
+            return None
+        case {"format": {"type": "json_schema", "schema": schema}}:
+            return {"type": "json_schema", "json_schema": {"schema": schema}}
+        case {"format": {"type": "text" | "json_object" as kind}}:
+            return {"type": kind}
+        case dict() if text.get("format") is None and text.get("verbosity") in (None, "medium"):
+            return None
+    raise unsupported("text", what="text.format must be text, json_object or json_schema")
+
+
+def _invalid(param: str, why: str) -> HTTPError:
+    return HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)

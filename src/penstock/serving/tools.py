@@ -1,0 +1,200 @@
+"""Tools of a request: what may be called, what must be, and the form that makes sure of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from penstock.serving.errors import HTTPError, unsupported
+from penstock.serving.limits import MAX_TOOL_CHARS, MAX_TOOL_DEPTH, MAX_TOOLS
+from penstock.spec import StructuredOutputs
+from penstock.spec.structured import depth_of
+from penstock.spec.tools import CallShape, Tool
+from penstock.text.parsers import Formats
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+class FunctionSpec(msgspec.Struct, kw_only=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolSpec(msgspec.Struct, kw_only=True):
+    type: str
+    function: FunctionSpec | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What a request says about tools.
+
+    Attributes:
+        told: all of them, as chat templates read them.
+        tools: those that may be called.
+        forced: at least one call must come, and nothing else.
+        single: no more than one may.
+    """
+
+    told: tuple[dict[str, Any], ...] = ()
+    tools: tuple[Tool, ...] = ()
+    forced: bool = False
+    single: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tool.name for tool in self.tools)
+
+    def form(self, formats: Formats, wanted: StructuredOutputs | None, *, opened: bool) -> StructuredOutputs | None:
+        """What the text must be: ``wanted`` without tools; else what keeps calls to their schemas, None if nothing.
+
+        Args:
+            wanted: the form of an answer that calls nothing.
+            opened: the text starts within thoughts.
+
+        Raises:
+            HTTPError: (unsupported_parameter) ``wanted`` is no JSON; calls of the model cannot be read at all.
+            InvalidRequest: as StructuredOutputs.
+        """
+        if not self.tools:
+            return wanted
+        if formats.calls is None:
+            raise unsupported("tools", what="The format in which this model writes calls of tools is not known here")
+        if not (self.forced or self.single or wanted or any(tool.strict for tool in self.tools)):
+            return None
+        shape, tags = formats.calls.shape, formats.thoughts
+        form: dict[str, Any] = {
+            "structures": [self._structure(tool, shape) for tool in self.tools],
+            "triggers": [shape.trigger] if shape.trigger else [],
+            "first": shape.first,
+            "between": shape.between,
+            "last": shape.last,
+            "at_least": int(self.forced),
+        }
+        if self.single:
+            form["at_most"] = 1
+        if tags is not None:
+            form["thoughts"] = {"start": tags.starts, "end": tags.ends, "opened": opened or tags.opened}
+        if wanted is not None and not self.forced:
+            if wanted.kind not in ("json", "json_object"):
+                raise unsupported("tools", what="tools go together with forms of JSON only")
+            form["answer"] = {"type": "object"} if wanted.json is None else json.loads(str(wanted.json))
+        return StructuredOutputs(structural_tag=form)
+
+    def _structure(self, tool: Tool, shape: CallShape) -> dict[str, Any]:
+        exact = self.forced or tool.strict
+        begin = shape.begin.format(name=json.dumps(tool.name), bare_name=tool.name)
+        return {
+            "begin": begin,
+            "schema": json.loads(tool.parameters) if exact else {"type": "object"},
+            "end": shape.end,
+        }
+
+
+def offer_of(tools: Sequence[ToolSpec] | None, choice: Any, parallel: bool | None) -> Offer:
+    """Checks what a request says in ``tools``, ``tool_choice`` and ``parallel_tool_calls``.
+
+    Raises:
+        HTTPError: invalid_parameter, unsupported_parameter; ``too_many_tools``, ``tools_too_large``.
+    """
+    functions = [_function(tool, f"tools[{i}]") for i, tool in enumerate(tools or ())]
+    _check_size(functions)
+    names = [function.name for function in functions]
+    if len(set(names)) < len(names):
+        raise _invalid("tools", "two of them have the same name")
+    mode, allowed = _choice(choice)
+    for name in allowed or ():
+        if name not in names:
+            raise _invalid("tool_choice", f"there is no tool named {name[:64]!r}")
+    if mode == "required" and not functions:
+        raise _invalid("tool_choice", "there are no tools")
+    if mode == "none" or not functions:
+        return Offer()
+    return Offer(
+        told=tuple(_told(function) for function in functions),
+        tools=tuple(_tool(function) for function in functions if allowed is None or function.name in allowed),
+        forced=mode in ("required", "named"),
+        single=mode == "named" or parallel is False,
+    )
+
+
+def _choice(choice: Any) -> tuple[str, list[str] | None]:
+    """(none, auto, required or named; the names that may be called, None for all)."""
+    match choice:
+        case None:
+            return "auto", None
+        case "none" | "auto" | "required":
+            return str(choice), None
+        case {"type": "function", "function": {"name": str(name)}}:
+            return "named", [name]
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(tools)}}:
+            return mode, [_allowed(tool) for tool in tools]
+    raise _invalid("tool_choice", "it must be none, auto, required, or name a function")
+
+
+def _allowed(tool: Any) -> str:
+    match tool:
+        case {"type": "function", "function": {"name": str(name)}}:
+            return name
+    raise _invalid("tool_choice", "allowed tools must be functions")
+
+
+def _function(tool: ToolSpec, place: str) -> FunctionSpec:
+    if tool.type != "function":
+        raise unsupported(f"{place}.type", what="Only tools of type function are supported by this server")
+    if tool.function is None:
+        raise _invalid(f"{place}.function", "it is missing")
+    function = tool.function
+    if not _NAME.fullmatch(function.name):
+        raise _invalid(f"{place}.function.name", "it must be 1 to 128 letters, digits, _ and -")
+    kind = (function.parameters or {}).get("type", "object")
+    if kind != "object":
+        raise _invalid(f"{place}.function.parameters", 'arguments are an object, so its type must be "object"')
+    return function
+
+
+def _check_size(functions: Sequence[FunctionSpec]) -> None:
+    if len(functions) > MAX_TOOLS:
+        why = f"there are {len(functions)}, at most {MAX_TOOLS} are allowed"
+        raise HTTPError(
+            "too_many_tools", "The request has too many tools", why=why, fix="leave some out", param="tools"
+        )
+    texts = [msgspec.json.encode(function).decode() for function in functions]
+    if (size := sum(map(len, texts))) > MAX_TOOL_CHARS:
+        why = f"as JSON they have {size:,} characters, at most {MAX_TOOL_CHARS:,} are allowed"
+        raise HTTPError(
+            "tools_too_large", "The tools of the request are too large", why=why, fix="leave some out", param="tools"
+        )
+    for i, text in enumerate(texts):
+        if (depth := depth_of(text)) > MAX_TOOL_DEPTH:
+            why = f"it is nested {depth} deep, at most {MAX_TOOL_DEPTH} are allowed"
+            what = f"tools[{i}] is nested too deeply"
+            raise HTTPError("tools_too_large", what, why=why, fix="make it flatter", param=f"tools[{i}]")
+
+
+def _told(function: FunctionSpec) -> dict[str, Any]:
+    """Without ``strict``: it is for the server, and no model has learned to read it."""
+    told: dict[str, Any] = {"name": function.name}
+    if function.description is not None:
+        told["description"] = function.description
+    return {"type": "function", "function": told | {"parameters": _schema(function)}}
+
+
+def _tool(function: FunctionSpec) -> Tool:
+    parameters = json.dumps(_schema(function), ensure_ascii=False)
+    return Tool(name=function.name, parameters=parameters, strict=bool(function.strict))
+
+
+def _schema(function: FunctionSpec) -> Mapping[str, Any]:
+    return {"type": "object", **(function.parameters or {"properties": {}})}
+
+
+def _invalid(param: str, why: str) -> HTTPError:
+    return HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)

@@ -1,0 +1,38 @@
+"""Tools that a model may call, and how formats write calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that a model may call.
+
+    Attributes:
+        parameters: JSON schema of its arguments, as JSON text.
+        strict: calls must be instances of the schema.
+    """
+
+    name: str
+    parameters: str = '{"type":"object"}'
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallShape:
+    """How a model writes calls, which a grammar makes it keep to: ``first``, calls with ``between``, ``last``.
+
+    Attributes:
+        begin: what stands before the arguments; a format string of ``name`` (in quotes) and ``bare_name``.
+        end: what stands after them.
+        trigger: with what ``first`` or ``begin`` starts and nothing else that is said; None if calls are plain JSON,
+            which only the start of the text shows to be calls.
+    """
+
+    first: str
+    begin: str
+    end: str
+    between: str
+    last: str
+    trigger: str | None

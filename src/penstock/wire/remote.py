@@ -1,0 +1,314 @@
+"""RemoteService: an engine in another process, behind the Service seam, which outlives that process.
+
+Whoever submits never learns that an engine died. This side keeps each request's prompt and the tokens it has heard of;
+when the process ends, another is started, and what was under way is submitted again as a continuation
+(``Submission.emitted``). A token depends on what was before it and on its position alone, so the streams go on with the
+tokens and log-probabilities of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import fields, replace
+
+from penstock.base import EngineError, PenstockError
+from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id
+from penstock.spec import EngineConfig
+from penstock.wire.frames import Connection, WireError, bad_frame
+from penstock.wire.messages import Cancel, News, Ready, Refused, Start, Submit, decode_from_engine, encode
+from penstock.wire.process import LEAVE_SECONDS, EngineProcess
+from penstock.wire.under_way import UnderWay
+
+log = logging.getLogger(__name__)
+
+MAX_RESTARTS = 5
+"""In RESTART_SECONDS. An engine that dies more often stays dead."""
+RESTART_SECONDS = 60.0
+FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
+"""Seconds before a restart; the second in a row waits twice as long, and so on."""
+MAX_DEATHS = 3
+"""Engines that may die of a request. After the last but one, those that were there are let in one by one: whoever kills
+the next engine has come alone."""
+
+
+class RemoteService:
+    """Starts an engine process and speaks to it; starts another one when it dies.
+
+    Sinks are called on a thread of this service's own, and in order.
+
+    Args:
+        argv: the command line of the process; the path of the socket is added.
+        config: what it shall load; sent to every process that is started.
+    """
+
+    def __init__(self, argv: Sequence[str], config: EngineConfig) -> None:
+        self._argv, self._config = list(argv), config
+        self._requests: dict[str, UnderWay] = {}
+        self._lock = threading.Lock()
+        self._mail: queue.SimpleQueue[bytes | None] | None = None  # of the engine that is there, if one is
+        self._connection: Connection | None = None
+        self._status = Status(running=0, waiting=0, blocks_total=0, blocks_used=0, counters=Counters())
+        self._gone = Counters()  # what engines did that are no more
+        self._epoch = 0
+        self._held: deque[str] = deque()  # requests that wait to be tried alone, and the one that is being tried
+        self._tried: str | None = None
+        self._fault: EngineError | None = None
+        self._closing = threading.Event()
+        self._first: Future[Ready] = Future()
+        self._process = EngineProcess(self._argv)
+        self._thread = threading.Thread(target=self._run, name="penstock-engine-link", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def ready(self) -> Ready:
+        """Waits until the first process has its model.
+
+        Raises:
+            PenstockError: why it has none; as ``assemble.build_engine``, or engine_died.
+        """
+        return self._first.result()
+
+    def submit(self, submission: Submission, sink: Sink) -> None:
+        """As LocalService; while an engine is being started again the request waits for it.
+
+        Raises:
+            InvalidRequest: duplicate_request_id, request_unsendable, unsupported_parameter.
+            EngineError: (engine_dead) it died too often; engine_closed.
+        """
+        frame = encode(Submit.of(submission))
+        with self._lock:
+            if self._fault or self._closing.is_set():
+                raise self._fault or EngineError("engine_closed", "The engine was closed", fix="make a new one")
+            if submission.id in self._requests:
+                raise duplicate_id(submission.id)
+            self._requests[submission.id] = UnderWay(submission, sink)
+            if self._mail:
+                self._mail.put(frame)
+
+    def abort(self, id: str, sample: int | None = None) -> None:
+        with self._lock:
+            if (request := self._requests.get(id)) is None:
+                return
+            request.abort(sample)
+            if self._mail:
+                self._mail.put(encode(Cancel(id, sample)))
+
+    def status(self) -> Status:
+        """As the engine last told, at most a tenth of a second ago; counters go on from one engine to the next."""
+        status = self._status
+        return replace(status, counters=_sum(self._gone, status.counters))
+
+    @property
+    def alive(self) -> bool:
+        """There is an engine right now."""
+        return self._mail is not None and not self._closing.is_set()
+
+    def close(self) -> None:
+        """Ends the process, and tells everybody whose request was under way."""
+        atexit.unregister(self.close)
+        with self._lock:
+            self._closing.set()
+            if self._connection:
+                self._connection.close()
+            else:  # there is nothing yet that it could lose
+                self._process.process.kill()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # -- the thread ----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error = EngineError("engine_closed", "The engine was closed while the request ran")
+        try:
+            self._serve()
+        except PenstockError as refusal:
+            if not self._first.done():
+                self._first.set_exception(refusal)
+            error = self._fault = refusal if isinstance(refusal, EngineError) else _dead(str(refusal))
+        except BaseException as cause:  # whatever it is, nobody may wait for ever
+            log.exception("the link to the engine ended by a fault of its own")
+            error = self._fault = _dead(f"{type(cause).__name__} in the link to it")
+        if not self._first.done():
+            self._first.set_exception(error)
+        with self._lock:
+            self._closing.set()
+            open_requests, self._requests = self._requests, {}
+        for request in open_requests.values():
+            for sample in request.left:
+                _tell(request, Update(request.submission.id, sample, finish_reason="error", error=error))
+        self._process.end(0)
+
+    def _serve(self) -> None:
+        """Follows one engine after the other.
+
+        Raises:
+            EngineError: (engine_dead) they die too often.
+            PenstockError: why the first one did not start.
+        """
+        deaths: deque[float] = deque()
+        pause = FIRST_PAUSE
+        while True:
+            since = time.monotonic()
+            served, why = self._follow()
+            if self._closing.is_set():
+                return
+            now = time.monotonic()
+            deaths.append(now)
+            while deaths[0] < now - RESTART_SECONDS:
+                deaths.popleft()
+            if len(deaths) > MAX_RESTARTS:
+                raise _dead(f"{why}, and it was started again {MAX_RESTARTS} times in {RESTART_SECONDS:g} seconds")
+            pause = FIRST_PAUSE if now - since > RESTART_SECONDS else min(2 * pause, LAST_PAUSE)
+            log.error("%s while %d requests were under way; it is started again", why, len(self._requests))
+            self._bury(served)
+            if self._closing.wait(pause):
+                return
+            self._epoch += 1
+            self._gone.restarts += 1
+            self._process = EngineProcess(self._argv)
+
+    def _follow(self) -> tuple[bool, str]:
+        """One engine from its start to its end. Returns whether it served, and how it ended."""
+        connection: Connection | None = None
+        try:
+            connection = self._process.connect()
+            with self._lock:  # from here on ``close`` closes it
+                self._connection = connection
+            if not self._closing.is_set():
+                self._listen(connection)
+        except WireError as error:
+            self._gone.bad_frames += 1
+            log.error("%s", error)
+        except PenstockError as error:
+            if not self._first.done():
+                raise
+            if not self._closing.is_set():
+                log.error("%s", error)
+        finally:
+            with self._lock:
+                mail, self._mail, self._connection = self._mail, None, None
+            if mail:
+                mail.put(None)
+            if connection:
+                connection.close()
+            self._process.end(LEAVE_SECONDS if self._closing.is_set() else 1.0)
+        if not self._first.done() and not self._closing.is_set():
+            what = f"The engine process {self._process.fate()} before its model was there"
+            raise EngineError("engine_died", what, fix="see the log for why; a lack of memory is the usual cause")
+        return mail is not None, f"The engine process {self._process.fate()}"
+
+    def _listen(self, connection: Connection) -> None:
+        connection.send(encode(Start(self._epoch, self._config)))
+        while (frame := connection.receive()) is not None:
+            message = decode_from_engine(frame)
+            if isinstance(message, Refused):
+                raise message.error
+            if message.epoch != self._epoch:
+                raise bad_frame(f"it is of engine {message.epoch}, and this is {self._epoch}")
+            if isinstance(message, News):
+                self._status = message.status
+                for update in message.updates:
+                    self._hear(update)
+            else:
+                self._enter(connection, message)
+
+    def _enter(self, connection: Connection, ready: Ready) -> None:
+        """The engine has its model: it gets whatever is under way."""
+        mail: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=_post, args=(connection, mail), name="penstock-engine-mail", daemon=True).start()
+        with self._lock:
+            self._mail = mail
+            for id, request in self._requests.items():
+                if request.deaths < MAX_DEATHS - 1:
+                    self._continue(request)
+                else:
+                    self._held.append(id)
+            self._try_next()
+        if not self._first.done():
+            self._first.set_result(ready)
+
+    def _continue(self, request: UnderWay) -> None:
+        """Sends a request, and who of it was aborted meanwhile. The lock is held, and there is an engine."""
+        assert self._mail is not None
+        self._mail.put(encode(Submit.of(request.continuation())))
+        for sample in sorted(request.aborted.intersection(request.left)):
+            self._mail.put(encode(Cancel(request.submission.id, sample)))
+
+    def _try_next(self) -> None:
+        self._tried = None
+        while self._held and self._tried is None:
+            if request := self._requests.get(self._held.popleft()):
+                self._tried = request.submission.id
+                self._continue(request)
+
+    def _hear(self, update: Update) -> None:
+        if (request := self._requests.get(update.id)) is None:
+            return
+        if update.id == self._tried:  # it did no harm
+            with self._lock:
+                self._try_next()
+        self._pass_on(request, update)
+
+    def _pass_on(self, request: UnderWay, update: Update) -> None:
+        if not request.hear(update):
+            return
+        if not request.left:
+            with self._lock:
+                del self._requests[update.id]
+        if not _tell(request, update) and not update.finish_reason:
+            self.abort(update.id, update.sample)
+
+    def _bury(self, served: bool) -> None:
+        """An engine is gone, and with it what killed it the last time that may be."""
+        self._gone = _sum(self._gone, self._status.counters)
+        self._status = replace(self._status, running=0, waiting=0, blocks_used=0, counters=Counters())
+        for id, request in list(self._requests.items()):
+            request.deaths += served and self._tried in (None, id)
+            if request.deaths >= MAX_DEATHS:
+                for sample in request.left:
+                    self._pass_on(request, Update(id, sample, finish_reason="error", error=_quarantined()))
+        self._held.clear()
+        self._tried = None
+
+
+def _post(connection: Connection, mail: queue.SimpleQueue[bytes | None]) -> None:
+    """Sends what is posted, on a thread of its own: an engine that is busy must hold nobody up."""
+    try:
+        while (frame := mail.get()) is not None:
+            connection.send(frame)
+    except OSError:
+        pass  # it has died; whoever listens to it knows
+
+
+def _tell(request: UnderWay, update: Update) -> bool:
+    """Whether the caller took it. A caller's fault is not the engine's."""
+    try:
+        request.sink(update)
+    except Exception:
+        log.exception("the sink of request %s raised", update.id)
+        return False
+    return True
+
+
+def _sum(a: Counters, b: Counters) -> Counters:
+    return Counters(**{field.name: getattr(a, field.name) + getattr(b, field.name) for field in fields(Counters)})
+
+
+def _dead(why: str) -> EngineError:
+    return EngineError("engine_dead", "The engine stopped", why=why, fix="restart it and report the log")
+
+
+def _quarantined() -> EngineError:
+    return EngineError(
+        "request_quarantined",
+        f"The engine process died {MAX_DEATHS} times while the request ran",
+        why="the request may be the cause",
+        fix="send it again alone, and report it if that fails",
+    )

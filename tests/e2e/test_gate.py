@@ -1,0 +1,103 @@
+"""The gate in this process: every kind of end, and requests that cannot be told apart by whose prefix they find."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock import AsyncLLM
+from penstock.fleet import Admission
+from penstock.serving import build_app
+from penstock.serving.gate import Gate
+from penstock.serving.keys import change_keys, new_key
+from penstock.spec import EngineConfig
+from servers import PROMPT
+
+KEYED = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/score", "/v1/rerank")
+
+
+@pytest.fixture(scope="module")
+def llm(stories: Path) -> Iterator[AsyncLLM]:
+    llm = AsyncLLM(EngineConfig(model=str(stories), dtype="float32", num_threads=1))
+    yield llm
+    llm.close()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> tuple[Gate, str]:
+    secret, record = new_key([], tenant="acme", role="inference")
+    change_keys(tmp_path / "keys", lambda _: [record])
+    return Gate(Admission(5000), tmp_path / "keys"), secret
+
+
+BODIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "prompt": st.sampled_from([PROMPT, [5, 6], [], "", [[1], [2, 3]], [9999], 5, "x " * 600]),
+        "messages": st.sampled_from([[], [{"role": "user", "content": "a"}], [{"role": "x"}]]),
+        "input": st.sampled_from(["a", ["a", "b"], [], [[1, 2]], ""]),
+        "text_1": st.sampled_from(["a", ["a", "b"], []]),
+        "text_2": st.sampled_from(["a", ["a", "b", "c"]]),
+        "query": st.just("a"),
+        "documents": st.sampled_from([["a"], ["a", "b"], []]),
+        "n": st.sampled_from([1, 2, 0, 128]),
+        "best_of": st.sampled_from([1, 2]),
+        "max_tokens": st.sampled_from([1, 3, 0, 400, None]),
+        "stream": st.booleans(),
+        "response_format": st.sampled_from([{"type": "json_object"}, {"type": "?"}]),
+        "model": st.sampled_from([None, "nobody"]),
+    },
+)
+
+
+@given(path=st.sampled_from(KEYED), bodies=st.lists(BODIES, min_size=1, max_size=4), leaves=st.booleans())
+def test_whatever_is_asked_the_books_are_empty_afterwards(
+    llm: AsyncLLM, path: str, bodies: list[dict[str, Any]], leaves: bool
+) -> None:
+    async def ask() -> None:
+        gate = Gate(Admission(2000))
+        app, _ = build_app(llm, gate=gate)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            tasks = [asyncio.create_task(client.post(path, json=body)) for body in bodies]
+            if leaves:
+                await asyncio.sleep(0.002)
+                for task in tasks:
+                    task.cancel()
+            answers = await asyncio.gather(*tasks, return_exceptions=True)
+        for answer in answers:
+            assert isinstance(answer, asyncio.CancelledError | httpx.Response), answer
+            if isinstance(answer, httpx.Response):
+                assert answer.status_code in (200, 400, 404, 503), answer.text
+        assert (gate.admission.running, gate.admission.held, gate.live) == (0, 0, set())
+
+    asyncio.run(ask())
+
+
+def test_vectors_are_charged_by_their_tokens(llm: AsyncLLM, gate: tuple[Gate, str]) -> None:
+    books, key = gate
+
+    async def ask(**body: Any) -> tuple[httpx.Response, int]:
+        app, _ = build_app(llm, gate=books)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            most = 0
+            task = asyncio.create_task(client.post("/v1/embeddings", json=body, headers={"x-api-key": key}))
+            while not task.done():
+                most = max(most, books.admission.held)
+                await asyncio.sleep(0)
+            return await task, most
+
+    answer, held = asyncio.run(ask(input=[[5] * 100, [6] * 50]))
+    assert answer.json()["usage"]["prompt_tokens"] == 150 == held
+    books.admission.budget = 120
+    assert asyncio.run(ask(input=[[5] * 100]))[0].status_code == 200
+    held_by_another = books.admission.enter("other", books.ring.rates("other"), 0.0)  # type: ignore[union-attr]
+    books.admission.charge(held_by_another, 40, 0.0)
+    refused, _ = asyncio.run(ask(input=[[5] * 100]))
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "queue_full"

@@ -1,0 +1,315 @@
+"""What hostile clients send: each gets a 4xx with a code or is cut off, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import httpx
+import msgspec
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock import AsyncLLM
+from penstock.serving import build_app, limits, schemas, vectors
+from penstock.serving import server as serving
+from penstock.serving.edge import nested_too_deeply
+from penstock.serving.limits import MAX_JSON_DEPTH
+from penstock.spec import EngineConfig
+from penstock.spec.sampling import BOUNDS
+from servers import MODEL, PROMPT, Server
+
+COMPLETIONS = "/v1/completions"
+CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+STREAM = {"model": MODEL, "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def llm(stories: Path) -> Iterator[AsyncLLM]:
+    llm = AsyncLLM(EngineConfig(model=str(stories), dtype="float32", num_threads=1))
+    yield llm
+    llm.close()
+
+
+def descriptors(server: Server) -> int:
+    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+
+def memory(server: Server) -> int:
+    """Resident bytes."""
+    return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(server: Server) -> Iterator[None]:
+    """Blocks, room in the queue and descriptors are back to where they were."""
+    server.wait_until_idle()
+    before = descriptors(server)
+    yield
+    deadline = time.monotonic() + 20
+    while descriptors(server) > before or server.metric("penstock_queue_requests"):
+        assert time.monotonic() < deadline, (descriptors(server), before)
+        time.sleep(0.05)
+    server.wait_until_idle()
+    assert server.metric("penstock_kv_blocks_used") == server.metric("penstock_queue_tokens") == 0
+
+
+def head_of(body: bytes, path: str = COMPLETIONS, *more: bytes) -> bytes:
+    lines = [f"POST {path} HTTP/1.1".encode(), b"Host: localhost", b"Content-Type: application/json", *more]
+    return b"\r\n".join([*lines, f"Content-Length: {len(body)}".encode(), b"", b""])
+
+
+def reset(connection: socket.socket) -> None:
+    """Closes with RST instead of FIN."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+# -- the numbers and the shape of a request ----------------------------------------------------------------------------
+
+
+def numbers_of(shape: type) -> Iterator[tuple[str, type, tuple[float, float] | None]]:
+    """(field, int or float, its declared least and most) of a request's own numbers."""
+    for name, hint in get_type_hints(shape, include_extras=True).items():
+        for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+            kind, *marks = get_args(part) if get_origin(part) is Annotated else (part,)
+            if kind not in (int, float):
+                continue
+            metas = [mark for mark in marks if isinstance(mark, msgspec.Meta)]
+            own = [(mark.ge, mark.le) for mark in metas if mark.ge is not None and mark.le is not None]
+            yield name, kind, own[0] if own else BOUNDS.get(name)
+
+
+REQUESTS = {
+    COMPLETIONS: schemas.CompletionRequest,
+    "/v1/chat/completions": schemas.ChatRequest,
+    "/v1/embeddings": vectors.EmbeddingRequest,
+    "/v1/score": vectors.ScoreRequest,
+    "/v1/rerank": vectors.RerankRequest,
+}
+BASE = {
+    COMPLETIONS: {"prompt": "a", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+    "/v1/embeddings": {"input": "a"},
+    "/v1/score": {"text_1": "a", "text_2": "b"},
+    "/v1/rerank": {"query": "a", "documents": ["b"]},
+}
+NUMBERS = [(path, *number) for path, shape in REQUESTS.items() for number in numbers_of(shape)]
+
+
+def test_every_number_of_every_request_has_a_least_and_a_most() -> None:
+    assert len(NUMBERS) > 40
+    assert [(path, name) for path, name, _, bounds in NUMBERS if bounds is None] == []
+
+
+@settings(max_examples=3 * settings.default.max_examples)
+@given(number=st.sampled_from(NUMBERS), above=st.booleans(), beyond=st.integers(0, 3), far=st.booleans())
+def test_numbers_at_their_limits_and_one_beyond(
+    server: Server, number: tuple[str, str, type, tuple[float, float]], above: bool, beyond: int, far: bool
+) -> None:
+    path, name, kind, bounds = number
+    edge = bounds[above]
+    past = (10 ** (20 * beyond) if far else beyond) if kind is int else beyond * 0.5
+    value = kind(edge + past if above else edge - past)
+    response = CLIENT.post(server.url + path, json=BASE[path] | {name: value})
+    error = {} if response.status_code == 200 else response.json()["error"]
+    if value != edge:
+        assert response.status_code == 400 and error["code"] == "invalid_parameter" and error["param"] == name, error
+    elif response.status_code != 200:  # in range, and at odds with the model or with another field
+        assert response.status_code == 400 and error["code"] != "invalid_json", error
+
+
+def test_brackets_within_brackets(server: Server) -> None:
+    def code(depth: int, filler: bytes = b"") -> str:
+        body = b'{"prompt":"a","max_tokens":1,"metadata":' + filler + b"[" * depth + b"]" * depth + b"}"
+        response = httpx.post(server.url + COMPLETIONS, content=body, headers={"content-type": "application/json"})
+        return "ok" if response.status_code == 200 else str(response.json()["error"]["code"])
+
+    assert code(MAX_JSON_DEPTH - 1) == "ok"
+    assert code(MAX_JSON_DEPTH) == "invalid_json"
+    assert code(3_000_000) == "invalid_json"
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from([b"[", b"]", b"{", b"}", b'"', b'\\"', b"\\\\", b"a", b"[" * 90, b"]" * 90, b'"["']),
+        max_size=40,
+    )
+)
+def test_depth_is_counted_outside_of_strings(parts: list[bytes]) -> None:
+    body, depth, deepest, quoted, escaped = b"".join(parts), 0, 0, False, False
+    for byte in body.decode():
+        if escaped:
+            escaped = False
+        elif byte == "\\":
+            escaped = True
+        elif byte == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += (byte in "[{") - (byte in "]}")
+            deepest = max(deepest, depth)
+    assert nested_too_deeply(body) == (deepest > MAX_JSON_DEPTH)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 10**18}, {"logprobs": 10**18}, {"best_of": 10**18}, {"max_tokens": 2**64}, {"stop": ["a"] * 100_000},
+        {"stop": "a" * 1_000_000}, {"stop_token_ids": [1] * 1_000_000}, {"prompt": ["a"] * 100_000},
+        {"logit_bias": {str(i): 1 for i in range(100_000)}}, {"dry_sequence_breakers": ["a" * 1000] * 1000},
+        {"guided_regex": "(a+)+" * 2000 + "$"}, {"guided_choice": ["a" * 20] * 100_000},
+        {"guided_grammar": "(" * 100_000}, {"logits_rules": {str(i): i for i in range(10_000)}},
+        {"model": "m" * 1_000_000}, {"thinking_start": [1] * 100_000},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)  # fmt: skip
+def test_huge_values_are_refused_at_once(server: Server, fields: dict[str, Any]) -> None:
+    started, before = time.monotonic(), memory(server)
+    response = httpx.post(server.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 1} | fields, timeout=60)
+    assert 400 <= response.status_code < 500 and response.json()["error"]["code"], response.text
+    assert time.monotonic() - started < 10 and memory(server) - before < 200 << 20
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd", "a%00b", "%e2%80%ae", "．．/etc", "~root", "C:\\x"],
+)
+def test_names_are_never_paths(server: Server, name: str) -> None:
+    """A model is found by comparing its name; nothing of a request is joined to a path."""
+    response = httpx.get(f"{server.url}/v1/models/{name}")
+    assert response.status_code == 404 and "root:" not in response.text
+    response = httpx.post(server.url + COMPLETIONS, json={"prompt": "a", "model": name})
+    assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+# -- heads, bodies and connections -------------------------------------------------------------------------------------
+
+
+def test_a_flood_of_headers_is_cut_off(server: Server) -> None:
+    before = memory(server)
+    line = b"x-" + b"h" * 60 + b": v\r\n"
+    for flood in (b"x-big: " + b"a" * (64 << 20), line * 100_000):
+        with socket.create_connection(server.address, timeout=30) as connection:
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n" + flood + b"\r\n\r\n")
+                answer = connection.recv(1000)
+            assert answer == b"" or answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431")), answer[:100]
+    assert memory(server) - before < 32 << 20
+
+
+def test_200_resets_in_the_middle_of_streams(server: Server) -> None:
+    body = json.dumps(STREAM).encode()
+    connections = []
+    for i in range(200):
+        connection = socket.create_connection(server.address, timeout=60)
+        connection.sendall(head_of(body) + body)
+        connections.append(connection)
+        if i % 2 == 0:
+            assert b"200 OK" in connection.recv(100)
+    alone = httpx.post(server.url + COMPLETIONS, json=STREAM | {"stream": False, "temperature": 0}, timeout=60)
+    for connection in connections:
+        reset(connection)
+    again = httpx.post(server.url + COMPLETIONS, json=STREAM | {"stream": False, "temperature": 0}, timeout=60)
+    assert alone.json()["choices"] == again.json()["choices"]
+
+
+def test_uploads_that_stop_half_way_leave_nothing(server: Server) -> None:
+    body = json.dumps(STREAM | {"prompt": "a" * 100_000}).encode()
+    for sent in (1, 100, 50_000, len(body) - 1):
+        for close in (socket.socket.close, reset):
+            for _ in range(10):
+                connection = socket.create_connection(server.address, timeout=30)
+                connection.sendall(head_of(body) + body[:sent])
+                close(connection)
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+def test_bodies_of_a_declared_and_another_length(server: Server) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    for head, expected in (
+        (head_of(body, COMPLETIONS, b"Transfer-Encoding: chunked"), {400}),
+        (head_of(body).replace(b"Content-Length: ", b"Content-Length: +"), {400}),
+        (head_of(body).replace(b"Content-Length: ", b"Content-Length: 1, "), {400}),
+        (head_of(body, COMPLETIONS, b"Content-Length: 3"), {400}),
+        (head_of(body, COMPLETIONS, b"X: a\rb"), {400}),
+        (head_of(body).replace(b"Host: localhost", b"Host: localhost\r\nHost: evil"), {400, 403}),
+    ):
+        with socket.create_connection(server.address, timeout=30) as connection:
+            connection.sendall(head + body)
+            assert int(connection.recv(1000).split()[1]) in expected, head
+
+
+# -- patience, in this process, where it can be made short -------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Any]]:
+    """The port and the context of a server whose patience is half a second."""
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(limits, "STALL_SECONDS", 0.5)
+    app, context = build_app(llm)
+    bound = serving.listen("127.0.0.1", 0)
+    running = uvicorn.Server(serving._settings(app))
+    thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[bound])))
+    port = bound.getsockname()[1]
+    thread.start()
+    yield port, context
+    running.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_head_that_trickles_is_not_waited_for(impatient: tuple[int, Any]) -> None:
+    port, _ = impatient
+    whole = b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for first in (b"", whole):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            if first:
+                connection.sendall(first)
+                assert b"200 OK" in connection.recv(1000)
+            started, sent = time.monotonic(), 0
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() - started < 5:
+                    connection.sendall(whole[sent % 4 : sent % 4 + 1] if sent < 4 else b"x")
+                    sent += 1
+                    time.sleep(0.05)
+            assert time.monotonic() - started < 3
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as silent:
+        assert silent.recv(10) == b""
+
+
+def test_a_client_that_reads_nothing_is_cut_off_and_its_request_ends(impatient: tuple[int, Any]) -> None:
+    port, context = impatient
+    body = json.dumps(STREAM | {"model": None, "n": 128, "logprobs": 100}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.settimeout(20)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(head_of(body) + body)
+        deadline = time.monotonic() + 30
+        while context.gate.admission.running == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as other:
+            other.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200 OK" in other.recv(1000)
+        while context.gate.admission.running or context.llm.engine.service.status().running:
+            assert time.monotonic() < deadline, "a client that does not read keeps its request"
+            time.sleep(0.05)
+        assert context.gate.admission.held == 0
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(1 << 20):
+                pass

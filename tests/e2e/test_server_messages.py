@@ -1,0 +1,158 @@
+"""Anthropic's Messages API, through Anthropic's own client."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+
+from penstock.text import Tokenizer
+from scripted import saying
+from servers import Server
+
+PARIS = '{"city": "Paris"}'
+CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
+TOOLS: list[Any] = [{"name": "get_weather", "description": "The weather.", "input_schema": SCHEMA}]
+USER: Any = {"role": "user", "content": "Weather?"}
+
+
+@pytest.fixture
+def client(hermes: Server) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=hermes.url, api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def say(client: anthropic.Anthropic, tokenizer: Tokenizer) -> Any:
+    """create() with defaults of these tests, and ``says`` for what the model will say."""
+
+    def create(says: str | None = None, **options: Any) -> Any:
+        body = {"temperature": 0} | options.pop("extra_body", {}) | ({} if says is None else saying(says, tokenizer))
+        asked = {"model": "m", "messages": [USER], "max_tokens": 200} | options
+        return client.messages.create(**asked, extra_body=body)
+
+    return create
+
+
+def test_a_message_has_blocks(say: Any) -> None:
+    message = say(f"<think>Hm.</think>Let me see.\n{CALL}", tools=TOOLS)
+    assert message.id.startswith("msg_") and (message.role, message.type, message.model) == (
+        "assistant",
+        "message",
+        "m",
+    )
+    thoughts, text, call = message.content
+    assert (thoughts.type, thoughts.thinking) == ("thinking", "Hm.")
+    assert (text.type, text.text) == ("text", "Let me see.")
+    assert (call.type, call.name, call.input) == ("tool_use", "get_weather", {"city": "Paris"})
+    assert (message.stop_reason, message.stop_sequence) == ("tool_use", None)
+    assert message.usage.input_tokens + message.usage.cache_read_input_tokens > 20 < message.usage.output_tokens
+
+
+def test_events_come_in_anthropic_s_order(say: Any) -> None:
+    events = list(say(f"<think>Hm.</think>Yes.\n{CALL}", tools=TOOLS, stream=True))
+    kinds = [event.type for event in events]
+    block = ["content_block_start", "content_block_delta", "content_block_stop"]
+    told = [kind for i, kind in enumerate(kinds) if kind != kinds[i - 1]]
+    assert told == ["message_start", *block * 3, "message_delta", "message_stop"]
+    assert [event.index for event in events if event.type == "content_block_start"] == [0, 1, 2]
+    deltas = [event.delta for event in events if event.type == "content_block_delta"]
+    for kind, name, text in (
+        ("thinking_delta", "thinking", "Hm."), ("text_delta", "text", "Yes."),
+        ("input_json_delta", "partial_json", PARIS),
+    ):  # fmt: skip
+        assert "".join(getattr(delta, name) for delta in deltas if delta.type == kind) == text
+    start, end = events[0].message, events[-2]
+    assert start.content == [] and start.stop_reason is None
+    assert end.delta.stop_reason == "tool_use" and end.usage.output_tokens > 20
+
+
+def test_the_client_s_own_stream_helper(client: anthropic.Anthropic, tokenizer: Tokenizer) -> None:
+    asked: Any = {"model": "m", "messages": [USER], "max_tokens": 200, "tools": TOOLS}
+    with client.messages.stream(**asked, extra_body=saying("Well.\n" + CALL, tokenizer)) as stream:
+        assert "".join(stream.text_stream) == "Well."
+        final = stream.get_final_message()
+    assert [block.type for block in final.content] == ["text", "tool_use"]
+    assert final.content[1].input == {"city": "Paris"} and final.stop_reason == "tool_use"
+
+
+def test_results_go_back(say: Any, client: anthropic.Anthropic) -> None:
+    made = say(f"<think>Hm.</think>Yes.\n{CALL}", tools=TOOLS)
+    result = {"type": "tool_result", "tool_use_id": made.content[2].id, "content": [{"type": "text", "text": "rain"}]}
+    history = [USER, {"role": "assistant", "content": made.content}, {"role": "user", "content": [result]}]
+    answer = say("Rain.", messages=history, tools=TOOLS, system=[{"type": "text", "text": "Be brief."}])
+    assert answer.content[0].text == "Rain." and answer.stop_reason == "end_turn"
+    count = client.messages.count_tokens(model="m", messages=history, tools=TOOLS, system="Be brief.").input_tokens
+    assert count == answer.usage.input_tokens + answer.usage.cache_read_input_tokens
+    assert count > client.messages.count_tokens(model="m", messages=[USER], tools=TOOLS).input_tokens
+
+
+def test_why_it_ended(say: Any) -> None:
+    assert say("One two three.", max_tokens=2).stop_reason == "max_tokens"
+    stopped = say("One two three.", stop_sequences=["two"])
+    assert (stopped.stop_reason, stopped.stop_sequence, stopped.content[0].text) == ("stop_sequence", "two", "One ")
+    cut = say(CALL, tools=TOOLS, max_tokens=40)
+    assert cut.stop_reason == "max_tokens" and [block.type for block in cut.content] == ["text"]
+    assert CALL.startswith(cut.content[0].text)
+
+
+def test_numbers_are_passed_on_as_they_are(hermes: Server, tokenizer: Tokenizer) -> None:
+    digits = "1" * 60
+    body = {"model": "m", "messages": [USER], "max_tokens": 200, "tools": TOOLS, "temperature": 0}
+    body |= saying(CALL.replace('"Paris"', digits), tokenizer)
+    assert f'"input":{{"city": {digits}}}' in httpx.post(f"{hermes.url}/v1/messages", json=body).text
+
+
+@pytest.mark.parametrize(
+    "choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}]
+)
+def test_a_call_that_must_come(say: Any, choice: Any) -> None:
+    message = say(tools=TOOLS, tool_choice=choice, max_tokens=120)
+    assert [block.type for block in message.content] == ["tool_use"] and len(message.content[0].input["city"]) <= 9
+    assert say(CALL, tools=TOOLS, tool_choice={"type": "none"}).content[0].text == CALL
+
+
+def test_thoughts_are_bounded(say: Any) -> None:
+    says = "<think>" + "a b " * 40 + "</think>Yes."
+    body = {"thinking_start": "<think>", "thinking_end": "</think>"}
+    bounded = say(says, thinking={"type": "enabled", "budget_tokens": 12}, extra_body=body, max_tokens=120)
+    assert bounded.content[0].type == "thinking" and len(bounded.content[0].thinking) < 60
+    on, off = (say("x", thinking={"type": kind}).usage for kind in ("adaptive", "disabled"))
+    assert off.input_tokens + off.cache_read_input_tokens > on.input_tokens + on.cache_read_input_tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "text blocks"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "tool_use blocks"),
+        ({"tools": [{"name": "bash", "type": "bash_20250124"}]}, "tools of the caller's own"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "no tool named 'x'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "some"}}, "tool_choice"),
+        ({"thinking": {"type": "enabled"}}, "budget_tokens"),
+        ({"mcp_servers": [1]}, "mcp_servers"),
+        ({"n": 2}, "one answer"),
+        ({"messages": [{"role": "user", "content": "a " * 9000}]}, "prompt_too_long"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_asked(hermes: Server, fields: dict[str, Any], said: str, stream: bool) -> None:
+    body = {"model": "m", "messages": [USER], "max_tokens": 1, "stream": stream} | fields
+    response = httpx.post(f"{hermes.url}/v1/messages", json={k: v for k, v in body.items() if v is not None})
+    error = response.json()
+    assert response.status_code == 400 and error["type"] == "error", error
+    assert error["error"]["type"] == "invalid_request_error" and said in error["error"]["message"]
+
+
+def test_errors_are_the_client_s_own(say: Any) -> None:
+    with pytest.raises(anthropic.NotFoundError):
+        say("x", model="other")
+    with pytest.raises(anthropic.BadRequestError):
+        say("x", tools=[{"name": "a b", "input_schema": {}}])
+    assert json.loads(json.dumps(say("x").model_dump()))["type"] == "message"

@@ -1,0 +1,165 @@
+"""OpenAI's Responses API, through OpenAI's own client: items, events in their order, conversations that are kept."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from penstock.serving.limits import MAX_STORED_BYTES, MAX_STORED_RESPONSES
+from penstock.serving.response_items import messages_from
+from penstock.serving.response_store import ResponseStore, Stored
+from penstock.text import Tokenizer
+from scripted import saying
+from servers import Server
+
+PARIS = '{"city": "Paris"}'
+CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
+TOOLS: list[Any] = [{"type": "function", "name": "get_weather", "parameters": SCHEMA, "strict": False}]
+
+
+@pytest.fixture
+def respond(hermes: Server, tokenizer: Tokenizer) -> Any:
+    """create() with defaults of these tests, and ``says`` for what the model will say."""
+
+    def create(says: str | None = None, **options: Any) -> Any:
+        body = {} if says is None else saying(says, tokenizer)
+        asked = {"model": "m", "input": "Weather?", "max_output_tokens": 200, "temperature": 0} | options
+        return hermes.client.responses.create(**asked, extra_body=body)
+
+    return create
+
+
+def test_a_response_has_items(respond: Any) -> None:
+    answer = respond(f"<think>Hm.</think>Let me see.\n{CALL}", tools=TOOLS, metadata={"a": "b"})
+    assert answer.id.startswith("resp_") and answer.status == "completed" and answer.metadata == {"a": "b"}
+    thoughts, message, call = answer.output
+    assert (thoughts.type, thoughts.content[0].text) == ("reasoning", "Hm.")
+    assert (message.role, message.content[0].text, answer.output_text) == ("assistant", "Let me see.", "Let me see.")
+    assert (call.type, call.name, call.arguments, call.status) == ("function_call", "get_weather", PARIS, "completed")
+    usage = answer.usage
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
+    assert 2 < usage.output_tokens_details.reasoning_tokens < usage.output_tokens
+
+
+def test_events_come_in_openai_s_order(respond: Any) -> None:
+    events = list(respond(f"<think>Hm.</think>Yes.\n{CALL}", tools=TOOLS, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert [kind for i, kind in enumerate(kinds) if kind != kinds[i - 1]] == [
+        "created", "in_progress",
+        "output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done",
+        "content_part.done", "output_item.done",
+        "output_item.added", "content_part.added", "output_text.delta", "output_text.done",
+        "content_part.done", "output_item.done",
+        "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
+        "completed",
+    ]  # fmt: skip
+    final = events[-1].response
+    assert events[0].response.output == [] and events[0].response.status == "in_progress"
+    for kind, joined in (("output_text", "Yes."), ("reasoning_text", "Hm."), ("function_call_arguments", PARIS)):
+        assert "".join(e.delta for e in events if e.type == f"response.{kind}.delta") == joined
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert done == final.output and [e.output_index for e in events if "added" in e.type] == [0, 0, 1, 1, 2]
+    assert final.usage.output_tokens > 10
+
+
+def test_the_client_s_own_stream_helper(hermes: Server, tokenizer: Tokenizer) -> None:
+    body = saying("Yes, indeed.", tokenizer)
+    with hermes.client.responses.stream(model="m", input="Hi", extra_body=body) as stream:
+        assert "".join(e.delta for e in stream if e.type == "response.output_text.delta") == "Yes, indeed."
+        assert stream.get_final_response().output_text == "Yes, indeed."
+
+
+def test_a_conversation_is_kept(respond: Any, hermes: Server) -> None:
+    first = respond(CALL, tools=TOOLS, instructions="Be brief.")
+    result = {"type": "function_call_output", "call_id": first.output[0].call_id, "output": "rain"}
+    second = respond("Rain.", input=[result], previous_response_id=first.id, tools=TOOLS)
+    assert second.previous_response_id == first.id
+    whole = [{"role": "user", "content": "Weather?"}, first.output[0].model_dump(exclude_none=True), result]
+    assert respond("Rain.", input=whole, tools=TOOLS).usage.input_tokens == second.usage.input_tokens
+    third = respond("Yes.", input="Sure?", previous_response_id=second.id, tools=TOOLS)
+    assert third.usage.input_tokens > second.usage.input_tokens
+    responses = hermes.client.responses
+    assert responses.retrieve(third.id) == third
+    assert [item.type for item in responses.input_items.list(second.id)] == ["function_call_output"]
+    responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError) as gone:
+        respond(previous_response_id=first.id)
+    assert (gone.value.code, gone.value.param) == ("response_not_found", "previous_response_id")
+    assert respond("Yes.", previous_response_id=second.id).status == "completed"  # it brought all of it along
+    unkept = respond("Yes.", store=False)
+    with pytest.raises(openai.NotFoundError):
+        responses.retrieve(unkept.id)
+
+
+def test_forms_and_calls_that_must_come(respond: Any) -> None:
+    named = {"type": "function", "name": "get_weather"}
+    for stream in (False, True):
+        made = respond(tools=TOOLS, tool_choice=named, stream=stream, max_output_tokens=120)
+        made = list(made)[-1].response if stream else made
+        assert [item.type for item in made.output] == ["function_call"]
+        assert len(json.loads(made.output[0].arguments)["city"]) <= 9
+    form = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}
+    assert "city" in json.loads(respond(text=form, max_output_tokens=120).output_text)
+
+
+def test_what_breaks_off_is_incomplete(respond: Any) -> None:
+    answer = respond("One two three four five.", max_output_tokens=3)
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    events = list(respond(CALL, tools=TOOLS, max_output_tokens=40, stream=True))
+    assert events[-1].type == "response.incomplete"
+    call, message = events[-1].response.output
+    assert (call.status, message.content[0].text) == ("incomplete", CALL[: len(message.content[0].text)])
+    assert [item.type for item in respond(CALL, tools=TOOLS, max_output_tokens=40).output] == ["message"]
+    assert messages_from([item.model_dump() for item in (call, message)], None)[0]["content"] == message.content[0].text
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"input": [{"role": "wizard", "content": "x"}]}, "invalid_parameter", "input[0].role"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_parameter", "input[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "unsupported_parameter",
+         "input[0].content"),
+        ({"input": [{"role": "user", "content": 7}]}, "invalid_parameter", "input[0].content"),
+        ({"input": [{"role": "user", "content": "x"}] * 2049}, "invalid_parameter", "input"),
+        ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "invalid_parameter", "tools[0]"),
+        ({"text": {"format": {"type": "xml"}}}, "unsupported_parameter", "text"),
+        ({"background": True}, "unsupported_parameter", "background"),
+        ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
+        ({"n": 2}, "invalid_parameter", "n"),
+        ({"input": "a " * 9000}, "prompt_too_long", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_asked(
+    hermes: Server, fields: dict[str, Any], code: str, param: str | None, stream: bool
+) -> None:
+    response = httpx.post(f"{hermes.url}/v1/responses", json={"input": "x", "stream": stream} | fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, code, param), error
+
+
+def test_the_store_is_bounded() -> None:
+    store = ResponseStore()
+
+    def keep(i: int, size: int = 1) -> None:
+        stored = Stored({"id": str(i), "output": []}, [], [{"x": "a" * size}])
+        store.keep(stored, stored.size())
+
+    for i in range(MAX_STORED_RESPONSES + 5):
+        keep(i)
+    assert len(store) == MAX_STORED_RESPONSES and store.get("5").items == [{"x": "a"}]
+    keep(-1, MAX_STORED_BYTES - 1000)
+    assert 1 < len(store) < MAX_STORED_RESPONSES
+    keep(-2, MAX_STORED_BYTES)
+    assert len(store) == 0
+    keep(1)
+    store.delete("1")
+    assert len(store) == store._bytes == 0

@@ -1,0 +1,337 @@
+"""Tools and thoughts in chat, as OpenAI's own client sees them. A rule makes the bundled model say what is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from pydantic import BaseModel
+
+from penstock import AsyncLLM
+from penstock.serving import build_app
+from penstock.serving.limits import MAX_TOOL_CHARS, MAX_TOOL_DEPTH, MAX_TOOLS
+from penstock.spec import EngineConfig
+from penstock.text import Tokenizer
+from penstock.text.parsers import CALL_FORMATS, NONE, formats_of
+from scripted import saying
+from servers import Server
+
+USER = {"role": "user", "content": "How is the weather in Paris?"}
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "get_weather", "description": "The weather.", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now"}},
+]
+PARIS = '{"city": "Paris", "days": 3}'
+
+
+def call(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+@pytest.fixture
+def chat(hermes: Server, tokenizer: Tokenizer) -> Any:
+    """create() with defaults of these tests, and ``says`` for what the model will say."""
+
+    def create(says: str | None = None, **options: Any) -> Any:
+        body = dict(options.pop("extra_body", {}))
+        if says is not None:
+            body |= saying(says, tokenizer)
+        asked = {"model": "m", "messages": [USER], "max_tokens": 200, "temperature": 0} | options
+        return hermes.client.chat.completions.create(**asked, extra_body=body)
+
+    return create
+
+
+def called(message: Any) -> list[tuple[str, str]]:
+    return [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+
+
+def test_a_call(chat: Any) -> None:
+    answer = chat("I will look.\n" + call("get_weather", PARIS), tools=TOOLS)
+    [choice] = answer.choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "I will look."
+    [made] = choice.message.tool_calls
+    assert (made.type, made.function.name, made.function.arguments) == ("function", "get_weather", PARIS)
+    assert made.id.startswith("call_") and "reasoning_content" not in choice.message.model_extra
+    assert chat(call("now", "{}"), tools=TOOLS).choices[0].message.content is None
+
+
+def test_a_streamed_call_has_openai_s_shape(chat: Any) -> None:
+    says = call("get_weather", PARIS) + "\n" + call("now", "{}")
+    chunks = list(chat(says, tools=TOOLS, stream=True, stream_options={"include_usage": True}))
+    deltas = [chunk.choices[0].delta for chunk in chunks[:-1]]
+    assert deltas[0].role == "assistant" and all(delta.role is None for delta in deltas[1:])
+    pieces = [piece for delta in deltas for piece in delta.tool_calls or ()]
+    heads = [piece for piece in pieces if piece.id is not None]
+    assert [(p.index, p.type, p.function.name, p.function.arguments) for p in heads] == [
+        (0, "function", "get_weather", ""),
+        (1, "function", "now", ""),
+    ]
+    rest = [piece for piece in pieces if piece.id is None]
+    assert all(p.type is None and p.function.name is None for p in rest) and len(rest) > 5
+    for i, expected in enumerate((PARIS, "{}")):
+        assert "".join(p.function.arguments for p in rest if p.index == i) == expected
+    assert "".join(delta.content or "" for delta in deltas) == ""
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-3:-1]] == [None, "tool_calls"]
+    assert chunks[-1].usage.completion_tokens > 20
+
+
+def test_what_is_no_call_is_content(chat: Any) -> None:
+    for says in (call("unknown", "{}"), call("now", "[1]"), '<tool_call>{"name": "now"', "plain <tool_call>"):
+        choice = chat(says, tools=TOOLS).choices[0]
+        assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (says, None, "stop")
+    says = call("now", "{}")
+    for options in ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}):
+        assert chat(says, **options).choices[0].message.content == says
+    cut = chat(call("get_weather", PARIS), tools=TOOLS, max_tokens=20).choices[0]
+    assert cut.finish_reason == "length" and cut.message.tool_calls is None
+    assert cut.message.content.startswith('<tool_call>\n{"name": "get')
+
+
+def test_thoughts(chat: Any) -> None:
+    says = "<think>\nParis is in France.\n</think>\n\nLet me see." + call("now", "{}")
+    answer = chat(says, tools=TOOLS)
+    message = answer.choices[0].message
+    assert (message.content, called(message)) == ("Let me see.", [("now", "{}")])
+    assert message.reasoning_content == message.reasoning == "Paris is in France."
+    assert 5 < answer.usage.completion_tokens_details.reasoning_tokens < answer.usage.completion_tokens - 5
+    deltas = [chunk.choices[0].delta for chunk in chat(says, tools=TOOLS, stream=True)]
+    told = "".join(d.model_extra.get("reasoning_content", "") for d in deltas)
+    assert told == "Paris is in France." and "".join(d.content or "" for d in deltas) == "Let me see."
+    assert chat("no thoughts").usage.completion_tokens_details.reasoning_tokens == 0
+
+
+def test_logprobs_of_calls_are_all_there(chat: Any) -> None:
+    says = call("now", "{}")
+    entries = chat(says, tools=TOOLS, logprobs=True).choices[0].logprobs.content
+    assert "".join(entry.token for entry in entries[:-1]) == says
+    chunks = chat(says, tools=TOOLS, logprobs=True, stream=True)
+    streamed = [e for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+
+
+def test_samples_have_calls_of_their_own(chat: Any) -> None:
+    answer = chat(call("now", "{}"), tools=TOOLS, n=3)
+    assert [called(choice.message) for choice in answer.choices] == [[("now", "{}")]] * 3
+    assert len({choice.message.tool_calls[0].id for choice in answer.choices}) == 3
+
+
+def fits(arguments: str) -> bool:
+    value = json.loads(arguments)
+    return set(value) == {"city", "days"} and len(value["city"]) <= 12 and 1 <= value["days"] <= 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_must_come_is_one_of_the_schema(chat: Any, stream: bool) -> None:
+    """Nothing is scripted here: the bundled model has never seen a tool."""
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for seed in range(8):
+        options = {"tools": TOOLS, "tool_choice": named, "seed": seed, "temperature": 1.2, "stream": stream}
+        if stream:
+            chunks = list(chat(**options))
+            pieces = [p for c in chunks for p in c.choices[0].delta.tool_calls or ()]
+            assert pieces[0].function.name == "get_weather" and {p.index for p in pieces} == {0}
+            assert fits("".join(p.function.arguments for p in pieces))
+            assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        else:
+            [choice] = chat(**options).choices
+            assert choice.finish_reason == "tool_calls" and choice.message.content is None
+            [(name, arguments)] = called(choice.message)
+            assert name == "get_weather" and fits(arguments)
+
+
+def test_required(chat: Any) -> None:
+    names = set()
+    for seed in range(6):
+        options = {"tools": TOOLS, "tool_choice": "required", "seed": seed, "temperature": 1.5}
+        made = called(chat(**options, parallel_tool_calls=False).choices[0].message)
+        assert len(made) == 1 and (made[0][0] != "get_weather" or fits(made[0][1]))
+        names.add(made[0][0])
+    assert names <= {"get_weather", "now"}
+    only = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [TOOLS[0]]}}
+    assert {name for name, _ in called(chat(tools=TOOLS, tool_choice=only).choices[0].message)} == {"get_weather"}
+
+
+def test_strict_tools_hold_a_call_that_the_model_may_make(chat: Any) -> None:
+    """The model begins the call of its own accord; what follows the mark is no longer its choice."""
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    assert chat("Hello.", tools=strict).choices[0].message.content == "Hello."
+    says = "Well. " + call("get_weather", PARIS)
+    assert called(chat(says, tools=strict).choices[0].message) == [("get_weather", PARIS)]
+    for wrong in ('{"city": 7}', '{"town": "Paris"}', "none"):
+        [(name, arguments)] = called(chat(call("get_weather", wrong), tools=strict).choices[0].message)
+        assert name == "get_weather" and fits(arguments)
+
+
+def test_parallel_calls_can_be_forbidden(chat: Any) -> None:
+    says = call("now", "{}")
+    assert len(called(chat(says + "\n" + says, tools=TOOLS).choices[0].message)) == 2
+    assert len(called(chat(says, tools=TOOLS, parallel_tool_calls=False).choices[0].message)) == 1
+    assert len(called(chat(says + "\n" + says, tools=TOOLS, parallel_tool_calls=False).choices[0].message)) == 1
+
+
+def test_an_answer_in_a_form_beside_tools(chat: Any) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert json.loads(chat('{"ok": true}', tools=TOOLS, response_format=form).choices[0].message.content) == {
+        "ok": True
+    }
+    made = called(chat(call("get_weather", PARIS), tools=TOOLS, response_format=form).choices[0].message)
+    assert made == [("get_weather", PARIS)]
+
+
+def test_the_client_s_own_helpers(chat: Any, hermes: Server, tokenizer: Tokenizer) -> None:
+    class Weather(BaseModel):
+        city: str
+        days: int
+
+    tool = openai.pydantic_function_tool(Weather, name="get_weather")
+    asked: Any = {"model": "m", "messages": [USER], "tools": [tool], "max_tokens": 200, "tool_choice": "required"}
+    parsed = hermes.client.chat.completions.parse(**asked, parallel_tool_calls=False, seed=2)
+    assert isinstance(parsed.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
+    with hermes.client.chat.completions.stream(**asked, parallel_tool_calls=False, seed=2) as events:
+        done = [e for e in events if e.type == "tool_calls.function.arguments.done"]
+    assert [type(event.parsed_arguments) for event in done] == [Weather]
+
+
+def test_calls_and_their_results_are_part_of_the_conversation(chat: Any, hermes: Server, tokenizer: Tokenizer) -> None:
+    made = chat(call("get_weather", PARIS), tools=TOOLS).choices[0].message
+    history = [USER, made.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": made.tool_calls[0].id,
+                                                          "content": "rain"}]  # fmt: skip
+    prompt = chat("Rain.", messages=history, tools=TOOLS).usage.prompt_tokens
+    tools = "".join(
+        f"\n{json.dumps({**t, 'function': {'parameters': {'type': 'object', 'properties': {}}, **t['function']}})}"
+        for t in TOOLS
+    )
+    del tools
+    without = chat("Rain.", messages=[USER], tools=TOOLS).usage.prompt_tokens
+    text = f"<|im_start|>assistant\n\n{call('get_weather', PARIS)}<|im_end|>\n<|im_start|>tool\nrain<|im_end|>\n"
+    assert prompt - without == len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_what_templates_read_can_be_set(chat: Any) -> None:
+    plain = chat("a").usage.prompt_tokens
+    off = chat("a", extra_body={"chat_template_kwargs": {"enable_thinking": False}}).usage.prompt_tokens
+    assert off > plain and chat("a", reasoning_effort="none").usage.prompt_tokens == off
+    assert chat("a", reasoning_effort="high").usage.prompt_tokens == plain
+    going_on = [USER, {"role": "assistant", "content": "It is"}]
+    body = {"continue_final_message": True}
+    assert (
+        chat("a", messages=going_on, extra_body=body).usage.prompt_tokens
+        < chat("a", messages=going_on).usage.prompt_tokens
+    )
+    begun = [USER, {"role": "assistant", "content": "<think>It is"}]
+    message = chat(" rainy.</think>Rain.", messages=begun, extra_body=body).choices[0].message
+    assert (message.reasoning_content, message.content) == ("rainy.", "Rain.")
+    assert chat("a", extra_body={"add_generation_prompt": False}).usage.prompt_tokens < plain
+    assert chat("a b c d e f", max_completion_tokens=2).usage.completion_tokens == 2
+
+
+DEEP = {"type": "object", "properties": {"a": {}}}
+for _ in range(MAX_TOOL_DEPTH // 2):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+
+
+def tool(name: str = "f", **rest: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **rest}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"tools": [tool(str(i)) for i in range(MAX_TOOLS + 1)]}, "too_many_tools", "tools"),
+        ({"tools": [tool(description="x" * MAX_TOOL_CHARS)]}, "tools_too_large", "tools"),
+        ({"tools": [tool(parameters=DEEP)]}, "tools_too_large", "tools[0]"),
+        ({"tools": [tool("a b")]}, "invalid_parameter", "tools[0].function.name"),
+        ({"tools": [tool("x" * 129)]}, "invalid_parameter", "tools[0].function.name"),
+        ({"tools": [tool(), tool()]}, "invalid_parameter", "tools"),
+        ({"tools": [tool(parameters={"type": "array"})]}, "invalid_parameter", "tools[0].function.parameters"),
+        ({"tools": [{"type": "function"}]}, "invalid_parameter", "tools[0].function"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "unsupported_parameter", "tools[0].type"),
+        ({"tool_choice": "required"}, "invalid_parameter", "tool_choice"),
+        ({"tools": [tool()], "tool_choice": "any"}, "invalid_parameter", "tool_choice"),
+        ({"tools": [tool()], "tool_choice": tool("g")}, "invalid_parameter", "tool_choice"),
+        ({"tools": [tool(strict=True)], "guided_regex": "a"}, "unsupported_parameter", "tools"),
+        ({"tools": [tool(strict=True, parameters={"type": "object", "not": {"required": ["a"]}})]},
+         "unsupported_schema", None),
+        ({"reasoning_effort": "extreme"}, "invalid_parameter", "reasoning_effort"),
+        ({"chat_template_kwargs": {"messages": "x"}}, "unsupported_parameter", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"enable_thinking": []}}, "invalid_parameter", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"enable_thinking": "x" * 5000}}, "invalid_parameter", "chat_template_kwargs"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "invalid_parameter", None),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked(hermes: Server, fields: dict[str, Any], code: str, param: str | None) -> None:
+    response = httpx.post(f"{hermes.url}/v1/chat/completions", json={"messages": [USER], "max_tokens": 1} | fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, code, param), error
+
+
+def test_tools_at_their_limits(hermes: Server) -> None:
+    most = [tool(f"f{i}", parameters=WEATHER, strict=True) for i in range(MAX_TOOLS)]
+    body = {"messages": [USER], "max_tokens": 60, "tools": most, "tool_choice": tool("f77")}
+    answer = httpx.post(f"{hermes.url}/v1/chat/completions", json=body, timeout=60).json()
+    # the prompt is longer than the context, but the tools were read
+    assert answer["error"]["code"] == "prompt_too_long", answer
+
+
+# -- every format, in this process -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[AsyncLLM]:
+    llm = AsyncLLM(EngineConfig(num_threads=1))
+    yield llm
+    llm.close()
+
+
+def ask(llm: AsyncLLM, body: dict[str, Any]) -> httpx.Response:
+    async def send() -> httpx.Response:
+        app, _ = build_app(llm)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 90, **body})
+
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize("name", list(CALL_FORMATS))
+def test_every_format_can_be_held(llm: AsyncLLM, name: str) -> None:
+    engine = llm.engine
+    other = AsyncLLM(replace(engine, formats=formats_of(engine.chat, engine.tokenizer, calls=name)))
+    for seed in range(3):
+        asked = {"tools": TOOLS, "tool_choice": "required", "seed": seed, "temperature": 1.3}
+        [choice] = ask(other, {**asked, "parallel_tool_calls": False}).json()["choices"]
+        assert choice["finish_reason"] == "tool_calls", choice
+        [made] = choice["message"]["tool_calls"]
+        assert made["function"]["name"] == "now" or fits(made["function"]["arguments"])
+        assert made["function"]["name"] in ("now", "get_weather")
+
+
+def test_a_model_whose_calls_cannot_be_read_is_given_no_tools(llm: AsyncLLM) -> None:
+    engine = llm.engine
+    other = AsyncLLM(replace(engine, formats=formats_of(engine.chat, engine.tokenizer, calls=NONE)))
+    assert ask(other, {"tools": TOOLS}).json()["error"]["code"] == "unsupported_parameter"
+
+
+def test_a_template_without_tools_has_them_told(llm: AsyncLLM) -> None:
+    made = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    history = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "tool_calls": [made]},
+               {"role": "tool", "tool_call_id": "c1", "content": "noon"}]  # fmt: skip
+    longer = ask(llm, {"messages": history, "tools": TOOLS}).json()["usage"]["prompt_tokens"]
+    shorter = ask(llm, {"messages": history}).json()["usage"]["prompt_tokens"]
+    assert longer > shorter + 50

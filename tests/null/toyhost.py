@@ -1,0 +1,60 @@
+"""An engine process whose model is a hash: ``penstock.host`` with the toy executor in it. Also faults on demand."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from penstock.assemble import Loaded
+from penstock.base import ConfigError
+from penstock.core.admission import Limits
+from penstock.core.kv.groups import PoolSpec
+from penstock.core.plan import StepPlan
+from penstock.core.setup import EngineSetup
+from penstock.host import main
+from penstock.sim.toy import Done, ToyExecutor
+from penstock.spec import EngineConfig, Vocabulary
+
+VOCAB, DEADLY = 64, 64
+"""A prompt with the token DEADLY kills the process that computes it."""
+
+SETUP = EngineSetup(
+    pools=(PoolSpec(512),),
+    block_size=8,
+    numerics_id=b"toy",
+    limits=Limits(max_batch_tokens=64, max_batch_requests=16, max_model_len=512),
+    vocabulary=Vocabulary(size=VOCAB + 1),
+    depth=2,
+)
+
+
+class Slow(ToyExecutor):
+    """Takes its time, so that requests are running when a test acts."""
+
+    def submit(self, plan: StepPlan) -> Done:
+        time.sleep(0.003)
+        if any(DEADLY in new.tokens for new in plan.new):
+            os._exit(7)
+        return super().submit(plan)
+
+
+def load(config: EngineConfig) -> tuple[Any, Loaded]:
+    """``config.model`` says how it fails to load: "refuse", "exit", or "once:FILE", which works once."""
+    how, _, place = (config.model or "").partition(":")
+    if how == "refuse":
+        raise ConfigError("too_small", "The toy cannot be loaded", why="1 < 2", fix="buy another")
+    if how == "exit" or (how == "once" and Path(place).exists()):
+        os._exit(3)
+    if how == "once":
+        Path(place).touch()
+    executor = Slow(SETUP.pools, SETUP.block_size, VOCAB)
+    config = replace(config, max_model_len=SETUP.limits.max_model_len)
+    return None, Loaded(config=config, spec=None, setup=SETUP, executor=executor, one_answer=True)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], load)
