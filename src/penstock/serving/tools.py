@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,11 +188,13 @@ def _told(function: FunctionSpec) -> dict[str, Any]:
 
 
 def _tool(function: FunctionSpec) -> Tool:
-    parameters = json.dumps(_schema(function), ensure_ascii=False)
-    return Tool(name=function.name, parameters=parameters, strict=bool(function.strict))
+    schema = _schema(function)
+    if function.parameters is None:  # as in OpenAI's API: it has no arguments
+        schema["additionalProperties"] = False
+    return Tool(name=function.name, parameters=json.dumps(schema, ensure_ascii=False), strict=bool(function.strict))
 
 
-def _schema(function: FunctionSpec) -> Mapping[str, Any]:
+def _schema(function: FunctionSpec) -> dict[str, Any]:
     return {"type": "object", **(function.parameters or {"properties": {}})}
 
 
