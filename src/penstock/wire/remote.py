@@ -191,6 +191,8 @@ class RemoteService:
                 raise
             if not self._closing.is_set():
                 log.error("%s", error)
+        except OSError as error:  # it died before it was told what to load
+            log.error("the engine cannot be spoken to: %s", error)
         finally:
             with self._lock:
                 mail, self._mail, self._connection = self._mail, None, None

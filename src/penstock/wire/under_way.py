@@ -25,11 +25,11 @@ class UnderWay:
 
     @property
     def left(self) -> list[int]:
-        """Samples that have not ended."""
+        """Samples that have not ended. A copy made at once: one thread aborts while another hears."""
         return list(self._tokens)
 
     def abort(self, sample: int | None) -> None:
-        self.aborted |= {index for index in self._tokens if sample in (None, index)}
+        self.aborted |= {index for index in self.left if sample in (None, index)}
 
     def hear(self, update: Update) -> bool:
         """Notes news, and takes out of them what was told before; False if the sample has ended already."""
