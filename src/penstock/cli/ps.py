@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import urllib.request
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +48,8 @@ def _cells(status: Status | None) -> tuple[str, str, str]:
 
 def status_of(server: Presence) -> Status | None:
     """What a server says of itself; None if it does not answer."""
+    import urllib.request
+
     headers = {} if server.token is None else {"Authorization": f"Bearer {server.token}"}
     request = urllib.request.Request(f"{server.admin}/status", headers=headers)
     try:
