@@ -84,7 +84,7 @@ PARAMS = st.fixed_dictionaries(
         "thinking_budget": st.none() | st.integers(0, 1000),
         "thinking_close": st.sampled_from(["", "so:", (1, 2)]),
         "thinking_soft": st.floats(0, 1),
-        "bad_words_ids": st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=3), max_size=3),
+        "bad_words_ids": st.lists(st.lists(st.integers(1001, 1099), min_size=1, max_size=3), max_size=3),
     },
 )
 
