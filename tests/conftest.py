@@ -40,9 +40,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_weight_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Of the processes that tests start, too: nobody's own cache is written to."""
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of the processes that tests start, too: nobody's own cache or files are written to."""
     os.environ["PENSTOCK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["PENSTOCK_DATA"] = str(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ def keyed(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[K
         "admin": add(file, "--role", "admin"),
     }
     options = ["--dtype", "float32", "--num-threads", "1", "--host", "0.0.0.0", "--port", "0", "--admin-port", "0"]
-    arguments = argv("serve", stories, "--keys", file, *options, "--queue-tokens", "2000")
+    arguments = argv("serve", stories, "--keys", file, *options, "--queue-tokens", "2000", "--store", folder)
     with log.open("w") as errors, running(arguments, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(4)]
@@ -359,3 +359,25 @@ def test_a_drain_under_load_loses_nothing(stories: Path) -> None:
             done, told = map(sum, zip(*(one.result() for one in clients), strict=True))
         assert process.wait(30) == 0
         assert done >= 8 and told > 0
+
+
+def test_files_and_batches_are_a_tenant_s_own(keyed: Keyed) -> None:
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "A", "max_tokens": 2}}
+    acme, birch = (
+        openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=keyed.keys[name], max_retries=0) for name in ("acme", "birch")
+    )
+    file = acme.files.create(file=("a.jsonl", json.dumps(line).encode()), purpose="batch").id
+    batch = acme.batches.create(input_file_id=file, endpoint="/v1/completions", completion_window="24h").id
+    wait_until(lambda: acme.batches.retrieve(batch).status == "completed")
+    made = acme.batches.retrieve(batch).output_file_id
+    assert made is not None and {each.id for each in acme.files.list()} == {file, made}
+    assert list(birch.files.list()) == [] and list(birch.batches.list()) == []
+    for refused in (
+        lambda: birch.files.content(made),
+        lambda: birch.files.delete(file),
+        lambda: birch.batches.retrieve(batch),
+        lambda: birch.batches.cancel(batch),
+        lambda: birch.batches.create(input_file_id=file, endpoint="/v1/completions", completion_window="24h"),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            refused()

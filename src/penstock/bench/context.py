@@ -150,3 +150,17 @@ class _Steps:
             if isinstance(result, StepFailed):
                 raise result.error
             yield time.perf_counter() - started
+
+
+def table(report: ContextReport) -> str:
+    lines = []
+    for each in report.readings:
+        median, least, greatest = each.ms
+        lines.append(
+            f"decode behind {each.context:6} tokens, {each.threads} threads: {median:7.2f} ms a step"
+            f" ({least:.2f} to {greatest:.2f}); {100 * each.share:.0f} % of the bytes a second the machine gave"
+        )
+    for count, ms in report.prefill_ms.items():
+        lines.append(f"a prompt of {PROMPT} tokens, {count} threads: {ms:.0f} ms")
+    reads = [limits.read_rate / 1e9 for limits in report.limits]
+    return "\n".join([*lines, f"limits: {min(reads):.1f} to {max(reads):.1f} GB/s read"])

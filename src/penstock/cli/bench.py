@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -73,7 +73,7 @@ def best_of_n(
     from penstock.llm import LLM
     from penstock.train.arithmetic import split_problems
 
-    counts = _counts(samples)
+    counts = _counts("--samples", samples, MAX_N)
     if questions is None:
         asked = [Question(problem.question, problem.answer) for problem in split_problems()[1]]
     else:
@@ -93,12 +93,12 @@ def best_of_n(
     emit(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
 
 
-def _counts(text: str) -> list[int]:
+def _counts(option: str, text: str, most: int) -> list[int]:
     """Raises InvalidRequest: invalid_parameter."""
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and 1 <= int(part) <= MAX_N for part in parts):
-        why = f"it must be numbers from 1 to {MAX_N} with commas between"
-        raise InvalidRequest("invalid_parameter", f"--samples {text!r} cannot be used", why=why)
+    if not all(part.strip().isdecimal() and 1 <= int(part) <= most for part in parts):
+        why = f"it must be numbers from 1 to {most} with commas between"
+        raise InvalidRequest("invalid_parameter", f"{option} {text!r} cannot be used", why=why)
     return sorted({int(part) for part in parts})
 
 
@@ -145,6 +145,26 @@ def determinism(
         why = f"the {prompt} rows of the prompt end at position {context}"
         raise InvalidRequest("invalid_parameter", f"--context {context} cannot be used", why=why)
     report = measure_determinism(spec, work, prompt=prompt, context=context, threads=threads, rounds=rounds)
+    emit(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
+
+
+@app.command("context")
+@guarded
+def context(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
+    contexts: Annotated[str, typer.Option(help="tokens before the one that is decoded, with commas between")] = "256",
+    threads: Annotated[str, typer.Option(help="numbers of compute threads, with commas between")] = "1,2",
+    quant: Annotated[Literal["none", "int8", "int4"], typer.Option(help="of the weights")] = "none",
+    kv_dtype: Annotated[Literal["auto", "int8"], typer.Option(help="of K and V")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="of every case, in turn")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Decode behind contexts of many lengths, and what a second thread gives."""
+    from penstock.bench.context import measure_context, table
+    from penstock.spec import EngineConfig
+
+    lengths, counts = _counts("--contexts", contexts, 1 << 20), _counts("--threads", threads, 1024)
+    report = measure_context(EngineConfig(model=model, quant=quant, kv_dtype=kv_dtype), lengths, counts, rounds)
     emit(json.dumps(dataclasses.asdict(report)) if as_json else table(report))
 
 
