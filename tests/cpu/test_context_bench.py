@@ -39,4 +39,4 @@ def test_command() -> None:
     assert done.exit_code == 0 and json.loads(done.stdout)["readings"][0]["context"] == 20
     for bad in ("0", "x", "1,,2"):
         refused = CliRunner().invoke(app, ["bench", "context", "--contexts", bad])
-        assert refused.exit_code != 0 and "numbers from 1 to" in str(refused.exception)
+        assert refused.exit_code != 0 and "numbers from 1 to" in refused.output
