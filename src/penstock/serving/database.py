@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -19,6 +21,8 @@ VERSION = 1
 """Of the tables. Another one is refused rather than guessed at."""
 
 Kind = Literal["file", "batch"]
+ID = re.compile(r"(file|batch)-[0-9a-f]{32}")
+_log = logging.getLogger(__name__)
 _TABLES = """
 create table file (
     id text primary key, tenant text not null, filename text not null, purpose text not null, bytes integer not null,
@@ -87,7 +91,7 @@ class Database:
             raise sqlite3.DatabaseError(f"it is of version {version}, and this build reads {VERSION}")
         known = {row[0] for row in self._db.execute("select id from file")}
         for path in (self.folder / "files").iterdir():  # of uploads and outputs that were not finished
-            if path.name not in known:
+            if ID.fullmatch(path.name) and path.name not in known:  # whatever else is there is not this server's
                 path.unlink()
 
     def close(self) -> None:
@@ -97,14 +101,18 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Raises Unavailable: (store_unwritable)."""
         with self._lock:
             self._db.execute("begin immediate")
             try:
                 yield self._db
-            except BaseException:
-                self._db.execute("rollback")
+                self._db.execute("commit")
+            except BaseException as error:
+                if self._db.in_transaction:  # SQLite has ended it of itself after some errors, a full disk's commit not
+                    self._db.execute("rollback")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise unwritable(error) from error
                 raise
-            self._db.execute("commit")
 
     def one(self, query: str, values: tuple[object, ...]) -> dict[str, Any] | None:
         return next(iter(self.all(query, values)), None)
@@ -131,6 +139,12 @@ def _unusable(folder: Path, error: Exception) -> PenstockError:
         why=f"{folder}: {error}",
         fix="mend or remove that folder, or start the server with another --store",
     )
+
+
+def unwritable(error: Exception) -> PenstockError:
+    """What the disk said is for the log: it may name a path."""
+    _log.error("the store cannot be written: %s", error)
+    return Unavailable("store_unwritable", "Files and batches cannot be written now", fix="try again later")
 
 
 def insert_file(db: sqlite3.Connection, file: StoredFile) -> None:

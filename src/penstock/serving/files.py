@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
-from penstock.serving.database import StoredFile
+from penstock.serving.database import StoredFile, unwritable
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_STORED_BYTES
 from penstock.serving.store import Store
@@ -67,6 +67,7 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
 
     Raises:
         HTTPError: 415 and 403 for what a browser sends across origins, 413, 408, 400.
+        Unavailable: (store_unwritable)
     """
     _only_from_here(request)
     if int(request.headers.get("content-length", "0")) > MAX_FILE_BYTES + PIECE:
@@ -86,6 +87,8 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
     except TimeoutError:
         why = f"waited {FILE_SECONDS:g} s"
         raise HTTPError("request_timeout", "The file did not arrive in time", why=why, status=408) from None
+    except OSError as error:  # while it came it was in the folder of temporary files
+        raise unwritable(error) from error
     except HTTPException:
         fix = "send multipart/form-data with the fields purpose and file"
         raise HTTPError("invalid_form", "The form cannot be read", fix=fix) from None
@@ -97,29 +100,38 @@ def _keep(store: Store, tenant: str, name: str, source: Any) -> StoredFile:
 
 
 def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
-    """Writes a file and makes it known. Raises HTTPError: (storage_full)."""
+    """Writes a file and makes it known. Raises HTTPError: (storage_full); Unavailable: (store_unwritable)."""
     file = write(store, tenant, name, purpose, pieces)
-    if file.bytes + store.stored_bytes(tenant) > MAX_STORED_BYTES:
+    try:
+        if file.bytes + store.stored_bytes(tenant) > MAX_STORED_BYTES:
+            raise HTTPError(
+                "storage_full",
+                "There is no room for this file",
+                why=f"it has {file.bytes} bytes, and a client may store {MAX_STORED_BYTES}",
+                fix="delete files that are no longer needed",
+                status=413,
+            )
+        store.add(file)
+    except BaseException:
         store.path(file.id).unlink()
-        raise HTTPError(
-            "storage_full",
-            "There is no room for this file",
-            why=f"it has {file.bytes} bytes, and a client may store {MAX_STORED_BYTES}",
-            fix="delete files that are no longer needed",
-            status=413,
-        )
-    store.add(file)
+        raise
     return file
 
 
 def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
-    """A file whose bytes are on the disk; nobody knows of it yet."""
+    """A file whose bytes are on the disk; nobody knows of it yet. Raises Unavailable: (store_unwritable)."""
     id, digest, size = store.new_id("file"), hashlib.sha256(), 0
-    with store.path(id).open("xb") as target:
-        for piece in pieces:
-            target.write(piece)
-            digest.update(piece)
-            size += len(piece)
+    try:
+        with store.path(id).open("xb") as target:
+            for piece in pieces:
+                target.write(piece)
+                digest.update(piece)
+                size += len(piece)
+    except BaseException as error:
+        store.path(id).unlink(missing_ok=True)  # a full disk shall not be filled by what is of no use
+        if isinstance(error, OSError):
+            raise unwritable(error) from error
+        raise
     return StoredFile(
         id=id,
         tenant=tenant,
