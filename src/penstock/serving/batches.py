@@ -177,12 +177,12 @@ class Batches:
         assert self._store is not None
         while True:
             self._wake.clear()
-            batches = await asyncio.to_thread(self._store.batches.unfinished, self.context.name)
-            if not batches:
-                await self._wake.wait()
-                continue
             try:
-                await Run(self._store, batches[0], self.context, self.answerers[batches[0].endpoint], self._wake).all()
+                batches = await asyncio.to_thread(self._store.batches.unfinished, self.context.name)
+                if not batches:
+                    await self._wake.wait()
+                    continue
+                await Run(self._store, batches[0], self.context, self.answerers[batches[0].endpoint]).all()
             except Exception:  # a full disk, say: the batch is tried again, and the others wait
-                _log.exception("batch %s cannot go on", batches[0].id)
+                _log.exception("the batches cannot go on")
                 await asyncio.sleep(RETRY_SECONDS)
