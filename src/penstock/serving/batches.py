@@ -124,14 +124,18 @@ class Batches:
         async with self._opening:
             if self._store is None:
                 self._store = await asyncio.to_thread(Store, self.folder)
-                self._worker = asyncio.create_task(self._work())
+                if not self.context.draining:
+                    self._worker = asyncio.create_task(self._work())
             return self._store
 
-    async def close(self) -> None:
-        """What is under way is given up and stays to be done."""
+    async def stop(self) -> None:
+        """What is under way is given up and stays to be done. Files can still be had."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
+
+    async def close(self) -> None:
+        await self.stop()
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 

@@ -27,7 +27,11 @@ class Asked:
 
 
 async def _asked(request: Request) -> Asked:
+    """Raises OverLimit, Unavailable: what writes is counted like any other request, and is refused in a drain."""
     batches: Batches = request.app.state.context.batches
+    if request.method == "POST":
+        batches.context.admit(None)
+        current.get().enter()
     return Asked(batches, await batches.store(), current.get().tenant, request.path_params.get("id", ""))
 
 
