@@ -29,8 +29,7 @@ from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, engine_stopped, shutting_down
 from penstock.serving.edge import Edge, off_loop, parse, read_body
 from penstock.serving.errors import (
-    error_response,
-    log_fault,
+    HTTPError,
     on_disconnect,
     on_http_exception,
     on_other_exception,
@@ -38,7 +37,7 @@ from penstock.serving.errors import (
 )
 from penstock.serving.gate import Access, Caller, Gate, current, queue_budget
 from penstock.serving.limits import MAX_SHOWN
-from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens, error_body
+from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens
 from penstock.serving.metrics import Metrics, QueueCollector
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.responses import ResponsesRequest, ResponseTask
@@ -136,9 +135,17 @@ def _in_batches() -> dict[str, Answerer]:
     def vectors(shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Answerer:
         return Answerer(functools.partial(_decode, shape=shape), answer)
 
+    async def response(asked: ResponsesRequest, context: Context) -> ResponseTask:
+        if asked.store:
+            fix = "leave it out: the answer is in the output file"
+            raise HTTPError("invalid_parameter", "store cannot be used in a batch", fix=fix, param="store")
+        asked.store = False
+        return await ResponseTask.prepare(asked, context)
+
     return {
         "/v1/completions": generation(CompletionRequest, CompletionTask.prepare),
         "/v1/chat/completions": generation(ChatRequest, ChatTask.prepare),
+        "/v1/responses": generation(ResponsesRequest, response),
         "/v1/embeddings": vectors(EmbeddingRequest, embeddings),
         "/v1/score": vectors(ScoreRequest, scores),
         "/v1/rerank": vectors(RerankRequest, ranking),
@@ -178,25 +185,11 @@ async def _response_items(request: Request) -> Response:
 
 
 async def _messages(request: Request) -> Response | EventStream:
-    try:
-        return await _generate(request, MessagesRequest, MessagesTask.prepare, EVENTS)
-    except PenstockError as error:
-        return _anthropic_error(error)
+    return await _generate(request, MessagesRequest, MessagesTask.prepare, EVENTS)
 
 
 async def _count_tokens(request: Request) -> Response:
-    try:
-        context, asked = await _admitted(request, CountRequest)
-        return _json(await count_tokens(asked, context))
-    except PenstockError as error:
-        return _anthropic_error(error)
-
-
-def _anthropic_error(error: PenstockError) -> Response:
-    response = error_response(error)
-    log_fault(error)
-    headers = {name: value for name, value in response.headers.items() if name == "retry-after"}
-    return Response(msgspec.json.encode(error_body(error)), error.status, headers, "application/json")
+    return await _vectors(request, CountRequest, count_tokens)
 
 
 async def _embeddings(request: Request) -> Response:
@@ -276,10 +269,10 @@ async def _live(_: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    """New requests are welcome."""
+    """New requests are welcome. Raises Unavailable."""
     context = _context(request)
     if context.draining or not context.llm.engine.service.alive:
-        return error_response(shutting_down() if context.draining else engine_stopped())
+        raise shutting_down() if context.draining else engine_stopped()
     return PlainTextResponse("ok\n")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ COMMIT_SECONDS, COMMIT_LINES = 0.25, 64
 READ_LINES = 256
 RETRY_SECONDS = 1.0
 
+_AFTER_KIND = re.compile("[-_]")
 _log = logging.getLogger(__name__)
 
 
@@ -169,15 +171,17 @@ class Run:
         return asked
 
     def _done(self, line: Line, name: str, status: int, body: Any) -> Done:
-        usage = getattr(body, "usage", None)
-        tokens_in, tokens_out = getattr(usage, "prompt_tokens", 0), getattr(usage, "completion_tokens", 0)
-        if hasattr(body, "id"):
-            body.id = f"{body.id.partition('-')[0]}-{name}"
-        if hasattr(body, "created"):
-            body.created = self.batch.created_at
-        response = {"status_code": status, "request_id": name, "body": body}
+        told = msgspec.to_builtins(body)
+        usage = told.get("usage") or {}
+        tokens_in = usage.get("prompt_tokens", usage.get("input_tokens", 0))
+        tokens_out = usage.get("completion_tokens", usage.get("output_tokens", 0))
+        told |= {made: self.batch.created_at for made in ("created", "created_at") if made in told}
+        response = {"status_code": status, "request_id": name, "body": told}
         result = {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": response, "error": None}
-        return Done(line.number, status != 200, msgspec.json.encode(result) + b"\n", tokens_in, tokens_out)
+        text = msgspec.json.encode(result) + b"\n"
+        if "id" in told:  # all ids in it are made of one
+            text = text.replace(_AFTER_KIND.split(told["id"], 1)[1].encode(), name.encode())
+        return Done(line.number, status != 200, text, tokens_in, tokens_out)
 
     def _expire(self) -> None:
         error = {"code": "batch_expired", "message": "This request could not be executed before the batch expired."}

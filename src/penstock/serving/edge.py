@@ -78,11 +78,11 @@ class Edge:
                 caller.require("inference")
             await self.app(scope, receive, send_named)
         except HTTPError as error:
-            await error_response(error)(scope, receive, send_named)
+            await error_response(error, scope["path"])(scope, receive, send_named)
         except Exception:
             _log.exception("request %s failed", request_id)
             if not started:
-                await error_response(internal_error())(scope, receive, send_named)
+                await error_response(internal_error(), scope["path"])(scope, receive, send_named)
         finally:
             caller.leave()
             self._note(caller, scope["path"], started or 499)

@@ -12,10 +12,9 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta
 
-from penstock.base import PenstockError
 from penstock.serving.context import Context
 from penstock.serving.dialogue import Dialogue, template_variables
-from penstock.serving.errors import HTTPError, body_of, unsupported
+from penstock.serving.errors import HTTPError, anthropic_body, unsupported
 from penstock.serving.limits import MAX_MESSAGES, MAX_TOOLS
 from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Stop
 from penstock.serving.sse import Dialect, named
@@ -26,15 +25,6 @@ from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Co
 
 Block = dict[str, Any]
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-_ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 
 
 class Turn(msgspec.Struct, kw_only=True):
@@ -312,13 +302,7 @@ def _text(content: Any, place: str) -> str:
     return "\n".join(texts)
 
 
-def error_body(error: PenstockError) -> Block:
-    """As Anthropic's clients expect it; the code stays at the end of the message."""
-    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": body_of(error).error.message}}
-
-
-EVENTS = Dialect(named, b"", lambda error: named(error_body(error)))
+EVENTS = Dialect(named, b"", lambda error: named(anthropic_body(error)))
 
 
 def _invalid(param: str, why: str) -> HTTPError:
