@@ -5,12 +5,16 @@ from __future__ import annotations
 import resource
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from penstock.base import Unavailable
 from penstock.serving.batch_table import Batch
+from penstock.serving.database import Part
+from penstock.serving.errors import HTTPError
 from penstock.serving.files import keep
 from penstock.serving.store import Store
 
@@ -73,3 +77,34 @@ def test_a_full_disk_is_not_filled_by_what_did_not_fit(store: Store, small_disk:
     store.database._db.execute("pragma wal_checkpoint(truncate)")
     assert keep(store, "", "small", "batch", [b"{}"]).bytes == 2
     assert len(list(folder.iterdir())) == 1
+
+
+def test_a_page_is_all_that_is_read(store: Store) -> None:
+    """Of files that came in the same second, and among those of others."""
+    own = [keep(store, "own", str(i), "batch" if i % 2 else "batch_output", [b"{}"]).id for i in range(7)]
+    other = [keep(store, "other", "", "batch", []).id for _ in range(3)]
+
+    def ids(*part: Any, purpose: str | None = None) -> tuple[list[str], bool]:
+        found, more = store.files("own", Part(*part), purpose)
+        return [file.id for file in found], more
+
+    assert ids(3) == (own[:3:-1], True)
+    assert ids(3, own[4]) == ([own[3], own[2], own[1]], True)
+    assert ids(3, own[1]) == ([own[0]], False)
+    assert ids(3, own[2], True) == ([own[3], own[4], own[5]], True)
+    assert ids(9, own[2], True, purpose="batch") == ([own[3], own[5]], False)
+    assert ids(9, own[0]) == ([], False)
+    with pytest.raises(HTTPError, match="after"):
+        ids(3, other[0])
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    for i in range(3000):
+        store.add(replace(store.file("own", own[0]), id=f"file-{i:032x}"))
+    store.database._db.set_progress_handler(count, 100)
+    assert len(ids(3)[0]) == 3
+    assert steps < 10  # hundreds of SQLite's instructions, however many files there are

@@ -89,6 +89,8 @@ class Database:
             self._db.executescript(f"begin; {_TABLES} pragma user_version={VERSION}; commit;")
         elif version != VERSION:
             raise sqlite3.DatabaseError(f"it is of version {version}, and this build reads {VERSION}")
+        for kind in ("file", "batch"):
+            self._db.execute(f"create index if not exists {kind}_of_tenant on {kind} (tenant, created_at)")
         known = {row[0] for row in self._db.execute("select id from file")}
         for path in (self.folder / "files").iterdir():  # of uploads and outputs that were not finished
             if ID.fullmatch(path.name) and path.name not in known:  # whatever else is there is not this server's
@@ -114,6 +116,26 @@ class Database:
                     raise unwritable(error) from error
                 raise
 
+    def part(self, kind: Kind, tenant: str, part: Part, **equal: str) -> tuple[list[dict[str, Any]], bool]:
+        """Rows of the tenant, and whether there are more; ``equal``: what columns must be.
+
+        Raises HTTPError: (invalid_parameter) ``after`` names nothing of it.
+        """
+        where, values = ["tenant = ?", *(f"{name} = ?" for name in equal)], [tenant, *equal.values()]
+        if part.after is not None:
+            if self.one(f"select 1 from {kind} where id = ? and tenant = ?", (part.after, tenant)) is None:
+                raise HTTPError("invalid_parameter", "after names nothing in this list", param="after")
+            than = ">" if part.ascending else "<"
+            where.append(f"(created_at, rowid) {than} (select created_at, rowid from {kind} where id = ?)")
+            values.append(part.after)
+        order = "asc" if part.ascending else "desc"
+        rows = self.all(
+            f"select * from {kind} where {' and '.join(where)} "
+            f"order by created_at {order}, rowid {order} limit {part.limit + 1:d}",
+            tuple(values),
+        )
+        return rows[: part.limit], len(rows) > part.limit
+
     def one(self, query: str, values: tuple[object, ...]) -> dict[str, Any] | None:
         return next(iter(self.all(query, values)), None)
 
@@ -122,6 +144,15 @@ class Database:
             cursor = self._db.execute(query, values)
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a list of what a tenant has, the newest first unless ``ascending``: at most ``limit``, those after an id."""
+
+    limit: int
+    after: str | None = None
+    ascending: bool = False
 
 
 def not_found(kind: Kind, id: str) -> HTTPError:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.serving.context import Context
@@ -171,6 +172,10 @@ def _body_too_large() -> HTTPError:
         fix="send less text in one request",
         status=413,
     )
+
+
+def as_json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:

@@ -62,6 +62,10 @@ def unsupported(param: str, *, what: str = "") -> HTTPError:
     )
 
 
+def invalid(param: str, why: str) -> HTTPError:
+    return HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)
+
+
 def internal_error() -> PenstockError:
     return PenstockError("internal_error", "The server failed to handle this request", fix="report its x-request-id")
 

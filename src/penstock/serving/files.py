@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
-from penstock.serving.database import StoredFile, unwritable
-from penstock.serving.errors import HTTPError
+from penstock.serving.database import Part, StoredFile, unwritable
+from penstock.serving.errors import HTTPError, invalid
 from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_STORED_BYTES
 from penstock.serving.store import Store
 
@@ -77,9 +77,7 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
         async with asyncio.timeout(FILE_SECONDS), bounded.form(max_files=1, max_fields=8) as form:
             purpose, file = form.get("purpose"), form.get("file")
             if purpose != "batch":
-                raise HTTPError(
-                    "invalid_parameter", "purpose cannot be used", why='it must be "batch"', param="purpose"
-                )
+                raise invalid("purpose", 'it must be "batch"')
             if not isinstance(file, UploadFile):
                 raise HTTPError("invalid_parameter", "file is required", param="file")
             name = Path(file.filename or "upload.jsonl").name[:MAX_FILE_NAME]
@@ -150,27 +148,21 @@ async def content(store: Store, tenant: str, id: str) -> Response:
     return FileResponse(store.path(id), headers=headers, media_type="application/octet-stream")
 
 
-def page(request: Request, items: Sequence[T], identity: Callable[[T], str], show: Callable[[T], object]) -> Page:
-    """What ``limit``, ``after`` and ``order`` choose of items of which the newest comes first.
-
-    Raises:
-        HTTPError: (invalid_parameter)
-    """
-    limit, after, order = (request.query_params.get(name) for name in ("limit", "after", "order"))
+def part_of(query: Mapping[str, str]) -> Part:
+    """What ``limit``, ``after`` and ``order`` ask for. Raises HTTPError: (invalid_parameter)."""
+    limit, after, order = (query.get(name) for name in ("limit", "after", "order"))
     if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_LISTED):
-        raise HTTPError("invalid_parameter", "limit cannot be used", why=f"it must be 1 to {MAX_LISTED}", param="limit")
+        raise invalid("limit", f"it must be 1 to {MAX_LISTED}")
     if order not in (None, "asc", "desc"):
-        raise HTTPError("invalid_parameter", "order cannot be used", why='it must be "asc" or "desc"', param="order")
-    chosen = list(items) if order != "asc" else list(reversed(items))
-    if after is not None:
-        places = [i for i, item in enumerate(chosen) if identity(item) == after]
-        if not places:
-            raise HTTPError("invalid_parameter", "after names nothing in this list", param="after")
-        chosen = chosen[places[0] + 1 :]
-    most = int(limit) if limit is not None else MAX_LISTED
-    shown_here = chosen[:most]
-    first, last = (identity(shown_here[0]), identity(shown_here[-1])) if shown_here else (None, None)
-    return Page(data=[show(item) for item in shown_here], has_more=len(chosen) > most, first_id=first, last_id=last)
+        raise invalid("order", 'it must be "asc" or "desc"')
+    return Part(MAX_LISTED if limit is None else int(limit), after, order == "asc")
+
+
+def page(found: tuple[Sequence[T], bool], show: Callable[[T], Any]) -> Page:
+    """Of items, and whether there are more."""
+    data, more = [show(item) for item in found[0]], found[1]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return Page(data=data, has_more=more, first_id=first, last_id=last)
 
 
 def _only_from_here(request: Request) -> None:

@@ -86,7 +86,7 @@ class ResponseTask:
         dialogue = await Dialogue.prepare(
             context,
             f"resp_{uuid.uuid4().hex}",
-            messages_from([*before, *given], request.instructions),
+            await asyncio.to_thread(messages_from, [*before, *given], request.instructions),
             request.params({"max_tokens": None, **engine.recommended}, max_tokens=request.max_tokens),
             await asyncio.to_thread(_offer, request),
             priority=request.priority or 0,
