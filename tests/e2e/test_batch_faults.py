@@ -14,9 +14,12 @@ import pytest
 
 from penstock import AsyncLLM
 from penstock.base import EngineError
+from penstock.fleet import Admission
 from penstock.runtime.service import LocalService
 from penstock.serving import build_app
 from penstock.serving.context import Context
+from penstock.serving.gate import Gate
+from penstock.serving.keys import change_keys, new_key
 from penstock.spec import EngineConfig
 
 COMPLETIONS = "/v1/completions"
@@ -57,9 +60,9 @@ class Batching:
         return [json.loads(line) for line in answer.text.splitlines()]
 
 
-def over(llm: AsyncLLM, folder: Path, work: Callable[[Batching], Awaitable[None]]) -> None:
+def over(llm: AsyncLLM, folder: Path, work: Callable[[Batching], Awaitable[None]], gate: Gate | None = None) -> None:
     async def run() -> None:
-        app, context = build_app(llm, folder)
+        app, context = build_app(llm, folder, gate=gate)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             try:
                 await work(Batching(client, context))
@@ -74,6 +77,7 @@ def test_a_file_whose_bytes_are_gone_holds_up_nobody(llm: AsyncLLM, tmp_path: Pa
         lost, kept = [await batching.upload([{"prompt": "A", "max_tokens": 1}]) for _ in range(2)]
         (tmp_path / "files" / lost).unlink()
         ids = [await batching.begin(file) for file in (lost, kept)]
+        assert (await batching.client.get(f"/v1/files/{lost}/content")).status_code == 404
         failed = await batching.until(ids[0], "failed")
         assert [error["code"] for error in failed["errors"]["data"]] == ["file_not_found"]
         await batching.until(ids[1], "completed")
@@ -110,3 +114,21 @@ def test_lines_wait_for_an_engine_that_is_dead(llm: AsyncLLM, tmp_path: Path) ->
         assert batch["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
 
     over(llm, tmp_path, work)
+
+
+def test_tenants_take_turns(llm: AsyncLLM, tmp_path: Path) -> None:
+    """Whoever has many batches delays those of others by one at most."""
+    made = [new_key([], tenant=tenant, role="inference") for tenant in ("many", "one")]
+    change_keys(tmp_path / "keys", lambda _: [record for _, record in made])
+
+    async def work(batching: Batching) -> None:
+        line, ids = {"prompt": "A", "max_tokens": 100, "ignore_eos": True}, []
+        for place in (0, 0, 0, 1):
+            batching.client.headers["x-api-key"] = made[place][0]
+            ids.append(await batching.begin(await batching.upload([line] * 100)))
+        await batching.until(ids[3], "completed")
+        batching.client.headers["x-api-key"] = made[0][0]
+        states = [(await batching.client.get(f"/v1/batches/{id}")).json()["status"] for id in ids[:3]]
+        assert states[0] == "completed" and states[2] == "validating"
+
+    over(llm, tmp_path / "store", work, Gate(Admission(5000), tmp_path / "keys"))

@@ -99,7 +99,7 @@ def shown(batch: Batch) -> BatchObject:
 
 
 class Batches:
-    """Carries out the batches of one store, one after another.
+    """Carries out the batches of one store, one after another; tenants take turns, and so do batches that cannot go on.
 
     Args:
         folder: of the store; made when the first file comes, so that a server that never sees one writes nothing.
@@ -110,6 +110,7 @@ class Batches:
         self.context, self.folder, self.answerers = context, folder, answerers
         self._store: Store | None = None
         self._wake = asyncio.Event()
+        self._turns: dict[str, int] = {}  # the last one of each tenant and of each unfinished batch
         self._worker: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
 
@@ -186,7 +187,13 @@ class Batches:
                 if not batches:
                     await self._wake.wait()
                     continue
-                await Run(self._store, batches[0], self.context, self.answerers[batches[0].endpoint]).all()
-            except Exception:  # a full disk, say: the batch is tried again, and the others wait
+                batch = min(batches, key=self._last_turn)
+                self._turns[batch.tenant] = self._turns[batch.id] = max(self._turns.values(), default=0) + 1
+                await Run(self._store, batch, self.context, self.answerers[batch.endpoint]).all()
+                del self._turns[batch.id]
+            except Exception:  # a full disk, say: the batch is tried again
                 _log.exception("the batches cannot go on")
                 await asyncio.sleep(RETRY_SECONDS)
+
+    def _last_turn(self, batch: Batch) -> tuple[int, int]:
+        return self._turns.get(batch.tenant, 0), self._turns.get(batch.id, 0)

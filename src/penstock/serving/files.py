@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
-from penstock.serving.database import Part, StoredFile, unwritable
+from penstock.serving.database import Part, StoredFile, not_found, unwritable
 from penstock.serving.errors import HTTPError, invalid
 from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_STORED_BYTES
 from penstock.serving.store import Store
@@ -144,8 +144,10 @@ def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> St
 async def content(store: Store, tenant: str, id: str) -> Response:
     """GET /v1/files/{id}/content"""
     file = await asyncio.to_thread(store.file, tenant, id)
+    if not (path := store.path(id)).is_file():
+        raise not_found("file", id)
     headers = {"content-disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}"}
-    return FileResponse(store.path(id), headers=headers, media_type="application/octet-stream")
+    return FileResponse(path, headers=headers, media_type="application/octet-stream")
 
 
 def part_of(query: Mapping[str, str]) -> Part:
