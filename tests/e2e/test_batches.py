@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,17 +106,54 @@ def test_a_batch_of_each_endpoint(begin: Callable[[], Server]) -> None:
     client = begin().client
     bodies = {
         CHAT: {"model": MODEL, "messages": [{"role": "user", "content": "Tell me"}], "max_tokens": 5},
+        "/v1/responses": {"model": MODEL, "input": "Tell me", "max_output_tokens": 5},
         "/v1/embeddings": {"model": MODEL, "input": "a cat"},
     }
     lines = [{"custom_id": "a", "method": "POST", "url": url, "body": body} for url, body in bodies.items()]
     ids = [submit(client, jsonl([line]), line["url"], metadata={"for": "a test"}) for line in lines]
-    for id, kind in zip(ids, ("chat.completion", "list"), strict=True):
+    for id, kind in zip(ids, ("chat.completion", "response", "list"), strict=True):
         batch = ended(client, id)
         assert batch.status == "completed" and batch.request_counts.completed == 1, batch
         assert batch.metadata == {"for": "a test"} and batch.error_file_id is None and batch.usage.input_tokens > 0
         [line] = content(client, batch.output_file_id)
         assert line["response"]["status_code"] == 200 and line["response"]["body"]["object"] == kind
     assert [batch.id for batch in client.batches.list(limit=1)] == [*reversed(ids)]
+
+
+def test_responses_of_a_batch_are_the_same_each_time_and_kept_nowhere_else(begin: Callable[[], Server]) -> None:
+    client, url = begin().client, "/v1/responses"
+    bodies = [{"input": "Tell me", "max_output_tokens": 5}, {"input": "A", "store": True}]
+    lines = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(bodies)]
+    batches = [ended(client, submit(client, jsonl(lines), url)) for _ in range(2)]
+    answers = []
+    for batch in batches:
+        [line] = content(client, batch.output_file_id)
+        assert line["response"]["body"].pop("created_at") == batch.created_at
+        del line["response"]["body"]["usage"]["input_tokens_details"]  # the second finds the first one's prompt
+        answers.append(line)
+        assert batch.usage.output_tokens == 5 and batch.request_counts.failed == 1
+        [refused] = content(client, batch.error_file_id)
+        assert refused["response"]["body"]["error"]["param"] == "store"
+    assert answers[0] == answers[1]
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(answers[0]["response"]["body"]["id"])
+
+
+def test_files_can_be_had_to_the_end_of_a_drain(begin: Callable[[], Server]) -> None:
+    server = begin()
+    client = server.client
+    file = upload(client, jsonl([request(1)]))
+    stream = client.completions.create(
+        model=MODEL, prompt="A", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(stream)
+    server.process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.InternalServerError, match="shutting_down"):
+        while True:
+            upload(client, jsonl([request(1)]))
+    assert client.files.content(file).read() == jsonl([request(1)])
+    assert len(list(stream)) > 300
+    assert server.process.wait(30) == 0
 
 
 def test_answers_are_those_of_single_requests(begin: Callable[[], Server]) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from commands import argv, penstock, running
 from penstock.serving.app import ROUTES
+from penstock.serving.limits import MAX_BODY_BYTES
 from servers import PROMPT
 
 COMPLETIONS = "/v1/completions"
@@ -63,11 +64,13 @@ def keyed(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[K
         "acme": add(file, "--tenant", "acme"),
         "birch": add(file, "--tenant", "birch"),
         "slow": add(file, "--tenant", "slow", "--requests-per-minute", "3", "--tokens-per-minute", "120"),
+        "uploader": add(file, "--tenant", "uploader", "--requests-per-minute", "3"),
         "single": add(file, "--tenant", "single", "--concurrency", "1"),
         "admin": add(file, "--role", "admin"),
     }
     options = ["--dtype", "float32", "--num-threads", "1", "--host", "0.0.0.0", "--port", "0", "--admin-port", "0"]
-    arguments = argv("serve", stories, "--keys", file, *options, "--queue-tokens", "2000", "--store", folder)
+    options += ["--queue-tokens", "2000", "--store", str(folder / "store")]
+    arguments = argv("serve", stories, "--keys", file, *options)
     with log.open("w") as errors, running(arguments, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(4)]
@@ -251,6 +254,35 @@ def test_prefixes_are_shared_within_a_tenant_alone(keyed: Keyed) -> None:
     hits = keyed.status()["engine"]["prefix_hit_tokens"]
     keyed.ask("birch", **best)
     assert keyed.status()["engine"]["prefix_hit_tokens"] - hits <= 64  # its own two samples may share
+
+
+def test_uploads_and_batches_count_as_requests(keyed: Keyed) -> None:
+    client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=keyed.keys["uploader"], max_retries=0)
+    file = client.files.create(file=("x", b"{}"), purpose="batch").id
+    for _ in range(2):
+        client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h")
+    with pytest.raises(openai.RateLimitError):
+        client.files.create(file=("x", b"{}"), purpose="batch")
+    with pytest.raises(openai.RateLimitError):
+        client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h")
+    assert client.files.retrieve(file).id == file  # to look costs nothing
+    assert keyed.status()["requests"] == []
+
+
+def test_anthropic_s_routes_refuse_in_its_own_form(keyed: Keyed) -> None:
+    """Whoever refuses: the gate, the router, the body's reader, the rates."""
+    url, own = f"{keyed.url}/v1/messages", {"x-api-key": keyed.keys["birch"]}
+    refusals = {
+        "authentication_error": httpx.post(url),
+        "not_found_error": httpx.post(f"{url}/nothing", headers=own),
+        "invalid_request_error": httpx.get(url, headers=own),
+        "request_too_large": httpx.post(url, headers=own, json={"x": " " * MAX_BODY_BYTES}),
+        "rate_limit_error": [httpx.post(url, headers={"x-api-key": keyed.keys["slow"]}, json={}) for _ in range(4)][-1],
+    }
+    for kind, response in refusals.items():
+        assert (response.json()["type"], response.json()["error"]["type"]) == ("error", kind), response.text
+    assert [response.status_code for response in refusals.values()] == [401, 404, 405, 413, 429]
+    assert keyed.ask(None, "/v1/messagesx").json()["error"]["code"] == "no_api_key"
 
 
 def test_sighup_takes_new_keys_or_keeps_the_old(keyed: Keyed) -> None:

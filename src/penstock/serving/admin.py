@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from penstock.base import ConfigError
 from penstock.serving.app import Routes, application, metrics, status
-from penstock.serving.context import Context
+from penstock.serving.context import Context, context_of
+from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
 
 
@@ -21,25 +21,16 @@ def build_admin(context: Context, *, hosts: frozenset[str] | None = None) -> ASG
 async def _reload(request: Request) -> Response:
     """The file of keys is read again. A broken one is an error, and the keys from before stay."""
     try:
-        return _json({"keys": _context(request).gate.reload()})
+        return as_json({"keys": context_of(request).gate.reload()})
     except ConfigError as error:  # its cause is the operator's, who is asking
         raise HTTPError(error.code, error.what, why=error.why, fix=error.fix, status=409) from None
 
 
 async def _drain(request: Request) -> Response:
     """As SIGTERM: nothing new is taken, what runs may finish, and the server ends."""
-    context = _context(request)
+    context = context_of(request)
     context.stop.set()
-    return _json({"draining": True, "requests": context.gate.admission.running})
-
-
-def _context(request: Request) -> Context:
-    context: Context = request.app.state.context
-    return context
-
-
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+    return as_json({"draining": True, "requests": context.gate.admission.running})
 
 
 ROUTES: Routes = {

@@ -26,11 +26,10 @@ from penstock.serving.batch_run import Answerer
 from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
 from penstock.serving.completions import CompletionTask
-from penstock.serving.context import Context, engine_stopped, shutting_down
-from penstock.serving.edge import Edge, off_loop, parse, read_body
+from penstock.serving.context import Context, context_of, engine_stopped, shutting_down
+from penstock.serving.edge import Edge, as_json, off_loop, parse, read_body
 from penstock.serving.errors import (
-    error_response,
-    log_fault,
+    HTTPError,
     on_disconnect,
     on_http_exception,
     on_other_exception,
@@ -38,7 +37,7 @@ from penstock.serving.errors import (
 )
 from penstock.serving.gate import Access, Caller, Gate, current, queue_budget
 from penstock.serving.limits import MAX_SHOWN
-from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens, error_body
+from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens
 from penstock.serving.metrics import Metrics, QueueCollector
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.responses import ResponsesRequest, ResponseTask
@@ -136,18 +135,21 @@ def _in_batches() -> dict[str, Answerer]:
     def vectors(shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Answerer:
         return Answerer(functools.partial(_decode, shape=shape), answer)
 
+    async def response(asked: ResponsesRequest, context: Context) -> ResponseTask:
+        if asked.store:
+            fix = "leave it out: the answer is in the output file"
+            raise HTTPError("invalid_parameter", "store cannot be used in a batch", fix=fix, param="store")
+        asked.store = False
+        return await ResponseTask.prepare(asked, context)
+
     return {
         "/v1/completions": generation(CompletionRequest, CompletionTask.prepare),
         "/v1/chat/completions": generation(ChatRequest, ChatTask.prepare),
+        "/v1/responses": generation(ResponsesRequest, response),
         "/v1/embeddings": vectors(EmbeddingRequest, embeddings),
         "/v1/score": vectors(ScoreRequest, scores),
         "/v1/rerank": vectors(RerankRequest, ranking),
     }
-
-
-def _context(request: Request) -> Context:
-    context: Context = request.app.state.context
-    return context
 
 
 async def _completions(request: Request) -> Response | EventStream:
@@ -163,40 +165,26 @@ async def _responses(request: Request) -> Response | EventStream:
 
 
 async def _response(request: Request) -> Response:
-    stored, identifier = _context(request).responses, request.path_params["response"]
+    stored, identifier = context_of(request).responses, request.path_params["response"]
     if request.method == "DELETE":
         stored.delete(identifier)
-        return _json({"id": identifier, "object": "response", "deleted": True})
-    return _json(stored.get(identifier).response)
+        return as_json({"id": identifier, "object": "response", "deleted": True})
+    return as_json(stored.get(identifier).response)
 
 
 async def _response_items(request: Request) -> Response:
-    given = _context(request).responses.get(request.path_params["response"]).given
+    given = context_of(request).responses.get(request.path_params["response"]).given
     data = [{"id": f"item_{i}", **item} for i, item in enumerate(given)]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return _json({"object": "list", "data": data, "has_more": False, **ends})
+    return as_json({"object": "list", "data": data, "has_more": False, **ends})
 
 
 async def _messages(request: Request) -> Response | EventStream:
-    try:
-        return await _generate(request, MessagesRequest, MessagesTask.prepare, EVENTS)
-    except PenstockError as error:
-        return _anthropic_error(error)
+    return await _generate(request, MessagesRequest, MessagesTask.prepare, EVENTS)
 
 
 async def _count_tokens(request: Request) -> Response:
-    try:
-        context, asked = await _admitted(request, CountRequest)
-        return _json(await count_tokens(asked, context))
-    except PenstockError as error:
-        return _anthropic_error(error)
-
-
-def _anthropic_error(error: PenstockError) -> Response:
-    response = error_response(error)
-    log_fault(error)
-    headers = {name: value for name, value in response.headers.items() if name == "retry-after"}
-    return Response(msgspec.json.encode(error_body(error)), error.status, headers, "application/json")
+    return await _vectors(request, CountRequest, count_tokens)
 
 
 async def _embeddings(request: Request) -> Response:
@@ -225,18 +213,18 @@ async def _generate(
     context, asked = await _admitted(request, shape)
     task = await prepare(asked, context)
     if not asked.stream:
-        return _json(await unless_disconnected(request.receive, task.whole()))
+        return as_json(await unless_disconnected(request.receive, task.whole()))
     chunks = task.chunks()
     return EventStream(await unless_disconnected(request.receive, anext(chunks)), chunks, dialect)
 
 
 async def _vectors(request: Request, shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Response:
     context, asked = await _admitted(request, shape)
-    return _json(await unless_disconnected(request.receive, context.until_aborted(answer(asked, context))))
+    return as_json(await unless_disconnected(request.receive, context.until_aborted(answer(asked, context))))
 
 
 async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
-    context = _context(request)
+    context = context_of(request)
     context.admit(None)
     current.get().enter()
     body = await read_body(request)
@@ -257,13 +245,13 @@ def _decode(body: bytes, shape: type[R]) -> R:
 
 
 async def _models(request: Request) -> Response:
-    return _json(ModelList([_served(_context(request))]))
+    return as_json(ModelList([_served(context_of(request))]))
 
 
 async def _model(request: Request) -> Response:
-    context = _context(request)
+    context = context_of(request)
     context.admit(request.path_params["model"])
-    return _json(_served(context))
+    return as_json(_served(context))
 
 
 def _served(context: Context) -> Model:
@@ -276,28 +264,28 @@ async def _live(_: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    """New requests are welcome."""
-    context = _context(request)
+    """New requests are welcome. Raises Unavailable."""
+    context = context_of(request)
     if context.draining or not context.llm.engine.service.alive:
-        return error_response(shutting_down() if context.draining else engine_stopped())
+        raise shutting_down() if context.draining else engine_stopped()
     return PlainTextResponse("ok\n")
 
 
 async def _ready_model(request: Request) -> Response:
     """New requests for one model are."""
-    _context(request).admit(request.path_params["model"])
+    context_of(request).admit(request.path_params["model"])
     return await _ready(request)
 
 
 async def metrics(request: Request) -> Response:
-    return Response(_context(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)
+    return Response(context_of(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def status(request: Request) -> Response:
     """What the server is doing, for people and for ``penstock ps``."""
-    context = _context(request)
+    context = context_of(request)
     engine, admission = context.llm.engine.service.status(), context.gate.admission
-    return _json(
+    return as_json(
         {
             "model": context.name,
             "draining": context.draining,
@@ -365,7 +353,3 @@ ROUTES: Routes = {
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
 }
-
-
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

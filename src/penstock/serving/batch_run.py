@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from penstock.base import PenstockError
 from penstock.core.service import MAX_PRIORITY
 from penstock.serving.batch_table import Batch, Complaint, Done, Line, Status
 from penstock.serving.context import Context
-from penstock.serving.database import StoredFile
+from penstock.serving.database import StoredFile, not_found
 from penstock.serving.edge import off_loop, parse
 from penstock.serving.errors import HTTPError, body_of, internal_error, log_fault
 from penstock.serving.files import write
@@ -39,6 +40,7 @@ COMMIT_SECONDS, COMMIT_LINES = 0.25, 64
 READ_LINES = 256
 RETRY_SECONDS = 1.0
 
+_AFTER_KIND = re.compile("[-_]")
 _log = logging.getLogger(__name__)
 
 
@@ -62,17 +64,18 @@ class BatchLine(msgspec.Struct, kw_only=True):
 class Run:
     """One batch, from the state in which it is found to its end."""
 
-    def __init__(self, store: Store, batch: Batch, context: Context, answerer: Answerer, wake: asyncio.Event) -> None:
-        self.store, self.batch, self.context, self.answerer, self.wake = store, batch, context, answerer, wake
+    def __init__(self, store: Store, batch: Batch, context: Context, answerer: Answerer) -> None:
+        self.store, self.batch, self.context, self.answerer = store, batch, context, answerer
 
     async def all(self) -> None:
         try:
             file = await asyncio.to_thread(self.store.file, self.batch.tenant, self.batch.input_file_id)
+            if not (path := self.store.path(file.id)).is_file():  # somebody emptied the folder
+                raise not_found("file", file.id)
         except HTTPError as error:
             complaint = Complaint(error.code, error.what)
             self.batch = await self._change(lambda batch: replace(batch, errors=(complaint,)).moved("failed"))
             return
-        path = self.store.path(file.id)
         if self.batch.status == "validating":
             await self._validate(path)
         if self.batch.status == "in_progress":
@@ -96,9 +99,10 @@ class Run:
         waiting, running = self._waiting(path), set[asyncio.Task[Done]]()
         done: list[Done] = []
         committed, exhausted = time.monotonic(), False
+        deadline = committed + self.batch.expires_at - time.time()  # whatever is done to the clock from now on
         try:
             while True:
-                over = self.batch.status != "in_progress" or time.time() >= self.batch.expires_at
+                over = self.batch.status != "in_progress" or time.monotonic() >= deadline
                 while not exhausted and not over and len(running) < window:
                     following = await anext(waiting, None)
                     exhausted = following is None
@@ -118,7 +122,7 @@ class Run:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
         self.batch = await asyncio.to_thread(self.store.batches.finish_lines, self.batch.id, done)
-        if self.batch.status == "in_progress" and time.time() >= self.batch.expires_at:
+        if self.batch.status == "in_progress" and time.monotonic() >= deadline:
             await asyncio.to_thread(self._expire)
 
     async def _waiting(self, path: Path) -> AsyncGenerator[tuple[Line, bytes], None]:
@@ -145,7 +149,8 @@ class Run:
                 asked = await off_loop(len(body), partial(self.answerer.decode, body))
                 return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), self.context))
             except PenstockError as error:
-                if error.status in (429, 503):  # not the line's fault: it comes again, in this process or the next
+                # not the line's fault: it comes again, in this process or the next
+                if error.status in (429, 503) or error.code in ("engine_dead", "engine_closed"):
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
                 log_fault(error)
@@ -166,15 +171,17 @@ class Run:
         return asked
 
     def _done(self, line: Line, name: str, status: int, body: Any) -> Done:
-        usage = getattr(body, "usage", None)
-        tokens_in, tokens_out = getattr(usage, "prompt_tokens", 0), getattr(usage, "completion_tokens", 0)
-        if hasattr(body, "id"):
-            body.id = f"{body.id.partition('-')[0]}-{name}"
-        if hasattr(body, "created"):
-            body.created = self.batch.created_at
-        response = {"status_code": status, "request_id": name, "body": body}
+        told = msgspec.to_builtins(body)
+        usage = told.get("usage") or {}
+        tokens_in = usage.get("prompt_tokens", usage.get("input_tokens", 0))
+        tokens_out = usage.get("completion_tokens", usage.get("output_tokens", 0))
+        told |= {made: self.batch.created_at for made in ("created", "created_at") if made in told}
+        response = {"status_code": status, "request_id": name, "body": told}
         result = {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": response, "error": None}
-        return Done(line.number, status != 200, msgspec.json.encode(result) + b"\n", tokens_in, tokens_out)
+        text = msgspec.json.encode(result) + b"\n"
+        if "id" in told:  # all ids in it are made of one
+            text = text.replace(_AFTER_KIND.split(told["id"], 1)[1].encode(), name.encode())
+        return Done(line.number, status != 200, text, tokens_in, tokens_out)
 
     def _expire(self) -> None:
         error = {"code": "batch_expired", "message": "This request could not be executed before the batch expired."}
@@ -185,6 +192,7 @@ class Run:
                 result = {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": None, "error": error}
                 done.append(Done(line.number, True, json.dumps(result).encode() + b"\n"))
             self.batch = self.store.batches.finish_lines(self.batch.id, done)
+        self.batch = self.store.batches.change(self.batch.id, lambda batch: replace(batch, expired_at=int(time.time())))
 
     def _finish(self) -> None:
         """Writes the outputs, in the order of the file, and ends the batch. A kill before that changes nothing."""
@@ -203,7 +211,7 @@ class Run:
 
         def ended(batch: Batch) -> Batch:
             changes: dict[str, Any] = {name: file.id for name, file in made.items()}
-            late = batch.finalizing_at is not None and batch.finalizing_at >= batch.expires_at
+            late = batch.expired_at is not None
             status: Status = "cancelled" if batch.status == "cancelling" else "expired" if late else "completed"
             return replace(batch, **changes).moved(status)
 

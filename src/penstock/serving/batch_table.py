@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from penstock.serving.database import Database, StoredFile, insert_file, not_found
+from penstock.serving.database import Database, Part, StoredFile, insert_file, not_found
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 LIVE: tuple[Status, ...] = ("validating", "in_progress", "finalizing", "cancelling")
@@ -110,12 +110,10 @@ class BatchTable:
             raise not_found("batch", id)
         return _batch(row)
 
-    def of(self, tenant: str) -> list[Batch]:
-        """The newest first."""
-        rows = self._database.all(
-            "select * from batch where tenant = ? order by created_at desc, rowid desc", (tenant,)
-        )
-        return [_batch(row) for row in rows]
+    def of(self, tenant: str, part: Part) -> tuple[list[Batch], bool]:
+        """As ``Database.part``."""
+        rows, more = self._database.part("batch", tenant, part)
+        return [_batch(row) for row in rows], more
 
     def unfinished(self, model: str) -> list[Batch]:
         """Of all tenants, the oldest first."""

@@ -99,7 +99,7 @@ def shown(batch: Batch) -> BatchObject:
 
 
 class Batches:
-    """Carries out the batches of one store, one after another.
+    """Carries out the batches of one store, one after another; tenants take turns, and so do batches that cannot go on.
 
     Args:
         folder: of the store; made when the first file comes, so that a server that never sees one writes nothing.
@@ -110,6 +110,7 @@ class Batches:
         self.context, self.folder, self.answerers = context, folder, answerers
         self._store: Store | None = None
         self._wake = asyncio.Event()
+        self._turns: dict[str, int] = {}  # the last one of each tenant and of each unfinished batch
         self._worker: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
 
@@ -124,14 +125,18 @@ class Batches:
         async with self._opening:
             if self._store is None:
                 self._store = await asyncio.to_thread(Store, self.folder)
-                self._worker = asyncio.create_task(self._work())
+                if not self.context.draining:
+                    self._worker = asyncio.create_task(self._work())
             return self._store
 
-    async def close(self) -> None:
-        """What is under way is given up and stays to be done."""
+    async def stop(self) -> None:
+        """What is under way is given up and stays to be done. Files can still be had."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
+
+    async def close(self) -> None:
+        await self.stop()
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 
@@ -177,12 +182,18 @@ class Batches:
         assert self._store is not None
         while True:
             self._wake.clear()
-            batches = await asyncio.to_thread(self._store.batches.unfinished, self.context.name)
-            if not batches:
-                await self._wake.wait()
-                continue
             try:
-                await Run(self._store, batches[0], self.context, self.answerers[batches[0].endpoint], self._wake).all()
-            except Exception:  # a full disk, say: the batch is tried again, and the others wait
-                _log.exception("batch %s cannot go on", batches[0].id)
+                batches = await asyncio.to_thread(self._store.batches.unfinished, self.context.name)
+                if not batches:
+                    await self._wake.wait()
+                    continue
+                batch = min(batches, key=self._last_turn)
+                self._turns[batch.tenant] = self._turns[batch.id] = max(self._turns.values(), default=0) + 1
+                await Run(self._store, batch, self.context, self.answerers[batch.endpoint]).all()
+                del self._turns[batch.id]
+            except Exception:  # a full disk, say: the batch is tried again
+                _log.exception("the batches cannot go on")
                 await asyncio.sleep(RETRY_SECONDS)
+
+    def _last_turn(self, batch: Batch) -> tuple[int, int]:
+        return self._turns.get(batch.tenant, 0), self._turns.get(batch.id, 0)

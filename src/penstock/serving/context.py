@@ -10,6 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from starlette.requests import Request
+
 from penstock.base import PenstockError, Unavailable
 from penstock.llm import AsyncLLM, TokensPrompt
 from penstock.serving.errors import HTTPError
@@ -92,6 +94,11 @@ class Context:
             task.cancel()
         for engine_id in tuple(self.live):
             await self.llm.abort(engine_id)
+
+
+def context_of(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
 
 
 def shutting_down() -> Unavailable:

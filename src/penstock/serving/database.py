@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -19,6 +21,8 @@ VERSION = 1
 """Of the tables. Another one is refused rather than guessed at."""
 
 Kind = Literal["file", "batch"]
+ID = re.compile(r"(file|batch)-[0-9a-f]{32}")
+_log = logging.getLogger(__name__)
 _TABLES = """
 create table file (
     id text primary key, tenant text not null, filename text not null, purpose text not null, bytes integer not null,
@@ -85,9 +89,11 @@ class Database:
             self._db.executescript(f"begin; {_TABLES} pragma user_version={VERSION}; commit;")
         elif version != VERSION:
             raise sqlite3.DatabaseError(f"it is of version {version}, and this build reads {VERSION}")
+        for kind in ("file", "batch"):
+            self._db.execute(f"create index if not exists {kind}_of_tenant on {kind} (tenant, created_at)")
         known = {row[0] for row in self._db.execute("select id from file")}
         for path in (self.folder / "files").iterdir():  # of uploads and outputs that were not finished
-            if path.name not in known:
+            if ID.fullmatch(path.name) and path.name not in known:  # whatever else is there is not this server's
                 path.unlink()
 
     def close(self) -> None:
@@ -97,14 +103,38 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Raises Unavailable: (store_unwritable)."""
         with self._lock:
             self._db.execute("begin immediate")
             try:
                 yield self._db
-            except BaseException:
-                self._db.execute("rollback")
+                self._db.execute("commit")
+            except BaseException as error:
+                if self._db.in_transaction:  # SQLite has ended it of itself after some errors, a full disk's commit not
+                    self._db.execute("rollback")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise unwritable(error) from error
                 raise
-            self._db.execute("commit")
+
+    def part(self, kind: Kind, tenant: str, part: Part, **equal: str) -> tuple[list[dict[str, Any]], bool]:
+        """Rows of the tenant, and whether there are more; ``equal``: what columns must be.
+
+        Raises HTTPError: (invalid_parameter) ``after`` names nothing of it.
+        """
+        where, values = ["tenant = ?", *(f"{name} = ?" for name in equal)], [tenant, *equal.values()]
+        if part.after is not None:
+            if self.one(f"select 1 from {kind} where id = ? and tenant = ?", (part.after, tenant)) is None:
+                raise HTTPError("invalid_parameter", "after names nothing in this list", param="after")
+            than = ">" if part.ascending else "<"
+            where.append(f"(created_at, rowid) {than} (select created_at, rowid from {kind} where id = ?)")
+            values.append(part.after)
+        order = "asc" if part.ascending else "desc"
+        rows = self.all(
+            f"select * from {kind} where {' and '.join(where)} "
+            f"order by created_at {order}, rowid {order} limit {part.limit + 1:d}",
+            tuple(values),
+        )
+        return rows[: part.limit], len(rows) > part.limit
 
     def one(self, query: str, values: tuple[object, ...]) -> dict[str, Any] | None:
         return next(iter(self.all(query, values)), None)
@@ -114,6 +144,15 @@ class Database:
             cursor = self._db.execute(query, values)
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a list of what a tenant has, the newest first unless ``ascending``: at most ``limit``, those after an id."""
+
+    limit: int
+    after: str | None = None
+    ascending: bool = False
 
 
 def not_found(kind: Kind, id: str) -> HTTPError:
@@ -131,6 +170,12 @@ def _unusable(folder: Path, error: Exception) -> PenstockError:
         why=f"{folder}: {error}",
         fix="mend or remove that folder, or start the server with another --store",
     )
+
+
+def unwritable(error: Exception) -> PenstockError:
+    """What the disk said is for the log: it may name a path."""
+    _log.error("the store cannot be written: %s", error)
+    return Unavailable("store_unwritable", "Files and batches cannot be written now", fix="try again later")
 
 
 def insert_file(db: sqlite3.Connection, file: StoredFile) -> None:

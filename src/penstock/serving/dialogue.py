@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from penstock.serving.context import Context, Generation
-from penstock.serving.errors import HTTPError, unsupported
+from penstock.serving.errors import HTTPError, invalid, unsupported
 from penstock.serving.limits import MAX_TEMPLATE_VARIABLE, MAX_TEMPLATE_VARIABLES
 from penstock.serving.schemas import CompletionTokensDetails, Usage
 from penstock.serving.tools import Offer
@@ -135,7 +135,7 @@ def template_variables(
     reads = template.variables if template is not None else frozenset[str]()
     variables = dict(given or {})
     if len(variables) > MAX_TEMPLATE_VARIABLES:
-        raise _invalid("chat_template_kwargs", f"it has more than {MAX_TEMPLATE_VARIABLES} members")
+        raise invalid("chat_template_kwargs", f"it has more than {MAX_TEMPLATE_VARIABLES} members")
     for name, value in variables.items():
         if name not in reads:
             what = f"The chat template of this model reads no variable {name[:64]!r}"
@@ -143,11 +143,11 @@ def template_variables(
             raise HTTPError("unsupported_parameter", what, fix=fix, param="chat_template_kwargs")
         if not isinstance(value, (bool, int, float, str)) or len(str(value)) > MAX_TEMPLATE_VARIABLE:
             why = f"{name} must be a number, true or false, or a text of at most {MAX_TEMPLATE_VARIABLE} characters"
-            raise _invalid("chat_template_kwargs", why)
+            raise invalid("chat_template_kwargs", why)
     if effort is None:
         return variables
     if effort not in EFFORTS:
-        raise _invalid("reasoning_effort", f"it must be one of {', '.join(EFFORTS)}")
+        raise invalid("reasoning_effort", f"it must be one of {', '.join(EFFORTS)}")
     switch = next((name for name in ("enable_thinking", "thinking") if name in reads), None)
     if "reasoning_effort" in reads and not (effort == "none" and switch):
         return {"reasoning_effort": effort, **variables}
@@ -156,7 +156,3 @@ def template_variables(
     if effort == "none":
         return variables
     raise unsupported("reasoning_effort", what="The chat template of this model does not read how much to think")
-
-
-def _invalid(param: str, why: str) -> HTTPError:
-    return HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from penstock.serving import files
 from penstock.serving.batches import Batches, BatchRequest, shown
-from penstock.serving.edge import parse, read_body
+from penstock.serving.context import context_of
+from penstock.serving.database import Part
+from penstock.serving.edge import as_json, off_loop, parse, read_body
 from penstock.serving.gate import current
 from penstock.serving.store import Store
 
@@ -27,24 +29,29 @@ class Asked:
 
 
 async def _asked(request: Request) -> Asked:
-    batches: Batches = request.app.state.context.batches
+    """Raises OverLimit, Unavailable: what writes is counted like any other request, and is refused in a drain."""
+    batches = context_of(request).batches
+    if request.method == "POST":
+        batches.context.admit(None)
+        current.get().enter()
     return Asked(batches, await batches.store(), current.get().tenant, request.path_params.get("id", ""))
 
 
 async def files_of_all(request: Request) -> Response:
     asked = await _asked(request)
     if request.method == "POST":
-        return _json(await files.upload(request, asked.store, asked.tenant))
-    found = await asyncio.to_thread(asked.store.files, asked.tenant, request.query_params.get("purpose"))
-    return _json(files.page(request, found, lambda file: file.id, files.shown))
+        return as_json(await files.upload(request, asked.store, asked.tenant))
+    part, purpose = files.part_of(request.query_params), request.query_params.get("purpose")
+    found = await asyncio.to_thread(asked.store.files, asked.tenant, part, purpose)
+    return as_json(files.page(found, files.shown))
 
 
 async def one_file(request: Request) -> Response:
     asked = await _asked(request)
     if request.method == "DELETE":
         await asyncio.to_thread(asked.store.delete, asked.tenant, asked.id)
-        return _json(files.Deleted(asked.id))
-    return _json(files.shown(await asyncio.to_thread(asked.store.file, asked.tenant, asked.id)))
+        return as_json(files.Deleted(asked.id))
+    return as_json(files.shown(await asyncio.to_thread(asked.store.file, asked.tenant, asked.id)))
 
 
 async def file_content(request: Request) -> Response:
@@ -55,20 +62,22 @@ async def file_content(request: Request) -> Response:
 async def batches_of_all(request: Request) -> Response:
     asked = await _asked(request)
     if request.method == "POST":
-        return _json(await asked.batches.create(parse(await read_body(request), BatchRequest), asked.tenant))
-    found = await asyncio.to_thread(asked.store.batches.of, asked.tenant)
-    return _json(files.page(request, found, lambda batch: batch.id, shown))
+        body = await read_body(request)
+        wanted = await off_loop(len(body), partial(parse, body, BatchRequest))
+        return as_json(await asked.batches.create(wanted, asked.tenant))
+    part = files.part_of(request.query_params)
+    return await asyncio.to_thread(_batches, asked, part)  # each may have a page of complaints
 
 
 async def one_batch(request: Request) -> Response:
     asked = await _asked(request)
-    return _json(shown(await asyncio.to_thread(asked.store.batches.get, asked.tenant, asked.id)))
+    return as_json(shown(await asyncio.to_thread(asked.store.batches.get, asked.tenant, asked.id)))
 
 
 async def cancel_batch(request: Request) -> Response:
     asked = await _asked(request)
-    return _json(await asked.batches.cancel(asked.tenant, asked.id))
+    return as_json(await asked.batches.cancel(asked.tenant, asked.id))
 
 
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+def _batches(asked: Asked, part: Part) -> Response:
+    return as_json(files.page(asked.store.batches.of(asked.tenant, part), shown))

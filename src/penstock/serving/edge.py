@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.serving.context import Context
@@ -78,11 +79,11 @@ class Edge:
                 caller.require("inference")
             await self.app(scope, receive, send_named)
         except HTTPError as error:
-            await error_response(error)(scope, receive, send_named)
+            await error_response(error, scope["path"])(scope, receive, send_named)
         except Exception:
             _log.exception("request %s failed", request_id)
             if not started:
-                await error_response(internal_error())(scope, receive, send_named)
+                await error_response(internal_error(), scope["path"])(scope, receive, send_named)
         finally:
             caller.leave()
             self._note(caller, scope["path"], started or 499)
@@ -171,6 +172,10 @@ def _body_too_large() -> HTTPError:
         fix="send less text in one request",
         status=413,
     )
+
+
+def as_json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:

@@ -19,6 +19,15 @@ from penstock.base import InvalidRequest, PenstockError, Unavailable
 from penstock.serving.limits import MAX_ERROR_CHARS
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "overloaded_error"}
+_ANTHROPIC = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _log = logging.getLogger(__name__)
 _PARAMETER = re.compile(r"(\w+) = ")
 
@@ -53,6 +62,10 @@ def unsupported(param: str, *, what: str = "") -> HTTPError:
     )
 
 
+def invalid(param: str, why: str) -> HTTPError:
+    return HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)
+
+
 def internal_error() -> PenstockError:
     return PenstockError("internal_error", "The server failed to handle this request", fix="report its x-request-id")
 
@@ -64,6 +77,12 @@ def body_of(error: PenstockError) -> ErrorBody:
         message = message[: MAX_ERROR_CHARS // 2] + " ... " + message[-MAX_ERROR_CHARS // 2 :]
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return ErrorBody(Fault(message, kind, param_of(error), error.code))
+
+
+def anthropic_body(error: PenstockError) -> dict[str, object]:
+    """As Anthropic's clients expect it; the code stays at the end of the message."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": body_of(error).error.message}}
 
 
 def log_fault(error: PenstockError) -> None:
@@ -82,19 +101,21 @@ def param_of(error: PenstockError) -> str | None:
     return match[1] if match else None
 
 
-def error_response(error: PenstockError) -> Response:
+def error_response(error: PenstockError, path: str) -> Response:
+    """In the form of the API that ``path`` belongs to."""
     headers: dict[str, str] = {}
     if isinstance(error, Unavailable):  # spread over a quarter more, so that those refused together come back apart
         headers["retry-after"] = str(max(1, ceil(error.retry_after * random.uniform(1.0, 1.25))))
     elif error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Response(msgspec.json.encode(body_of(error)), error.status, headers, "application/json")
+    body = anthropic_body(error) if f"{path}/".startswith(f"{_ANTHROPIC}/") else body_of(error)
+    return Response(msgspec.json.encode(body), error.status, headers, "application/json")
 
 
-async def on_penstock_error(_: Request, error: Exception) -> Response:
+async def on_penstock_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PenstockError)
     log_fault(error)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def on_disconnect(_: Request, __: Exception) -> Response:
@@ -102,12 +123,12 @@ async def on_disconnect(_: Request, __: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def on_other_exception(_: Request, __: Exception) -> Response:
+async def on_other_exception(request: Request, _: Exception) -> Response:
     """The exception itself goes on to the edge, which logs it."""
-    return error_response(internal_error())
+    return error_response(internal_error(), request.url.path)
 
 
-async def on_http_exception(_: Request, error: Exception) -> Response:
+async def on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such route, wrong method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
@@ -116,6 +137,6 @@ async def on_http_exception(_: Request, error: Exception) -> Response:
         paths = "/completions, /chat/completions, /responses, /messages, /embeddings, /score, /rerank and /models"
         fix = f"the API is /v1 with {paths}"
         refusal = HTTPError("unknown_path", "There is nothing at this path", fix=fix, status=error.status_code)
-    response = error_response(refusal)
+    response = error_response(refusal, request.url.path)
     response.headers.update(error.headers or {})
     return response

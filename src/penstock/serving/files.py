@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
-from penstock.serving.database import StoredFile
-from penstock.serving.errors import HTTPError
+from penstock.serving.database import Part, StoredFile, not_found, unwritable
+from penstock.serving.errors import HTTPError, invalid
 from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_STORED_BYTES
 from penstock.serving.store import Store
 
@@ -67,6 +67,7 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
 
     Raises:
         HTTPError: 415 and 403 for what a browser sends across origins, 413, 408, 400.
+        Unavailable: (store_unwritable)
     """
     _only_from_here(request)
     if int(request.headers.get("content-length", "0")) > MAX_FILE_BYTES + PIECE:
@@ -76,9 +77,7 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
         async with asyncio.timeout(FILE_SECONDS), bounded.form(max_files=1, max_fields=8) as form:
             purpose, file = form.get("purpose"), form.get("file")
             if purpose != "batch":
-                raise HTTPError(
-                    "invalid_parameter", "purpose cannot be used", why='it must be "batch"', param="purpose"
-                )
+                raise invalid("purpose", 'it must be "batch"')
             if not isinstance(file, UploadFile):
                 raise HTTPError("invalid_parameter", "file is required", param="file")
             name = Path(file.filename or "upload.jsonl").name[:MAX_FILE_NAME]
@@ -86,6 +85,8 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
     except TimeoutError:
         why = f"waited {FILE_SECONDS:g} s"
         raise HTTPError("request_timeout", "The file did not arrive in time", why=why, status=408) from None
+    except OSError as error:  # while it came it was in the folder of temporary files
+        raise unwritable(error) from error
     except HTTPException:
         fix = "send multipart/form-data with the fields purpose and file"
         raise HTTPError("invalid_form", "The form cannot be read", fix=fix) from None
@@ -97,29 +98,38 @@ def _keep(store: Store, tenant: str, name: str, source: Any) -> StoredFile:
 
 
 def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
-    """Writes a file and makes it known. Raises HTTPError: (storage_full)."""
+    """Writes a file and makes it known. Raises HTTPError: (storage_full); Unavailable: (store_unwritable)."""
     file = write(store, tenant, name, purpose, pieces)
-    if file.bytes + store.stored_bytes(tenant) > MAX_STORED_BYTES:
+    try:
+        if file.bytes + store.stored_bytes(tenant) > MAX_STORED_BYTES:
+            raise HTTPError(
+                "storage_full",
+                "There is no room for this file",
+                why=f"it has {file.bytes} bytes, and a client may store {MAX_STORED_BYTES}",
+                fix="delete files that are no longer needed",
+                status=413,
+            )
+        store.add(file)
+    except BaseException:
         store.path(file.id).unlink()
-        raise HTTPError(
-            "storage_full",
-            "There is no room for this file",
-            why=f"it has {file.bytes} bytes, and a client may store {MAX_STORED_BYTES}",
-            fix="delete files that are no longer needed",
-            status=413,
-        )
-    store.add(file)
+        raise
     return file
 
 
 def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
-    """A file whose bytes are on the disk; nobody knows of it yet."""
+    """A file whose bytes are on the disk; nobody knows of it yet. Raises Unavailable: (store_unwritable)."""
     id, digest, size = store.new_id("file"), hashlib.sha256(), 0
-    with store.path(id).open("xb") as target:
-        for piece in pieces:
-            target.write(piece)
-            digest.update(piece)
-            size += len(piece)
+    try:
+        with store.path(id).open("xb") as target:
+            for piece in pieces:
+                target.write(piece)
+                digest.update(piece)
+                size += len(piece)
+    except BaseException as error:
+        store.path(id).unlink(missing_ok=True)  # a full disk shall not be filled by what is of no use
+        if isinstance(error, OSError):
+            raise unwritable(error) from error
+        raise
     return StoredFile(
         id=id,
         tenant=tenant,
@@ -134,31 +144,27 @@ def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> St
 async def content(store: Store, tenant: str, id: str) -> Response:
     """GET /v1/files/{id}/content"""
     file = await asyncio.to_thread(store.file, tenant, id)
+    if not (path := store.path(id)).is_file():
+        raise not_found("file", id)
     headers = {"content-disposition": f"attachment; filename*=utf-8''{quote(file.filename, safe='')}"}
-    return FileResponse(store.path(id), headers=headers, media_type="application/octet-stream")
+    return FileResponse(path, headers=headers, media_type="application/octet-stream")
 
 
-def page(request: Request, items: Sequence[T], identity: Callable[[T], str], show: Callable[[T], object]) -> Page:
-    """What ``limit``, ``after`` and ``order`` choose of items of which the newest comes first.
-
-    Raises:
-        HTTPError: (invalid_parameter)
-    """
-    limit, after, order = (request.query_params.get(name) for name in ("limit", "after", "order"))
+def part_of(query: Mapping[str, str]) -> Part:
+    """What ``limit``, ``after`` and ``order`` ask for. Raises HTTPError: (invalid_parameter)."""
+    limit, after, order = (query.get(name) for name in ("limit", "after", "order"))
     if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_LISTED):
-        raise HTTPError("invalid_parameter", "limit cannot be used", why=f"it must be 1 to {MAX_LISTED}", param="limit")
+        raise invalid("limit", f"it must be 1 to {MAX_LISTED}")
     if order not in (None, "asc", "desc"):
-        raise HTTPError("invalid_parameter", "order cannot be used", why='it must be "asc" or "desc"', param="order")
-    chosen = list(items) if order != "asc" else list(reversed(items))
-    if after is not None:
-        places = [i for i, item in enumerate(chosen) if identity(item) == after]
-        if not places:
-            raise HTTPError("invalid_parameter", "after names nothing in this list", param="after")
-        chosen = chosen[places[0] + 1 :]
-    most = int(limit) if limit is not None else MAX_LISTED
-    shown_here = chosen[:most]
-    first, last = (identity(shown_here[0]), identity(shown_here[-1])) if shown_here else (None, None)
-    return Page(data=[show(item) for item in shown_here], has_more=len(chosen) > most, first_id=first, last_id=last)
+        raise invalid("order", 'it must be "asc" or "desc"')
+    return Part(MAX_LISTED if limit is None else int(limit), after, order == "asc")
+
+
+def page(found: tuple[Sequence[T], bool], show: Callable[[T], Any]) -> Page:
+    """Of items, and whether there are more."""
+    data, more = [show(item) for item in found[0]], found[1]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return Page(data=data, has_more=more, first_id=first, last_id=last)
 
 
 def _only_from_here(request: Request) -> None:

@@ -12,10 +12,9 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta
 
-from penstock.base import PenstockError
 from penstock.serving.context import Context
 from penstock.serving.dialogue import Dialogue, template_variables
-from penstock.serving.errors import HTTPError, body_of, unsupported
+from penstock.serving.errors import anthropic_body, invalid, unsupported
 from penstock.serving.limits import MAX_MESSAGES, MAX_TOOLS
 from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Stop
 from penstock.serving.sse import Dialect, named
@@ -26,15 +25,6 @@ from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Co
 
 Block = dict[str, Any]
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-_ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 
 
 class Turn(msgspec.Struct, kw_only=True):
@@ -203,7 +193,7 @@ def _ending(reason: str, stopped_by: int | str | None) -> Block:
 async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
     engine = context.llm.engine
     if request.n not in (None, 1):
-        raise _invalid("n", "a message has one answer")
+        raise invalid("n", "a message has one answer")
     request.stop = request.stop_sequences if request.stop_sequences is not None else request.stop
     thoughts = request.thinking or {}
     match thoughts:
@@ -214,14 +204,14 @@ async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
         case {} if not thoughts:
             pass
         case _:
-            raise _invalid("thinking", "it must be disabled, or enabled with budget_tokens")
+            raise invalid("thinking", "it must be disabled, or enabled with budget_tokens")
     reads = engine.chat.variables if engine.chat is not None else frozenset[str]()
     switch = next((name for name in ("enable_thinking", "thinking") if name in reads), None)
     variables: dict[str, Any] | None = {switch: thoughts["type"] != "disabled"} if switch and thoughts else None
     return await Dialogue.prepare(
         context,
         f"msg_{uuid.uuid4().hex}",
-        messages_from(request.messages, request.system),
+        await asyncio.to_thread(messages_from, request.messages, request.system),
         request.params(dict(engine.recommended), max_tokens=request.max_tokens),
         await asyncio.to_thread(_offer, request),
         priority=request.priority or 0,
@@ -259,7 +249,7 @@ def messages_from(turns: Sequence[Turn], system: str | list[Block] | None) -> li
     for i, turn in enumerate(turns):
         place = f"messages[{i}]"
         if turn.role not in ("user", "assistant", "system"):
-            raise _invalid(f"{place}.role", "it must be user or assistant")
+            raise invalid(f"{place}.role", "it must be user or assistant")
         if isinstance(turn.content, str):
             messages.append({"role": turn.role, "content": turn.content})
         elif turn.role == "assistant":
@@ -312,14 +302,4 @@ def _text(content: Any, place: str) -> str:
     return "\n".join(texts)
 
 
-def error_body(error: PenstockError) -> Block:
-    """As Anthropic's clients expect it; the code stays at the end of the message."""
-    kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": body_of(error).error.message}}
-
-
-EVENTS = Dialect(named, b"", lambda error: named(error_body(error)))
-
-
-def _invalid(param: str, why: str) -> HTTPError:
-    return HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)
+EVENTS = Dialect(named, b"", lambda error: named(anthropic_body(error)))

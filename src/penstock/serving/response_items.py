@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.serving.errors import HTTPError, unsupported
+from penstock.serving.errors import invalid, unsupported
 from penstock.serving.limits import MAX_MESSAGES
 from penstock.serving.schemas import ROLES
 from penstock.serving.tools import FunctionSpec, ToolSpec
@@ -27,7 +27,7 @@ def messages_from(items: Sequence[Item], instructions: str | None) -> list[dict[
         HTTPError: invalid_parameter, unsupported_parameter; the message names the item.
     """
     if len(items) > MAX_MESSAGES:
-        raise _invalid("input", f"the conversation has {len(items)} items, at most {MAX_MESSAGES} are allowed")
+        raise invalid("input", f"the conversation has {len(items)} items, at most {MAX_MESSAGES} are allowed")
     messages: list[dict[str, Any]] = []
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
@@ -52,12 +52,12 @@ def messages_from(items: Sequence[Item], instructions: str | None) -> list[dict[
                 turn["content"] = _text(content, place)
             case {"role": role, "content": content} if item.get("type", "message") == "message":
                 if role not in ROLES:
-                    raise _invalid(f"{place}.role", f"it must be one of {', '.join(ROLES)}")
+                    raise invalid(f"{place}.role", f"it must be one of {', '.join(ROLES)}")
                 messages.append({"role": role, "content": _text(content, place)})
                 turn = None
             case _:
                 what = "an item is a message, a function_call with its output, or reasoning"
-                raise _invalid(place, what)
+                raise invalid(place, what)
     return messages
 
 
@@ -71,7 +71,7 @@ def _text(content: Any, place: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _invalid(f"{place}.content", "it must be text or a list of parts")
+        raise invalid(f"{place}.content", "it must be text or a list of parts")
     texts = []
     for part in content:
         match part:
@@ -91,7 +91,7 @@ def tools_from(tools: Sequence[Item] | None) -> list[ToolSpec]:
         try:
             function = msgspec.convert(tool, FunctionSpec)
         except msgspec.ValidationError as error:
-            raise _invalid(f"tools[{i}]", str(error)[:200]) from None
+            raise invalid(f"tools[{i}]", str(error)[:200]) from None
         found.append(ToolSpec(type="function", function=function))
     return found
 
@@ -118,7 +118,3 @@ def format_from(text: Any) -> Any:
         case dict() if text.get("format") is None and text.get("verbosity") in (None, "medium"):
             return None
     raise unsupported("text", what="text.format must be text, json_object or json_schema")
-
-
-def _invalid(param: str, why: str) -> HTTPError:
-    return HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)

@@ -29,26 +29,49 @@ class Stored(NamedTuple):
         return len(msgspec.json.encode(self))
 
 
-class ResponseStore:
-    """What the caller's tenant has had kept; of others there is nothing."""
+class _Share:
+    """What one tenant has: by id, the oldest first."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], tuple[Stored, int]] = OrderedDict()
-        self._bytes = 0
+        self.kept: OrderedDict[str, tuple[Stored, int]] = OrderedDict()
+        self.bytes = 0
+
+    def drop(self, identifier: str | None = None) -> int:
+        """One, or the oldest; how many bytes it had."""
+        size = (self.kept.popitem(last=False)[1] if identifier is None else self.kept.pop(identifier))[1]
+        self.bytes -= size
+        return size
+
+
+class ResponseStore:
+    """What the caller's tenant has had kept; of others there is nothing.
+
+    Where there is no more room, the tenant that has the most of it loses its oldest: nobody empties another's share.
+    """
+
+    def __init__(self) -> None:
+        self._shares: dict[str, _Share] = {}
+        self._bytes = self._count = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return self._count
 
     def keep(self, stored: Stored, size: int) -> None:
         """One that is larger than all there may be is not kept."""
-        self._kept[_own(stored.response["id"])] = stored, size
+        share = self._shares.setdefault(current.get().tenant, _Share())
+        share.kept[stored.response["id"]] = stored, size
+        share.bytes += size
         self._bytes += size
-        while len(self._kept) > MAX_STORED_RESPONSES or self._bytes > MAX_RESPONSE_BYTES:
-            self._bytes -= self._kept.popitem(last=False)[1][1]
+        self._count += 1
+        while self._count > MAX_STORED_RESPONSES:
+            self._drop(max(self._shares, key=lambda tenant: len(self._shares[tenant].kept)))
+        while self._bytes > MAX_RESPONSE_BYTES:
+            self._drop(max(self._shares, key=lambda tenant: self._shares[tenant].bytes))
 
     def get(self, identifier: str, param: str | None = None) -> Stored:
         """Raises HTTPError: (response_not_found)."""
-        if _own(identifier) not in self._kept:
+        share = self._shares.get(current.get().tenant)
+        if share is None or identifier not in share.kept:
             raise HTTPError(
                 "response_not_found",
                 f"There is no response {identifier[:64]!r}",
@@ -57,13 +80,16 @@ class ResponseStore:
                 param=param,
                 status=404,
             )
-        return self._kept[_own(identifier)][0]
+        return share.kept[identifier][0]
 
     def delete(self, identifier: str) -> None:
         """Raises HTTPError: (response_not_found)."""
         self.get(identifier)
-        self._bytes -= self._kept.pop(_own(identifier))[1]
+        self._drop(current.get().tenant, identifier)
 
-
-def _own(identifier: str) -> tuple[str, str]:
-    return current.get().tenant, identifier
+    def _drop(self, tenant: str, identifier: str | None = None) -> None:
+        share = self._shares[tenant]
+        self._bytes -= share.drop(identifier)
+        self._count -= 1
+        if not share.kept:
+            del self._shares[tenant]

@@ -86,7 +86,7 @@ class ResponseTask:
         dialogue = await Dialogue.prepare(
             context,
             f"resp_{uuid.uuid4().hex}",
-            messages_from([*before, *given], request.instructions),
+            await asyncio.to_thread(messages_from, [*before, *given], request.instructions),
             request.params({"max_tokens": None, **engine.recommended}, max_tokens=request.max_tokens),
             await asyncio.to_thread(_offer, request),
             priority=request.priority or 0,
@@ -188,7 +188,8 @@ class ResponseTask:
         yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=dict(item))
 
     def _add(self, prefix: str, item: Item) -> Item:
-        self._output.append({"id": f"{prefix}_{uuid.uuid4().hex}", **item, "status": "in_progress"})
+        own = self.dialogue.generation.id.partition("_")[2]
+        self._output.append({"id": f"{prefix}_{own}{len(self._output)}", **item, "status": "in_progress"})
         shown = {name: list(value) if isinstance(value, list) else value for name, value in self._output[-1].items()}
         return self._event("response.output_item.added", output_index=len(self._output) - 1, item=shown)
 

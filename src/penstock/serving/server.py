@@ -152,6 +152,7 @@ def serve(
             await server.serve(sockets=sockets)
         finally:
             companion.cancel()
+            await context.batches.close()
 
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that went away
     # uvicorn raises the signal that ended it once more when it is done: SIGTERM shall then end nothing else.
@@ -190,7 +191,7 @@ class _Ending:
             announce()
         await self.context.stop.wait()
         self.context.draining = True
-        await self.context.batches.close()
+        await self.context.batches.stop()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._done(), DRAIN_SECONDS)
         self.server.should_exit = True

@@ -6,15 +6,12 @@ outlives a kill of the process at any moment; what was not is done again.
 
 from __future__ import annotations
 
-import re
 import secrets
 from pathlib import Path
 
 from penstock.serving.batch_table import BatchTable
-from penstock.serving.database import Database, Kind, StoredFile, insert_file, not_found
+from penstock.serving.database import ID, Database, Kind, Part, StoredFile, insert_file, not_found
 from penstock.serving.errors import HTTPError
-
-_ID = re.compile(r"(file|batch)-[0-9a-f]{32}")
 
 
 class Store:
@@ -32,7 +29,7 @@ class Store:
 
     def path(self, id: str) -> Path:
         """Of a file's bytes. Raises HTTPError: (file_not_found) that is no id."""
-        if not _ID.fullmatch(id):
+        if not ID.fullmatch(id):
             raise not_found("file", id)
         return self.database.folder / "files" / id
 
@@ -48,10 +45,11 @@ class Store:
             raise not_found("file", id)
         return StoredFile(**row)
 
-    def files(self, tenant: str, purpose: str | None) -> list[StoredFile]:
-        """The newest first."""
-        rows = self.database.all("select * from file where tenant = ? order by created_at desc, rowid desc", (tenant,))
-        return [StoredFile(**row) for row in rows if purpose in (None, row["purpose"])]
+    def files(self, tenant: str, part: Part, purpose: str | None) -> tuple[list[StoredFile], bool]:
+        """As ``Database.part``."""
+        equal = {} if purpose is None else {"purpose": purpose}
+        rows, more = self.database.part("file", tenant, part, **equal)
+        return [StoredFile(**row) for row in rows], more
 
     def stored_bytes(self, tenant: str) -> int:
         row = self.database.one("select coalesce(sum(bytes), 0) as bytes from file where tenant = ?", (tenant,))

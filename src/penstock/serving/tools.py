@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.serving.errors import HTTPError, unsupported
+from penstock.serving.errors import HTTPError, invalid, unsupported
 from penstock.serving.limits import MAX_TOOL_CHARS, MAX_TOOL_DEPTH, MAX_TOOLS
 from penstock.spec import StructuredOutputs
 from penstock.spec.structured import depth_of
@@ -108,13 +108,13 @@ def offer_of(tools: Sequence[ToolSpec] | None, choice: Any, parallel: bool | Non
     _check_size(functions)
     names = [function.name for function in functions]
     if len(set(names)) < len(names):
-        raise _invalid("tools", "two of them have the same name")
+        raise invalid("tools", "two of them have the same name")
     mode, allowed = _choice(choice)
     for name in allowed or ():
         if name not in names:
-            raise _invalid("tool_choice", f"there is no tool named {name[:64]!r}")
+            raise invalid("tool_choice", f"there is no tool named {name[:64]!r}")
     if mode == "required" and not functions:
-        raise _invalid("tool_choice", "there are no tools")
+        raise invalid("tool_choice", "there are no tools")
     if mode == "none" or not functions:
         return Offer()
     return Offer(
@@ -136,27 +136,27 @@ def _choice(choice: Any) -> tuple[str, list[str] | None]:
             return "named", [name]
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(tools)}}:
             return mode, [_allowed(tool) for tool in tools]
-    raise _invalid("tool_choice", "it must be none, auto, required, or name a function")
+    raise invalid("tool_choice", "it must be none, auto, required, or name a function")
 
 
 def _allowed(tool: Any) -> str:
     match tool:
         case {"type": "function", "function": {"name": str(name)}}:
             return name
-    raise _invalid("tool_choice", "allowed tools must be functions")
+    raise invalid("tool_choice", "allowed tools must be functions")
 
 
 def _function(tool: ToolSpec, place: str) -> FunctionSpec:
     if tool.type != "function":
         raise unsupported(f"{place}.type", what="Only tools of type function are supported by this server")
     if tool.function is None:
-        raise _invalid(f"{place}.function", "it is missing")
+        raise invalid(f"{place}.function", "it is missing")
     function = tool.function
     if not _NAME.fullmatch(function.name):
-        raise _invalid(f"{place}.function.name", "it must be 1 to 128 letters, digits, _ and -")
+        raise invalid(f"{place}.function.name", "it must be 1 to 128 letters, digits, _ and -")
     kind = (function.parameters or {}).get("type", "object")
     if kind != "object":
-        raise _invalid(f"{place}.function.parameters", 'arguments are an object, so its type must be "object"')
+        raise invalid(f"{place}.function.parameters", 'arguments are an object, so its type must be "object"')
     return function
 
 
@@ -196,7 +196,3 @@ def _tool(function: FunctionSpec) -> Tool:
 
 def _schema(function: FunctionSpec) -> dict[str, Any]:
     return {"type": "object", **(function.parameters or {"properties": {}})}
-
-
-def _invalid(param: str, why: str) -> HTTPError:
-    return HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)

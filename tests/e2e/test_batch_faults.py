@@ -1,0 +1,134 @@
+"""Batches in this process, and what may happen to their files, their clock and their engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from penstock import AsyncLLM
+from penstock.base import EngineError
+from penstock.fleet import Admission
+from penstock.runtime.service import LocalService
+from penstock.serving import build_app
+from penstock.serving.context import Context
+from penstock.serving.gate import Gate
+from penstock.serving.keys import change_keys, new_key
+from penstock.spec import EngineConfig
+
+COMPLETIONS = "/v1/completions"
+Body = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def llm(stories: Path) -> Iterator[AsyncLLM]:
+    llm = AsyncLLM(EngineConfig(model=str(stories), dtype="float32", num_threads=1))
+    yield llm
+    llm.close()
+
+
+class Batching:
+    """A server's application over a store of its own."""
+
+    def __init__(self, client: httpx.AsyncClient, context: Context) -> None:
+        self.client, self.context = client, context
+
+    async def upload(self, lines: list[Body], url: str = COMPLETIONS) -> str:
+        named = ({"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(lines))
+        data = b"".join(json.dumps(line).encode() + b"\n" for line in named)
+        answer = await self.client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("x", data)})
+        return str(answer.json()["id"])
+
+    async def begin(self, file: str, url: str = COMPLETIONS) -> str:
+        asked = {"input_file_id": file, "endpoint": url, "completion_window": "24h"}
+        return str((await self.client.post("/v1/batches", json=asked)).json()["id"])
+
+    async def until(self, id: str, *states: str) -> Body:
+        async with asyncio.timeout(30):
+            while (batch := (await self.client.get(f"/v1/batches/{id}")).json())["status"] not in states:
+                await asyncio.sleep(0.01)
+        return dict(batch)
+
+    async def output(self, batch: Body) -> list[Body]:
+        answer = await self.client.get(f"/v1/files/{batch['output_file_id']}/content")
+        return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def over(llm: AsyncLLM, folder: Path, work: Callable[[Batching], Awaitable[None]], gate: Gate | None = None) -> None:
+    async def run() -> None:
+        app, context = build_app(llm, folder, gate=gate)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            try:
+                await work(Batching(client, context))
+            finally:
+                await context.batches.close()
+
+    asyncio.run(run())
+
+
+def test_a_file_whose_bytes_are_gone_holds_up_nobody(llm: AsyncLLM, tmp_path: Path) -> None:
+    async def work(batching: Batching) -> None:
+        lost, kept = [await batching.upload([{"prompt": "A", "max_tokens": 1}]) for _ in range(2)]
+        (tmp_path / "files" / lost).unlink()
+        ids = [await batching.begin(file) for file in (lost, kept)]
+        assert (await batching.client.get(f"/v1/files/{lost}/content")).status_code == 404
+        failed = await batching.until(ids[0], "failed")
+        assert [error["code"] for error in failed["errors"]["data"]] == ["file_not_found"]
+        await batching.until(ids[1], "completed")
+
+    over(llm, tmp_path, work)
+
+
+def test_a_clock_that_is_set_forward_expires_nothing(
+    llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(batching: Batching) -> None:
+        line = {"prompt": "A", "max_tokens": 200, "ignore_eos": True}
+        id = await batching.begin(await batching.upload([line] * 200))
+        await batching.until(id, "in_progress")
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 2 * 86_400)
+        batch = await batching.until(id, "completed", "expired")
+        assert batch["status"] == "completed" and batch["request_counts"]["completed"] == 200
+
+    over(llm, tmp_path, work)
+
+
+def test_lines_wait_for_an_engine_that_is_dead(llm: AsyncLLM, tmp_path: Path) -> None:
+    service = llm.engine.service
+    assert isinstance(service, LocalService)
+
+    async def work(batching: Batching) -> None:
+        service._fault = EngineError("engine_dead", "The engine stopped")
+        id = await batching.begin(await batching.upload([{"prompt": "A", "max_tokens": 1}] * 3))
+        await batching.until(id, "in_progress")
+        await asyncio.sleep(0.6)
+        service._fault = None
+        batch = await batching.until(id, "completed")
+        assert batch["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
+
+    over(llm, tmp_path, work)
+
+
+def test_tenants_take_turns(llm: AsyncLLM, tmp_path: Path) -> None:
+    """Whoever has many batches delays those of others by one at most."""
+    made = [new_key([], tenant=tenant, role="inference") for tenant in ("many", "one")]
+    change_keys(tmp_path / "keys", lambda _: [record for _, record in made])
+
+    async def work(batching: Batching) -> None:
+        line, ids = {"prompt": "A", "max_tokens": 100, "ignore_eos": True}, []
+        for place in (0, 0, 0, 1):
+            batching.client.headers["x-api-key"] = made[place][0]
+            ids.append(await batching.begin(await batching.upload([line] * 100)))
+        await batching.until(ids[3], "completed")
+        batching.client.headers["x-api-key"] = made[0][0]
+        states = [(await batching.client.get(f"/v1/batches/{id}")).json()["status"] for id in ids[:3]]
+        assert states[0] == "completed" and states[2] == "validating"
+
+    over(llm, tmp_path / "store", work, Gate(Admission(5000), tmp_path / "keys"))
