@@ -27,6 +27,7 @@ from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
 from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, engine_stopped, shutting_down
+from penstock.serving.dashboard import PAGES
 from penstock.serving.edge import Edge, off_loop, parse, read_body
 from penstock.serving.errors import (
     error_response,
@@ -37,6 +38,7 @@ from penstock.serving.errors import (
     on_penstock_error,
 )
 from penstock.serving.gate import Access, Caller, Gate, current, queue_budget
+from penstock.serving.history import finished
 from penstock.serving.limits import MAX_SHOWN
 from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens, error_body
 from penstock.serving.metrics import Metrics, QueueCollector
@@ -364,6 +366,8 @@ ROUTES: Routes = {
     "/health": ("inference", _ready),
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
+    "/requests": ("inference", finished),
+    **PAGES,
 }
 
 
