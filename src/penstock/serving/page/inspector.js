@@ -90,7 +90,7 @@ const heading = (text) => el("h2", { textContent: text });
 
 async function prompt(mine) {
   mine.prompt ??= await promptOf(mine).catch((error) => [error.message]);
-  const shown = el("div", { className: "prompt", tabIndex: 0 }, ...mine.prompt.map((token) => el("span", { textContent: token })));
+  const shown = el("div", { className: "rendered", tabIndex: 0 }, ...mine.prompt.map((token) => el("span", { textContent: token })));
   return [heading(`Prompt after the template, ${mine.prompt.length} tokens`), shown];
 }
 
