@@ -86,7 +86,8 @@ def test_a_line_for_each_request(logged: Logged) -> None:
         "/v1/completions",
     )
     assert (good["completion_tokens"], good["finish"]) == (6, "length") and good["prompt_tokens"] > 0
-    assert 0 < good["first_token_s"] <= good["total_s"] and re.fullmatch(r"key-[0-9a-f]{8}", good["key"])
+    assert 0 < good["admitted_s"] <= good["started_s"] <= good["first_token_s"] <= good["total_s"]
+    assert re.fullmatch(r"key-[0-9a-f]{8}", good["key"])
     assert (bad["status"], bad["completion_tokens"], bad["first_token_s"]) == (400, 0, None)
     assert (foreign["status"], foreign["tenant"], foreign["key"], foreign["id"]) == (401, None, None, "mine")
     assert stat.S_IMODE((logged.folder / "log").stat().st_mode) == 0o600

@@ -21,6 +21,7 @@ import pytest
 
 from commands import argv, penstock, running
 from penstock.serving.app import ROUTES
+from penstock.serving.dashboard import PAGES
 from penstock.serving.limits import MAX_BODY_BYTES
 from servers import PROMPT
 
@@ -85,13 +86,14 @@ def code(response: httpx.Response) -> tuple[int, str]:
     return response.status_code, response.json()["error"]["code"]
 
 
-def test_nothing_but_live_without_a_key(keyed: Keyed) -> None:
+def test_nothing_but_live_and_the_page_without_a_key(keyed: Keyed) -> None:
     """The whole table of routes, by every method."""
-    assert set(ROUTES) > {"/live", COMPLETIONS, "/metrics"}
-    for path in [*ROUTES, "/", "/nowhere", "/docs", "/openapi.json", "/v1"]:
+    public = {"/live", *PAGES}
+    assert set(ROUTES) > {COMPLETIONS, "/metrics", "/requests", "/page/app.js"} | public
+    for path in [*ROUTES, "/nowhere", "/docs", "/openapi.json", "/v1", "/page", "/page/", "/page/../app.py"]:
         for method in ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH"):
             response = httpx.request(method, keyed.url + path.replace("{model:path}", "x"))
-            if path == "/live":
+            if path in public:
                 assert response.status_code == (200 if method in ("GET", "HEAD") else 405)
             else:
                 assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer", (path, method)
@@ -283,6 +285,28 @@ def test_anthropic_s_routes_refuse_in_its_own_form(keyed: Keyed) -> None:
         assert (response.json()["type"], response.json()["error"]["type"]) == ("error", kind), response.text
     assert [response.status_code for response in refusals.values()] == [401, 404, 405, 413, 429]
     assert keyed.ask(None, "/v1/messagesx").json()["error"]["code"] == "no_api_key"
+
+
+def test_a_tenant_is_told_of_its_own_requests(keyed: Keyed) -> None:
+    """Their numbers, and no word of what they say."""
+    long = {"prompt": [1, *range(260, 300)], "max_tokens": 30, "ignore_eos": True}
+    for key in ("acme", "birch", "birch"):
+        assert keyed.ask(key, **long).status_code == 200
+    assert keyed.ask("birch", "/tokenize", max_tokens=None).status_code == 200
+
+    def told(key: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = keyed.ask(key, "/requests").json()["requests"]
+        return found
+
+    assert {each["tenant"] for each in told("acme")} == {"acme"}
+    assert {each["tenant"] for each in told("admin")} >= {"acme", "birch"}
+    latest, first = told("birch")[:2]
+    assert (latest["prompt_tokens"], latest["completion_tokens"], latest["finish"]) == (41, 30, "length")
+    assert (first["cached_tokens"], latest["cached_tokens"]) == (0, 32)
+    assert list(latest["phases"]) == ["read", "queue", "prompt", "decode"]
+    assert sum(latest["phases"].values()) == pytest.approx(latest["total_s"], abs=1e-5)
+    assert min(latest["phases"].values()) >= 0 and 0 < latest["longest_gap_s"] < latest["total_s"]
+    assert latest["why"].startswith(f"{max(latest['phases'].values()):.3f} of {latest['total_s']:.3f} s ")
 
 
 def test_sighup_takes_new_keys_or_keeps_the_old(keyed: Keyed) -> None:

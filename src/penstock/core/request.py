@@ -41,6 +41,7 @@ class Request:
         leader: the sample whose prompt blocks it will share, until it does.
         waits: plans it sat out because another request was computing its next block.
         suspect: it was part of a step that failed, and runs among suspects alone until a step of theirs succeeds.
+        arrived, queued: when it came, and how long it then was until a step took it up for the first time.
         reported: prompt positions whose log-probabilities were delivered, if it reports any.
     """
 
@@ -66,6 +67,8 @@ class Request:
     tail_shared: bool = False
     suspect: bool = False
     reported: int = 0
+    arrived: float = 0.0
+    queued: float | None = None
     names: list[bytes] = field(default_factory=list)
 
     @property

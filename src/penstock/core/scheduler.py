@@ -87,6 +87,7 @@ class Scheduler:
                 root=root,
                 tables=[[] for _ in self.kv.pools],
                 leader=family[0] if family else None,
+                arrived=now,
             )
             self._next_id += 1
             family.append(request)
@@ -140,6 +141,9 @@ class Scheduler:
         if not draft.plan.slices:  # what it says of blocks and departures stays for the next one
             draft.starved = False
             return self._plan_suspects(now) if not only and self.suspects and not self.inflight else None
+        for request in draft.requests:
+            if request.queued is None:
+                request.queued = now - request.arrived
         self.inflight.append(draft)
         self.counters.steps += 1
         self.counters.copies += len(draft.plan.copies)
@@ -311,8 +315,8 @@ class Scheduler:
                 tokens, logprobs = tokens[:taken], logprobs[:taken]
                 break
         self.counters.generated_tokens += len(tokens)
-        id = request.submission.id
-        update = Update(id, request.sample, tokens, logprobs, reason, stop, None, request.cached)
+        id, queued = request.submission.id, request.queued or 0.0
+        update = Update(id, request.sample, tokens, logprobs, reason, stop, None, request.cached, queued=queued)
         if reason:
             self._finish(request, update)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from penstock.base import InvalidRequest, PenstockError
@@ -67,6 +67,7 @@ class Update:
         stop_reason: the stop token id that ended it, None for end-of-sequence.
         error: set with finish_reason "error".
         cached_tokens: prompt tokens whose KV was found rather than computed.
+        queued: seconds from its arrival to the first step that it was part of, by the engine's clock.
         prompt_logprobs: entries of further prompt tokens, in order from the second one (the first has none), if asked
             for; sample 0 alone brings them.
         vector: what a submission of another task than "generate" asked for, with finish_reason "stop".
@@ -82,6 +83,7 @@ class Update:
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     vector: tuple[float, ...] | None = None
+    queued: float = field(default=0.0, compare=False)
 
 
 @dataclass(slots=True)

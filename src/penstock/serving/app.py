@@ -27,6 +27,7 @@ from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
 from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of, engine_stopped, shutting_down
+from penstock.serving.dashboard import PAGES
 from penstock.serving.edge import Edge, as_json, off_loop, parse, read_body
 from penstock.serving.errors import (
     HTTPError,
@@ -36,6 +37,7 @@ from penstock.serving.errors import (
     on_penstock_error,
 )
 from penstock.serving.gate import Access, Caller, Gate, current, queue_budget
+from penstock.serving.history import finished
 from penstock.serving.limits import MAX_SHOWN
 from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens
 from penstock.serving.metrics import Metrics, QueueCollector
@@ -352,4 +354,6 @@ ROUTES: Routes = {
     "/health": ("inference", _ready),
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
+    "/requests": ("inference", finished),
+    **PAGES,
 }

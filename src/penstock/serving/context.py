@@ -16,6 +16,7 @@ from penstock.base import PenstockError, Unavailable
 from penstock.llm import AsyncLLM, TokensPrompt
 from penstock.serving.errors import HTTPError
 from penstock.serving.gate import Gate, current
+from penstock.serving.history import History
 from penstock.serving.limits import MAX_CHOICES
 from penstock.serving.metrics import Metrics
 from penstock.serving.requestlog import RequestLog
@@ -38,6 +39,7 @@ class Context:
         name: what clients call it.
         live: engine ids of the requests under way that generate.
         tasks: those that make vectors, or choose among samples.
+        history: those that ended last.
         responses: those that may be gone on from.
         draining: no new requests; the process is about to end.
         batches: files of requests, answered when there is time.
@@ -52,6 +54,7 @@ class Context:
     log: RequestLog | None = None
     live: set[str] = field(default_factory=set)
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
+    history: History = field(default_factory=History)
     responses: ResponseStore = field(default_factory=ResponseStore)
     draining: bool = False
     batches: Batches = field(init=False)
@@ -209,9 +212,10 @@ class Generation:
                     if delta.token_ids:
                         if (before := latest.get(delta.index)) is None:
                             metrics.first_token.observe(now - started)
-                            caller.first_token = caller.first_token or time.monotonic()
+                            caller.began(delta.queued)
                         else:
                             metrics.between.observe((now - before) / len(delta.token_ids))
+                            caller.longest_gap = max(caller.longest_gap, now - before)
                         latest[delta.index] = now
                     self.cached_tokens += delta.num_cached_tokens - cached
                     caller.cached_tokens = self.cached_tokens

@@ -26,12 +26,13 @@ from penstock.serving.limits import (
     MAX_HEADERS,
     MAX_JSON_DEPTH,
 )
+from penstock.serving.requestlog import line_of
 
 T = TypeVar("T")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
-PROBES = frozenset({"live", "ready", "health", "metrics", "status"})
-"""First parts of paths that are asked for all the time."""
+PROBES = frozenset({"", "page", "requests", "live", "ready", "health", "metrics", "status"})
+"""First parts of paths that are asked for all the time: probes, and the dashboard."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _PORT = re.compile(r":\d{0,5}$")
@@ -91,9 +92,12 @@ class Edge:
     def _note(self, caller: Caller, path: str, status: int) -> None:
         """Puts a request that has ended into the books. 499: its client was gone before it was answered (nginx)."""
         self.context.metrics.account(caller, status)
+        line = line_of(caller, path, status)
+        if caller.visit is not None:
+            self.context.history.add(line)
         probe = not PROBES.isdisjoint(path.split("/", 2)[1:2])
         if self.context.log is not None and (not probe or status in (401, 403)):
-            self.context.log.add(caller, path, status)
+            self.context.log.add(line)
 
     def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) for name, value in headers)

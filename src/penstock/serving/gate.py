@@ -45,7 +45,8 @@ class Caller:
         refusal: why it may use nothing but what is public.
         tenant: whose request it is.
         booked: False for a line of a batch, which is bounded where it comes from and stands behind all others.
-        model, ..., first_token: what became of it, for the log; times in seconds of ``time.monotonic``.
+        ahead: requests under way when it came.
+        model, ..., longest_gap: what became of it, for the log; times in seconds of ``time.monotonic``.
     """
 
     gate: Gate
@@ -56,11 +57,15 @@ class Caller:
     booked: bool = True
     arrived: float = field(default_factory=time.monotonic)
     visit: Visit | None = None
+    ahead: int = 0
     model: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    admitted: float | None = None
+    started: float | None = None
     first_token: float | None = None
+    longest_gap: float = 0.0
     finish: str | None = None
 
     def require(self, access: Access) -> None:
@@ -78,11 +83,16 @@ class Caller:
                 status=403,
             )
 
+    def sees(self, tenant: str | None) -> bool:
+        """Whether it may be told of a tenant's requests. Administrators are told of all, and so is who needs no key."""
+        return self.key is None or self.key.role == "admin" or self.key.tenant == tenant
+
     def enter(self) -> None:
         """Counts it among its tenant's requests. Raises OverLimit, as ``Admission.enter``."""
         ring = self.gate.ring
         rates = Rates() if ring is None else ring.rates(self.tenant)
         self.visit = self.gate.admission.enter(self.tenant, rates, time.monotonic())
+        self.ahead = len(self.gate.live)
         self.gate.live.add(self)
 
     def charge(self, prompt: int, completions: int = 0, longest: int = 0, max_tokens: int | None = None) -> None:
@@ -93,8 +103,17 @@ class Caller:
             self.enter()
         assert self.visit is not None
         admission = self.gate.admission
-        admission.charge(self.visit, admission.size(prompt, completions, longest, max_tokens), time.monotonic())
+        now = time.monotonic()
+        admission.charge(self.visit, admission.size(prompt, completions, longest, max_tokens), now)
+        self.admitted = self.admitted or now
         self.prompt_tokens += prompt
+
+    def began(self, queued: float) -> None:
+        """Its first token is here; the engine took it up ``queued`` seconds after it came."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+            if self.admitted is not None:
+                self.started = min(self.admitted + queued, self.first_token)
 
     def leave(self) -> None:
         if self.visit is not None:

@@ -39,6 +39,9 @@ MAX_MODEL_NAME = 512
 MAX_SHOWN = 50
 """Requests in a status, the oldest."""
 
+MAX_REMEMBERED = 100
+"""Requests that have ended. The dashboard's inspector shows them."""
+
 MAX_TOOLS = 128
 """Tools in one request, and calls in one message."""
 

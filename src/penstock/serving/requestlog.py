@@ -29,7 +29,10 @@ class Line(msgspec.Struct, kw_only=True):
         id: as in x-request-id.
         tenant, key: whose it was, and by which key (its id); None where the server asks for none.
         finish: how its completions ended; the worst of them.
-        first_token_s, total_s: seconds from its arrival.
+        admitted_s, started_s, first_token_s, total_s: seconds from its arrival. Admitted: its body has arrived, its
+            prompt is in tokens, and there was room in the queue. Started: the engine's first step with it began.
+        ahead: requests under way when it came.
+        longest_gap_s: the longest time that one of its tokens after the first took to come.
     """
 
     time: datetime
@@ -43,8 +46,40 @@ class Line(msgspec.Struct, kw_only=True):
     cached_tokens: int
     completion_tokens: int
     finish: str | None
+    admitted_s: float | None
+    started_s: float | None
     first_token_s: float | None
     total_s: float
+    ahead: int
+    longest_gap_s: float
+
+
+def line_of(caller: Caller, path: str, status: int) -> Line:
+    """Of a request that has ended just now."""
+    now, key = time.monotonic(), caller.key
+
+    def since_arrival(then: float | None) -> float | None:
+        return None if then is None else round(then - caller.arrived, 6)
+
+    return Line(
+        time=datetime.fromtimestamp(time.time() - (now - caller.arrived), UTC),
+        id=caller.id,
+        tenant=None if key is None else key.tenant,
+        key=None if key is None else key.id,
+        path=path[:200],
+        status=status,
+        model=caller.model,
+        prompt_tokens=caller.prompt_tokens,
+        cached_tokens=caller.cached_tokens,
+        completion_tokens=caller.completion_tokens,
+        finish=caller.finish,
+        admitted_s=since_arrival(caller.admitted),
+        started_s=since_arrival(caller.started),
+        first_token_s=since_arrival(caller.first_token),
+        total_s=round(now - caller.arrived, 6),
+        ahead=caller.ahead,
+        longest_gap_s=round(caller.longest_gap, 6),
+    )
 
 
 class RequestLog:
@@ -67,29 +102,11 @@ class RequestLog:
         self._thread = threading.Thread(target=self._run, name="penstock-log", daemon=True)
         self._thread.start()
 
-    def add(self, caller: Caller, path: str, status: int) -> None:
-        now = time.monotonic()
+    def add(self, line: Line) -> None:
         if len(self._pending) >= MAX_PENDING:
             self.dropped += 1
             return
-        key = caller.key
-        self._pending.append(
-            Line(
-                time=datetime.fromtimestamp(time.time() - (now - caller.arrived), UTC),
-                id=caller.id,
-                tenant=None if key is None else key.tenant,
-                key=None if key is None else key.id,
-                path=path[:200],
-                status=status,
-                model=caller.model,
-                prompt_tokens=caller.prompt_tokens,
-                cached_tokens=caller.cached_tokens,
-                completion_tokens=caller.completion_tokens,
-                finish=caller.finish,
-                first_token_s=None if caller.first_token is None else round(caller.first_token - caller.arrived, 6),
-                total_s=round(now - caller.arrived, 6),
-            )
-        )
+        self._pending.append(line)
         self._wake.set()
 
     def reopen(self) -> None:

@@ -20,6 +20,7 @@ class Delta:
         logprobs: one id -> Logprob per new token, if asked for.
         finish_reason, stop_reason: set in the last delta of the index.
         num_cached_tokens: prompt tokens found in the prefix cache, as known so far.
+        queued: seconds that passed before the engine began with it.
     """
 
     index: int
@@ -29,6 +30,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    queued: float = 0.0
 
 
 class StopStrings:

@@ -1,0 +1,84 @@
+"""GET /requests: those that ended last, each with its phases and a sentence on what took it so long."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from penstock.serving.gate import Caller, current
+from penstock.serving.limits import MAX_REMEMBERED
+from penstock.serving.requestlog import Line
+
+PHASES = ("read", "queue", "prompt", "decode")
+
+
+class History:
+    """The last MAX_REMEMBERED requests that were computed, or failed after they were let in, as JSON."""
+
+    def __init__(self) -> None:
+        self._ended: deque[tuple[str | None, msgspec.Raw]] = deque(maxlen=MAX_REMEMBERED)
+
+    def add(self, line: Line) -> None:
+        """What is answered from the tokenizer alone is not worth a place."""
+        if line.admitted_s is not None or line.status >= 400:
+            told = msgspec.to_builtins(line) | {"phases": phases(line), "why": why(line)}
+            self._ended.append((line.tenant, msgspec.Raw(msgspec.json.encode(told))))
+
+    def seen_by(self, caller: Caller) -> list[msgspec.Raw]:
+        """The latest first."""
+        return [told for tenant, told in reversed(self._ended) if caller.sees(tenant)]
+
+
+def phases(line: Line) -> dict[str, float]:
+    """Seconds of each of PHASES that it came to; their sum is ``total_s``.
+
+    read: until its body was here, its prompt in tokens, and room in the server's queue; queue: until the engine took it
+    up; prompt: until its first token; decode: until its end.
+    """
+    started = line.started_s
+    if started is None and line.status < 400:  # vectors: when the engine began with them is not told
+        started = line.admitted_s
+    spans, since = {}, 0.0
+    for phase, mark in zip(PHASES, (line.admitted_s, started, line.first_token_s, line.total_s), strict=True):
+        end = line.total_s if mark is None else mark
+        spans[phase] = round(end - since, 6)
+        if mark is None:
+            break
+        since = mark
+    return spans
+
+
+def why(line: Line) -> str:
+    """What most of its time went to, from its own numbers."""
+    spans = phases(line)
+    phase = max(spans, key=lambda name: spans[name])
+    head, tokens = f"{spans[phase]:.3f} of {line.total_s:.3f} s ", line.completion_tokens
+    others = f"{line.ahead or 'no'} other request{'s were' if line.ahead != 1 else ' was'} under way when it came"
+    if line.admitted_s is None:
+        return f"{head}passed until it was refused with status {line.status}."
+    if phase == "read":
+        return f"{head}passed until its body was here and in tokens, {line.prompt_tokens} of them."
+    if phase == "queue":
+        awaited = "the engine took it up" if line.started_s else "it ended, before its first token"
+        return f"{head}passed until {awaited}; {others}."
+    if phase == "prompt":
+        computed = line.prompt_tokens - line.cached_tokens
+        rate = (computed + (0 if line.first_token_s else tokens)) / max(spans[phase], 1e-6)
+        written = f" and its {tokens} tokens" if tokens and not line.first_token_s else ""  # told in one piece
+        return (
+            f"{head}went into its prompt{written}: {computed} of {line.prompt_tokens} prompt tokens were not in the "
+            f"cache, {rate:.0f} tokens were computed a second; {others}."
+        )
+    mean = spans[phase] / max(1, tokens - 1)
+    slowest = f", one of which took {line.longest_gap_s:.3f} s" if line.longest_gap_s > 5 * mean else ""
+    return f"{head}went into writing {tokens} tokens, {1 / max(mean, 1e-6):.0f} a second{slowest}; {others}."
+
+
+async def finished(request: Request) -> Response:
+    """To a key of a tenant only that tenant's."""
+    history: History = request.app.state.context.history
+    body = msgspec.json.encode({"requests": history.seen_by(current.get())})
+    return Response(body, media_type="application/json")

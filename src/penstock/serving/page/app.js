@@ -1,0 +1,49 @@
+// Which view is shown, and the key.
+
+import { $, json, key } from "./api.js";
+import * as inspector from "./inspector.js";
+import * as live from "./live.js";
+import * as playground from "./playground.js";
+
+const VIEWS = { live, playground, inspector };
+
+function show() {
+  const [wanted, rest] = location.hash.slice(1).split("/");
+  const name = wanted in VIEWS ? wanted : "live";
+  for (const [other, view] of Object.entries(VIEWS)) {
+    $(other).hidden = other !== name;
+    const link = document.querySelector(`nav a[href="#${other}"]`);
+    if (other === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+    view.shown(other === name, rest && decodeURIComponent(rest));
+  }
+}
+
+function askForKey() {
+  if (!$("key-dialog").open) {
+    $("key").value = "";
+    $("key-dialog").showModal();
+  }
+}
+
+async function start() {
+  try {
+    const { data } = await json("/v1/models");
+    $("model").textContent = data[0].id;
+    playground.serve(data[0].id);
+  } catch (error) {
+    $("state").textContent = error.message;
+  }
+  live.poll();
+}
+
+addEventListener("hashchange", show);
+addEventListener("key-wanted", askForKey);
+$("key-button").addEventListener("click", askForKey);
+$("key-cancel").addEventListener("click", () => $("key-dialog").close());
+$("key-form").addEventListener("submit", () => {
+  key.set($("key").value.trim());
+  start();
+});
+show();
+start();

@@ -1,0 +1,242 @@
+"""The dashboard in a browser: Debian's Chromium, one server with keys whose model says what a test wants."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import httpx
+import pytest
+import yaml
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from commands import penstock
+from conftest import BUNDLED
+from penstock.text import Tokenizer
+from scripted import HERMES, saying
+from servers import Server, start
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
+SAID = f"<think>\nhm, rain\n</think>\n\nI look.\n<tool_call>\n{CALL}\n</tool_call>"
+ENDLESS = {"ignore_eos": True, "max_tokens": 900, "n": 16}
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    file = tmp_path_factory.mktemp("keys") / "keys.jsonl"
+    made = {"file": str(file)}
+    for name, options in (("admin", ["--role", "admin"]), ("acme", ["--tenant", "acme"])):
+        done = penstock("keys", "add", file, *options)
+        assert done.returncode == 0, done.stderr
+        made[name] = done.stdout.decode().strip()
+    return made
+
+
+@pytest.fixture(scope="module")
+def served(keys: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("dashboard")
+    (folder / "template.jinja").write_text(HERMES)
+    options = ("--chat-template", str(folder / "template.jinja"), "--logits-rule", "scripted:say")
+    more = ("--keys", keys["file"], "--log-file", str(folder / "requests.jsonl"))
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)), (folder / "log").open("w+") as log:
+        running = start(BUNDLED, *options, *more, log=log)
+        yield running
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(30) == 0
+        log.seek(0)
+        assert log.read() == ""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """None needs to be had on a laptop; CI must have one."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        missing = "no Chromium is found: apt-get install chromium"
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Browser, served: Server) -> Iterator[Page]:
+    """Whatever a test does, nothing goes wrong that only the console would tell, and nobody else is asked."""
+    context = browser.new_context(viewport={"width": 1280, "height": 860})
+    opened = context.new_page()
+    opened.set_default_timeout(20_000)
+    faults: list[str] = []
+    # That a request was answered 4xx is for the page to handle, and Chromium's to tell.
+    opened.on("console", lambda said: said.type in ("error", "warning") and faults.append(said.text))
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("request", lambda asked: asked.url.startswith(f"{served.url}/") or faults.append(asked.url))
+    yield opened
+    context.close()
+    assert [fault for fault in faults if not re.search(r"status of 40[13] ", fault)] == []
+
+
+def enter(page: Page, served: Server, key: str, view: str = "live") -> None:
+    page.add_init_script(f"sessionStorage.setItem('penstock-key', {json.dumps(key)})")
+    page.goto(f"{served.url}/#{view}")
+    expect(page.locator("#state")).to_have_text("ready")
+
+
+def say(page: Page, text: str, **fields: Any) -> str:
+    """Sends it, waits for the end, and returns the request's id."""
+    page.fill("#fields", json.dumps(fields))
+    page.fill("#text", text)
+    page.click("#send")
+    expect(page.locator("#ask-note")).to_contain_text("ended by")
+    return page.locator("#look").get_attribute("href").removeprefix("#inspector/")
+
+
+def test_loads_quickly_and_stays_in_place(page: Page, served: Server, keys: dict[str, str]) -> None:
+    answer = httpx.get(served.url)
+    assert answer.headers["content-security-policy"].startswith("default-src 'self'; ")
+    assert "style=" not in answer.text and "onclick" not in answer.text
+    page.add_init_script(
+        "window.moved = 0; new PerformanceObserver((list) => list.getEntries().forEach((e) => { moved += e.value; }))"
+        ".observe({type: 'layout-shift', buffered: true});"
+    )
+    enter(page, served, keys["admin"])
+    expect(page.locator("#steps")).to_have_text("0")  # a second answer has come
+    assert page.evaluate("moved") < 0.005
+    took = []
+    for _ in range(3):  # the machine has other work
+        page.reload(wait_until="load")
+        took.append(page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
+    assert min(took) < 1500, took
+
+    back = "getComputedStyle(document.documentElement).backgroundColor"
+    light = page.evaluate(back)
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(back) != light
+    unnamed = "[...document.querySelectorAll('input, textarea')].filter((e) => !e.labels.length).map((e) => e.id)"
+    assert page.evaluate(unnamed) == []
+
+
+def test_live_view_shows_what_is_under_way(page: Page, served: Server, keys: dict[str, str]) -> None:
+    enter(page, served, keys["admin"], "playground")
+    page.fill("#fields", json.dumps(ENDLESS))
+    page.fill("#text", "Tell me all.")
+    page.click("#send")
+    expect(page.locator(".turn pre").nth(1)).to_have_text(re.compile(".{20}", re.DOTALL))  # it comes in pieces
+    page.click("nav >> text=Live")
+    expect(page.locator("#running")).to_have_text("16")
+    expect(page.locator("#under-way td:nth-child(3)")).to_have_text(re.compile("prompt|decode"))
+    expect(page.locator("#rate")).to_have_text(re.compile("[1-9]"))
+    assert page.locator("#chart-rate path").count() == 2
+    page.click("nav >> text=Playground")
+    page.click("#stop")
+    expect(page.locator("#ask-note")).to_have_text("Stopped.")
+    expect(page.locator("#stop")).to_be_disabled()
+    page.click("#look")
+    expect(page.locator("#detail")).to_contain_text("Endabort")
+
+
+def test_playground_shows_thoughts_and_calls_and_the_inspector_all_of_it(
+    page: Page, served: Server, keys: dict[str, str], tokenizer: Tokenizer
+) -> None:
+    enter(page, served, keys["acme"], "playground")  # a key that may not see the live view
+    page.fill("#tools", json.dumps([TOOL]))
+    identifier = say(page, "Is it <b>wet</b>?", **saying(SAID, tokenizer))
+    answer = page.locator(".turn").nth(1)
+    expect(answer.locator("details pre")).to_contain_text("hm, rain")
+    expect(answer.locator(".call")).to_have_text('weather({"city": "Rome"})')
+    expect(page.locator(".turn").nth(0).locator("pre")).to_have_text("Is it <b>wet</b>?")
+
+    page.click("#look")
+    (told,) = [
+        each
+        for each in httpx.get(f"{served.url}/requests", headers={"x-api-key": keys["acme"]}).json()["requests"]
+        if each["id"] == identifier
+    ]
+    expect(page.locator("#why")).to_have_text(told["why"])
+    expect(page.locator("#detail svg").first).to_have_attribute("aria-label", re.compile("read .*, decode "))
+    shown = page.locator(".rendered").text_content() or ""
+    assert shown.startswith('<|im_start|>system\nTools:{"type": "function", ')
+    assert shown.endswith("Is it <b>wet</b>?<|im_end|>\n<|im_start|>assistant\n")
+    assert page.locator(".rendered span").count() == told["prompt_tokens"]
+    assert page.locator(".tokens span").count() == told["completion_tokens"]
+    assert "".join(page.locator(".tokens span").all_text_contents()).startswith(SAID)
+    page.click("text=Each token")
+    assert page.locator(".each tbody tr").count() == told["completion_tokens"]
+    own = r"^0\"<\"-\d+\.\d{4}0\.\d %.+ %$"  # the probability is the model's, who would have said something else
+    expect(page.locator(".each tbody tr").first).to_have_text(re.compile(own))
+
+    page.click("nav >> text=Live")
+    expect(page.locator("#live-note")).to_contain_text("role_not_allowed")
+
+
+def test_completions_go_on_from_a_text(page: Page, served: Server, keys: dict[str, str], tokenizer: Tokenizer) -> None:
+    enter(page, served, keys["admin"], "playground")
+    page.check("input[value=completion]")
+    say(page, "Once upon", **saying(" a time.", tokenizer))
+    expect(page.locator(".turn pre")).to_have_text("Once upon a time.")
+    page.click("#look")
+    expect(page.locator(".rendered")).to_have_text("Once upon")
+    page.click("nav >> text=Playground")
+    page.fill("#fields", "[")
+    page.fill("#text", "x")
+    page.click("#send")
+    expect(page.locator("#ask-note")).to_contain_text("must be JSON")
+
+
+def test_a_keyboard_is_enough(page: Page, served: Server, keys: dict[str, str], tokenizer: Tokenizer) -> None:
+    """From the key that the page asks for to a request that was looked at."""
+
+    def until(selector: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("(wanted) => document.activeElement.matches(wanted)", selector):
+                return
+        raise AssertionError(f"Tab does not lead to {selector}")
+
+    page.goto(served.url)
+    expect(page.locator("#key")).to_be_focused()
+    page.keyboard.type(keys["admin"])
+    page.keyboard.press("Enter")
+    expect(page.locator("#state")).to_have_text("ready")
+    until('[href="#playground"]')
+    page.keyboard.press("Enter")
+    expect(page.locator("#text")).to_be_focused()
+    page.keyboard.type("Good morning.")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#ask-note")).to_contain_text("ended by")
+    until("#look")
+    page.keyboard.press("Enter")
+    expect(page.locator("#why")).to_be_visible()
+    until("#finished button")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    page.keyboard.press("Enter")
+    expect(page.locator("#detail")).to_be_focused()
+    assert page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
+
+
+def test_dashboards_and_alerts_name_only_metrics_that_exist(served: Server, keys: dict[str, str]) -> None:
+    exposed = httpx.get(f"{served.url}/metrics", headers={"x-api-key": keys["admin"]}).text
+    there = set()
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", exposed, re.MULTILINE):
+        there |= {name + end for end in ("_bucket", "_sum", "_count")} if kind == "histogram" else {name}
+
+    panels = json.loads((ROOT / "deploy/grafana/penstock.json").read_text())["panels"]
+    (group,) = yaml.safe_load((ROOT / "deploy/prometheus/penstock.yml").read_text())["groups"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    asked += [rule["expr"] for rule in group["rules"]]
+    named = [set(re.findall(r"\bpenstock_\w+", text)) for text in asked]
+    assert set().union(*named) <= there
+    assert all(names or "up{" in text for names, text in zip(named, asked, strict=True)) and len(asked) > 30
+    for rule in group["rules"]:
+        assert {"alert", "expr", "labels", "annotations"} <= set(rule) and {"summary", "description"} == set(
+            rule["annotations"]
+        )
