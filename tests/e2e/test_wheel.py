@@ -50,6 +50,8 @@ def test_wheel_holds_the_package_the_model_and_nothing_else(wheel: Path) -> None
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"penstock/bundled/{name}" for name in (*BUNDLED, "MODEL_CARD.md")} <= set(names)
     assert "penstock/py.typed" in names
+    page = {f"penstock/serving/page/{name}" for name in ("index.html", "style.css", "icon.svg", "app.js", "api.js")}
+    assert page <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"penstock"}
 
 

@@ -185,6 +185,23 @@ def test_preemption_takes_the_last_in_line_and_loses_no_token() -> None:
     assert [len(tokens) for tokens in got.values()] == [24] * 3
 
 
+def test_updates_say_how_long_their_sample_was_queued() -> None:
+    """Until its first step; what it waits for after a preemption is not counted."""
+    s = setup(blocks=8, rows=2)
+    scheduler, executor = s.scheduler(), toy(s)
+    for i, id in enumerate("abc"):
+        scheduler.add(job(id, (i,) * 5, max_tokens=20), float(i))
+    now = 10.0
+    while not scheduler.idle:
+        step(scheduler, executor, now := now + 1)
+    assert scheduler.counters.preemptions
+    told: dict[str, set[float]] = {}
+    for update in scheduler.outbox:
+        told.setdefault(update.id, set()).add(update.queued)
+    (last,) = told.pop("c")
+    assert told == {"a": {11.0}, "b": {10.0}} and last > 19  # it had to wait for one of them to end
+
+
 def test_blocks_of_an_aborted_request_wait_for_its_step() -> None:
     scheduler = setup(depth=2).scheduler()
     scheduler.add(job("a"), 0.0)

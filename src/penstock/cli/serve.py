@@ -106,7 +106,7 @@ def _greeting(engine: Assembled, url: str, admin_url: str | None, *, public: boo
         lines.append("Anyone who can reach this address can use it: this server asks for no key.")
     if admin_url:
         lines.append(f"Administration at {admin_url}")
-    return "\n".join([*lines, f"Try it:\n  {example(url, engine, keyed=keyed)}"])
+    return "\n".join([*lines, f"Try it:\n  {example(url, engine, keyed=keyed)}", f"Or open {url}"])
 
 
 def example(url: str, engine: Assembled, *, keyed: bool = False) -> str:

@@ -31,7 +31,7 @@ from penstock.serving.requestlog import line_of
 T = TypeVar("T")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
-PROBES = frozenset({"", "page", "requests", "live", "ready", "health", "metrics", "status"})
+PROBES = frozenset({"page", "requests", "live", "ready", "health", "metrics", "status"})
 """First parts of paths that are asked for all the time: probes, and the dashboard."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -95,7 +95,7 @@ class Edge:
         line = line_of(caller, path, status)
         if caller.visit is not None:
             self.context.history.add(line)
-        probe = not PROBES.isdisjoint(path.split("/", 2)[1:2])
+        probe = path == "/" or not PROBES.isdisjoint(path.split("/", 2)[1:2])
         if self.context.log is not None and (not probe or status in (401, 403)):
             self.context.log.add(line)
 

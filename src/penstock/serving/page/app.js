@@ -31,8 +31,8 @@ async function start() {
     const { data } = await json("/v1/models");
     $("model").textContent = data[0].id;
     playground.serve(data[0].id);
-  } catch (error) {
-    $("state").textContent = error.message;
+  } catch {
+    // The live view asks next, goes on asking, and says what is wrong.
   }
   live.poll();
 }
@@ -44,6 +44,7 @@ $("key-cancel").addEventListener("click", () => $("key-dialog").close());
 $("key-form").addEventListener("submit", () => {
   key.set($("key").value.trim());
   start();
+  show();
 });
 show();
 start();

@@ -32,6 +32,7 @@ async function poll() {
     if (record && !had) await detail(record);
   } catch (error) {
     $("inspector-note").textContent = error.status === undefined ? "The server does not answer; asking again." : error.message;
+    if (error.status === 401) return; // another key starts it again
   }
   clearTimeout(timer);
   if (!$("inspector").hidden) timer = setTimeout(poll, POLL);

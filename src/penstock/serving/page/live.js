@@ -22,7 +22,8 @@ export async function poll() {
     take(await json("/status"));
     $("live-note").textContent = "";
   } catch (error) {
-    const state = error.status === undefined ? "not reachable" : error.status < 500 ? "ready" : "in trouble";
+    const states = { undefined: "not reachable", 401: "needs a key", 403: "ready" };
+    const state = states[error.status] ?? "in trouble";
     $("state").textContent = state;
     $("state").className = state === "ready" ? "" : "bad";
     $("live-note").textContent = error.status === undefined ? "The server does not answer; asking again." : error.message;

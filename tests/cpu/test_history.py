@@ -1,0 +1,51 @@
+"""Where the time of a request went, told from its line in the log."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from penstock.fleet import Admission
+from penstock.serving.gate import Caller, Gate
+from penstock.serving.history import History, phases, why
+from penstock.serving.limits import MAX_REMEMBERED
+from penstock.serving.requestlog import Line
+
+
+def line(*marks: float | None, **fields: Any) -> Line:
+    admitted, started, first, total = marks
+    plain: dict[str, Any] = {"id": "a", "tenant": None, "key": None, "path": "/v1/completions", "status": 200}
+    plain |= {"model": "m", "prompt_tokens": 90, "cached_tokens": 50, "completion_tokens": 11, "finish": "length"}
+    plain |= {"ahead": 3, "longest_gap_s": 0.1, "admitted_s": admitted, "started_s": started, "first_token_s": first}
+    return Line(**plain | {"time": datetime.now(UTC), "total_s": total} | fields)
+
+
+@pytest.mark.parametrize(
+    ("ended", "spans", "told"),
+    [
+        (line(7, 8, 9, 10), {"read": 7, "queue": 1, "prompt": 1, "decode": 1}, "7.000 of 10.000 s .*in tokens, 90 of"),
+        (line(1, 8, 9, 10, ahead=1), {"read": 1, "queue": 7, "prompt": 1, "decode": 1}, "7.000 .*1 other request was"),
+        (line(1, 2, 7, 8), {"read": 1, "queue": 1, "prompt": 5, "decode": 1}, ": 40 of 90 .*, 8 tokens .*; 3 other"),
+        (line(1, 2, 3, 8, ahead=0), {"read": 1, "queue": 1, "prompt": 1, "decode": 5}, "11 tokens, 2 a second; no oth"),
+        (line(1, 2, 3, 8, longest_gap_s=4), {"read": 1, "queue": 1, "prompt": 1, "decode": 5}, "one of which took 4.0"),
+        (line(1, None, None, 5, status=499), {"read": 1, "queue": 4}, "it ended, before its first token"),
+        (line(1, None, None, 4), {"read": 1, "queue": 0, "prompt": 3}, "its 11 tokens: .* 17 tokens were computed"),
+        (line(1, None, None, 5, completion_tokens=0), {"read": 1, "queue": 0, "prompt": 4}, "its prompt: .* 10 tokens"),
+        (line(None, None, None, 2, status=400), {"read": 2}, "refused with status 400"),
+    ],
+)  # fmt: skip
+def test_a_request_says_what_took_it_so_long(ended: Line, spans: dict[str, float], told: str) -> None:
+    assert phases(ended) == spans
+    assert re.search(told, why(ended)), why(ended)
+
+
+def test_history_is_bounded_and_leaves_out_what_computed_nothing() -> None:
+    history, anybody = History(), Caller(Gate(Admission(1)), "x")
+    history.add(line(None, None, None, 1))  # the tokenizer alone
+    assert history.seen_by(anybody) == []
+    for _ in range(MAX_REMEMBERED + 9):
+        history.add(line(1, 2, 3, 4))
+    assert len(history.seen_by(anybody)) == MAX_REMEMBERED
