@@ -57,7 +57,7 @@ function take(status) {
   $("waiting").textContent = engine.waiting;
   $("kv").textContent = `${used.toFixed(1)} %`;
   $("hits").textContent = engine.prompt_tokens ? `${Math.min(100, (100 * engine.prefix_hit_tokens) / engine.prompt_tokens).toFixed(0)} %` : "–";
-  $("queue").textContent = `${short(queue.tokens)} of ${short(queue.tokens_limit)}`;
+  $("queue").textContent = `${((100 * queue.tokens) / queue.tokens_limit).toFixed(1)} %`;
   $("preemptions").textContent = whole(engine.preemptions);
   $("state").textContent = status.draining ? "draining" : status.alive ? "ready" : "engine stopped";
   $("state").className = status.draining || !status.alive ? "bad" : "";
@@ -86,4 +86,3 @@ function row(request) {
 }
 
 export const whole = (number) => Math.round(number).toLocaleString("en");
-const short = (number) => (number < 10_000 ? whole(number) : number < 1e7 ? `${whole(number / 1e3)}k` : `${whole(number / 1e6)}M`);
