@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from commands import penstock
 
 
@@ -32,6 +34,7 @@ def test_quick_measures_the_bundled_model(tmp_path: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # the page on benchmarks runs each of them
 def test_offline_and_latency_feed_cost(tmp_path: Path) -> None:
     small = ("--requests", "12", "--input-len", "20", "--output-len", "8", "--num-threads", "1", "--json", "o.json")
     assert penstock("bench", "offline", *small, cwd=tmp_path).returncode == 0

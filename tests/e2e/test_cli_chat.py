@@ -149,6 +149,7 @@ def test_a_terminal(terminal: Terminal) -> None:
         shown = terminal.read_until(">>> ")
         assert "last answer: " in shown and "cached" in shown
         terminal.type("half a line")
+        terminal.read_until("half a line")  # the line editor has it, and waits for more
         assert "Ctrl-D or /exit" in terminal.interrupt_until(">>> ")
         terminal.type("/hepl\n")
         assert "code: unknown_command" in terminal.read_until(">>> ")
