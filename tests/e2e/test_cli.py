@@ -193,7 +193,8 @@ def test_ctrl_c_and_a_closed_pipe_are_quiet(stories: Path) -> None:
 
 def test_ctrl_c_while_loading_is_quiet(stories: Path) -> None:
     with running(argv("run", stories, PROMPT), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        time.sleep(0.7)  # torch is being imported
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():  # torch is being imported
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         assert process.stderr is not None and b"Traceback" not in process.stderr.read()
