@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.base import Unavailable
-from penstock.serving.batch_run import Answerer, Run
+from penstock.serving.batch_run import RETRY_SECONDS, Answerer, Run
 from penstock.serving.batch_table import LIVE, Batch, Complaint
 from penstock.serving.context import Context
 from penstock.serving.errors import HTTPError
@@ -22,7 +22,6 @@ from penstock.serving.limits import MAX_METADATA
 from penstock.serving.store import Store
 
 DAY = 86_400
-RETRY_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
