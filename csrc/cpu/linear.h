@@ -23,11 +23,6 @@ struct Rows {
     INLINE const T* at(int64_t row, int64_t k) const { return first + row * stride + k * step; }
 };
 
-template <class X>
-constexpr bool is_rows = false;
-template <class T>
-constexpr bool is_rows<Rows<T>> = true;
-
 // One panel and how many outputs it has; none has no weights.
 template <class T>
 struct PanelOf {
@@ -38,6 +33,12 @@ struct PanelOf {
         if (first >= a.outputs) return {};
         return {(const T*)a.weight + first * a.inputs, (int)std::min<int64_t>(PANEL, a.outputs - first)};
     }
+};
+
+// Two panels whose outputs are computed together. A kind of panel says what its rows of x are.
+template <class Panel>
+struct Pair {
+    Panel panels[2];
 };
 
 constexpr int64_t AHEAD = 1024;  // bytes
@@ -172,63 +173,74 @@ inline void some_rows(const T* x, int64_t inputs, const PanelOf<T>* p, int64_t k
     }
 }
 
+// Copies of rows, and of panels, that many rows are worth: none, unless an instruction set has a use for them.
+template <class X, class Panel>
+struct Widened {
+    static constexpr int ROWS = BLOCK;  // computed together
+    static constexpr int64_t DEEP = 0;  // inputs of one piece
+    static bool worth(int) { return false; }
+    void take(X, int, const Linear&, int64_t, int64_t) {}
+    void part(int, int64_t, const Pair<Panel>&, int64_t, int64_t, bool, float*) {}
+};
+
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // Sixteen registers hold the sums of six rows and one panel, if the numbers of x come from memory as fp32.
-constexpr int MANY = 8;  // rows that are worth the widening
-constexpr int64_t WIDE_DEEP = 128, WIDE_STRIDE = WIDE_DEEP + 16;
-
 template <class T>
-void widen_rows(const T* x, int rows, int64_t inputs, int64_t k0, int64_t k1, float* out) {
-    for (int row = 0; row < rows; row++) {
-        for (int64_t k = k0; k < k1; k += LANES) {
-            store(out + row * WIDE_STRIDE + k - k0, load_upto(x + row * inputs + k, std::min<int64_t>(LANES, k1 - k)));
-        }
-    }
-}
+struct Widened<Rows<T>, PanelOf<T>> {
+    static constexpr int ROWS = BLOCK;
+    static constexpr int64_t DEEP = 128, STRIDE = DEEP + 16;
+    alignas(64) float wide[BLOCK * STRIDE];
 
-// Adds inputs [k0, k1), all of them or both of each pair, to sums [R], as accumulate does.
-template <int R, class T>
-INLINE void accumulate_wide(const float* x, int64_t inputs, PanelOf<T> p, int64_t k0, int64_t k1, F* sums) {
-    auto add = [&](const float* at, F w) {
-        each<R>([&](auto r) { sums[r] = fma(splat(at[r * WIDE_STRIDE]), w, sums[r]); });
-    };
-    if constexpr (sizeof(T) == 4) {
-        for (int64_t k = k0; k < k1; k++) add(x + k - k0, column(p, k, inputs));
-    } else {
-        F first, second;
-        for (int64_t k = k0; k + 1 < k1; k += 2) {
-            pair_of_columns(p, k / 2, first, second);
-            add(x + k - k0, first);
-            asm volatile("" : "+r"(p.weight));  // read again: registers are short, and the first-level cache has it
-            pair_of_columns(p, k / 2, first, second);
-            add(x + k - k0 + 1, second);
-        }
-        if ((k1 - k0) % 2) add(x + k1 - 1 - k0, last_column(p, inputs));
-    }
-}
+    static bool worth(int rows) { return rows >= 8; }
 
-template <class T>
-INLINE void part_by_wide_rows(
-    const float* x, int rows, int64_t inputs, const PanelOf<T>* p, int64_t k0, int64_t k1, bool fresh, float* out) {
-    int tiles = (rows + 5) / 6;  // of four to six rows
-    for (int i = 0; i < 2 && p[i].width; i++) {
-        int row = 0;
-        auto take = [&]<int R>() {
-            F sums[R];
-            float* to = out + row * BLOCK + i * PANEL;
-            each<R>([&](auto r) { sums[r] = fresh ? splat(0) : load(to + r * BLOCK); });
-            accumulate_wide<R>(x + row * WIDE_STRIDE, inputs, p[i], k0, k1, sums);
-            each<R>([&](auto r) { store(to + r * BLOCK, sums[r]); });
-            row += R;
-        };
-        for (int tile = 0; tile < tiles; tile++) {
-            int height = rows / tiles + (tile < rows % tiles);
-            if (height == 6) take.template operator()<6>();
-            if (height == 5) take.template operator()<5>();
-            if (height == 4) take.template operator()<4>();
+    void take(Rows<T> x, int rows, const Linear& a, int64_t k0, int64_t k1) {
+        for (int row = 0; row < rows; row++) {
+            for (int64_t k = k0; k < k1; k += LANES) {
+                store(wide + row * STRIDE + k - k0, load_upto(x.first + row * a.inputs + k, std::min<int64_t>(LANES, k1 - k)));
+            }
         }
     }
-}
+
+    // Adds inputs [k0, k1), all of them or both of each pair, to sums [R], as accumulate does.
+    template <int R>
+    static INLINE void accumulate(const float* x, int64_t inputs, PanelOf<T> p, int64_t k0, int64_t k1, F* sums) {
+        auto add = [&](const float* at, F w) { each<R>([&](auto r) { sums[r] = fma(splat(at[r * STRIDE]), w, sums[r]); }); };
+        if constexpr (sizeof(T) == 4) {
+            for (int64_t k = k0; k < k1; k++) add(x + k - k0, column(p, k, inputs));
+        } else {
+            F first, second;
+            for (int64_t k = k0; k + 1 < k1; k += 2) {
+                pair_of_columns(p, k / 2, first, second);
+                add(x + k - k0, first);
+                asm volatile("" : "+r"(p.weight));  // read again: registers are short, and the first-level cache has it
+                pair_of_columns(p, k / 2, first, second);
+                add(x + k - k0 + 1, second);
+            }
+            if ((k1 - k0) % 2) add(x + k1 - 1 - k0, last_column(p, inputs));
+        }
+    }
+
+    void part(int rows, int64_t inputs, const Pair<PanelOf<T>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
+        int tiles = (rows + 5) / 6;  // of four to six rows
+        for (int i = 0; i < 2 && pair.panels[i].width; i++) {
+            int row = 0;
+            auto take = [&]<int R>() {
+                F sums[R];
+                float* to = out + row * BLOCK + i * PANEL;
+                each<R>([&](auto r) { sums[r] = fresh ? splat(0) : load(to + r * BLOCK); });
+                accumulate<R>(wide + row * STRIDE, inputs, pair.panels[i], k0, k1, sums);
+                each<R>([&](auto r) { store(to + r * BLOCK, sums[r]); });
+                row += R;
+            };
+            for (int tile = 0; tile < tiles; tile++) {
+                int height = rows / tiles + (tile < rows % tiles);
+                if (height == 6) take.template operator()<6>();
+                if (height == 5) take.template operator()<5>();
+                if (height == 4) take.template operator()<4>();
+            }
+        }
+    }
+};
 #endif
 
 template <class T>
@@ -343,12 +355,6 @@ void part_by_tiles(
 }
 #endif
 
-// Two panels whose outputs are computed together. A kind of panel says what its rows of x are.
-template <class Panel>
-struct Pair {
-    Panel panels[2];
-};
-
 // Adds inputs [k0, k1) to the sums of up to BLOCK rows and two panels, fp32 [rows][BLOCK]; fresh sums are zero.
 template <class T>
 INLINE void part(
@@ -366,9 +372,14 @@ INLINE void part(
 }
 #endif
 
-constexpr int SIZE = BLOCK * BLOCK;  // of the sums of one pair
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int MOST_ROWS = 128;
+#else
+constexpr int MOST_ROWS = BLOCK;
+#endif
+constexpr int SIZE = MOST_ROWS * BLOCK;  // of the sums of one pair
 
-// All of K for some pairs: sums [count][segments][BLOCK][BLOCK], of which the first segment's are the result. Inputs are
+// All of K for some pairs: sums [count][segments][MOST_ROWS][BLOCK], of which the first segment's are the result. Inputs are
 // taken in pieces of ``deep``, so that a piece of x is in the first-level cache for all pairs.
 template <class X, class Panel>
 __attribute__((noinline)) void whole(X x, int rows, const Linear& a, const Pair<Panel>* pairs, int count, int64_t deep, float* sums) {
@@ -376,27 +387,20 @@ __attribute__((noinline)) void whole(X x, int rows, const Linear& a, const Pair<
     // Pairs of inputs cross neither segments nor pieces: where segments would cut them, a segment is one piece.
     bool tiles = a.segments == 1 || segment % 2 == 0;
     if (!tiles) deep = segment;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    alignas(64) float wide[BLOCK * WIDE_STRIDE];
-    bool widened = is_rows<X> && tiles && rows >= MANY;
-    if (widened) deep = std::min(deep, WIDE_DEEP);
-#endif
+    Widened<X, Panel> wide;
+    bool widened = tiles && wide.worth(rows);
+    if (widened) deep = std::min(deep, wide.DEEP);
     for (int s = 0; s < a.segments; s++) {
         for (int64_t k = 0; k < segment; k += deep) {
             int64_t k0 = s * segment + k, k1 = s * segment + std::min(k + deep, segment);
-#if defined(__AVX2__) && !defined(__AVX512F__)
-            if constexpr (is_rows<X>) {
-                if (widened) {
-                    widen_rows(x.first, rows, a.inputs, k0, k1, wide);
-                    for (int i = 0; i < count; i++) {
-                        part_by_wide_rows(wide, rows, a.inputs, pairs[i].panels, k0, k1, k == 0, sums + (i * a.segments + s) * SIZE);
-                    }
-                    continue;
-                }
-            }
-#endif
+            if (widened) wide.take(x, rows, a, k0, k1);
             for (int i = 0; i < count; i++) {
-                part(x, rows, a.inputs, pairs[i], k0, k1, k == 0, tiles, sums + (i * a.segments + s) * SIZE);
+                float* out = sums + (i * a.segments + s) * SIZE;
+                if (widened) {
+                    wide.part(rows, a.inputs, pairs[i], k0, k1, k == 0, out);
+                } else {
+                    part(x, rows, a.inputs, pairs[i], k0, k1, k == 0, tiles, out);
+                }
             }
         }
     }
@@ -454,9 +458,9 @@ void gated_outputs(const Linear& a, int64_t row, int rows, int64_t group, int64_
     }
 }
 
-constexpr int TOGETHER = 4;  // groups of outputs that are summed before any is stored
+constexpr int TOGETHER = 2;  // groups of outputs that are summed before any is stored
 
-// Outputs of groups first .. first + count - 1 and up to BLOCK rows.
+// Outputs of groups first .. first + count - 1 and up to MOST_ROWS rows.
 template <class T, class Panel, class X>
 void some_outputs(const Linear& a, X x, int64_t row, int rows, int64_t first, int count, int64_t deep, float* sums) {
     int64_t half = a.outputs / 2, shift = a.gated ? half % PANEL : 0;
@@ -499,7 +503,8 @@ template <class T, class Panel, class RowsAt>
 void all_outputs(const Linear* products, int64_t count, int64_t row_bytes, const RowsAt& rows_at) {
     int64_t outputs = products->gated ? products->outputs / 2 : products->outputs;
     int64_t group_size = products->gated ? PANEL : 2 * PANEL, groups = (outputs + group_size - 1) / group_size;
-    int64_t tall = std::max<int64_t>(BLOCK, ROWS_BYTES / row_bytes / BLOCK * BLOCK), stacks = 0;
+    constexpr int ROWS = Widened<decltype(rows_at(*products, 0)), Panel>::ROWS;
+    int64_t tall = std::max<int64_t>(ROWS, ROWS_BYTES / row_bytes / ROWS * ROWS), stacks = 0;
     auto stacks_of = [&](const Linear& a) { return (a.rows + tall - 1) / tall; };
     for (int64_t i = 0; i < count; i++) stacks += stacks_of(products[i]);
     // Enough items to share them out evenly, and few enough not to count.
@@ -516,8 +521,8 @@ void all_outputs(const Linear* products, int64_t count, int64_t row_bytes, const
         int64_t deep = a.rows > BLOCK ? DEEPEST : a.inputs;
         int64_t first_row = stack * tall, last_row = std::min(first_row + tall, a.rows);
         int64_t first = item % lots * at_once, last = std::min(first + at_once, groups);
-        for (int64_t row = first_row; row < last_row; row += BLOCK) {
-            int rows = (int)std::min<int64_t>(BLOCK, last_row - row);
+        for (int64_t row = first_row; row < last_row; row += ROWS) {
+            int rows = (int)std::min<int64_t>(ROWS, last_row - row);
             if constexpr (TILED<Panel>) {
                 if (row == first_row || rows < BLOCK) configure(Panel(), a, rows);
             }

@@ -129,7 +129,7 @@ __attribute__((noinline)) void eight_bits(const T* from, int groups, int group, 
     for (int lane = 0; lane < groups; lane++) {
         F factor = splat(factors[lane]);
         for (int k = lane * group; k < (lane + 1) * group; k += LANES) {
-            store_codes(codes + k, clamp(load(from + k) * factor, -127, 127));
+            store_codes(codes + k, to_whole(clamp(load(from + k) * factor, -127, 127)));
         }
     }
 }

@@ -12,18 +12,29 @@ namespace penstock::PENSTOCK_ISA {
 constexpr int MAX_GROUP = 128;  // inputs; 32 and 64 are the others
 constexpr float SIXTEENTH = 0.0625f;  // zeros count in sixteenths of a step
 
-// Sixteen int32 lanes, one for each output of a panel.
+// Sixteen int32 lanes. to_whole rounds to the nearest, ties to even; codes are in [-127, 127].
 #if defined(__AVX512VNNI__)
 struct I {
     __m512i v;
 };
 INLINE I none() { return {_mm512_setzero_si512()}; }
+INLINE I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+INLINE int32_t sum_of(I a) { return _mm512_reduce_add_epi32(a.v); }
 INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+INLINE I to_whole(F a) { return {_mm512_cvtps_epi32(a.v)}; }
+INLINE void store_codes(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 #elif defined(__AVX2__)
 struct I {
     __m256i lo, hi;
 };
 INLINE I none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE I operator+(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+INLINE int32_t sum_of(__m256i a) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+INLINE int32_t sum_of(I a) { return sum_of(_mm256_add_epi32(a.lo, a.hi)); }
 // ``next`` is not read before ``done`` is there: compilers that mix the work of several rows run out of registers.
 INLINE void in_turn(__m256i& done, __m256i& next) {
     __m256i a = done, b = next;
@@ -38,11 +49,41 @@ INLINE F to_float(I a) {
     return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
 #endif
 }
+INLINE I to_whole(F a) {
+#if defined(__AVX512F__)
+    __m512i all = _mm512_cvtps_epi32(a.v);
+    return {_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1)};
+#else
+    return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)};
+#endif
+}
+INLINE void store_codes(int8_t* p, I a) {
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
 #else
 struct I {
     int32_t v[LANES];
 };
 INLINE I none() { return {}; }
+INLINE I operator+(I a, I b) {
+    for (int i = 0; i < LANES; i++) a.v[i] += b.v[i];
+    return a;
+}
+INLINE int32_t sum_of(I a) {
+    int32_t sum = 0;
+    for (int32_t lane : a.v) sum += lane;
+    return sum;
+}
+INLINE I to_whole(F a) {
+    F rounded = round(a);
+    I out;
+    for (int i = 0; i < LANES; i++) out.v[i] = (int32_t)rounded.v[i];
+    return out;
+}
+INLINE void store_codes(int8_t* p, I a) {
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)a.v[i];
+}
 INLINE F to_float(I a) {
     float lanes[LANES];
     for (int i = 0; i < LANES; i++) lanes[i] = (float)a.v[i];
@@ -234,6 +275,21 @@ template <int BITS>
 constexpr int GROUPED_TALL = 4;
 #endif
 
+struct CodeUnit {
+    int16_t quads[8][4];  // of four inputs the two even ones, then the odd ones
+};
+struct GroupHead {
+    int32_t minus;  // the sum of products of neighbours, negative
+    float scale;
+};
+// The codes again, 32 inputs of neighbouring rows side by side, and what belongs to groups; ``pitch`` from one to the next of
+// a row. Null if no product wants them.
+struct Units {
+    CodeUnit* codes;
+    GroupHead* heads;
+    int64_t pitch;
+};
+
 // Rows of x as codes; neighbours are ``stride`` codes, and ``groups`` of the others, apart. Of each group: its scale, the sum of
 // its codes, and minus the product of both.
 struct CodeRows {
@@ -241,6 +297,7 @@ struct CodeRows {
     const float *scales, *offsets;
     const int32_t* totals;
     int64_t stride, groups;
+    Units units;
 };
 
 template <int BITS>
@@ -424,6 +481,12 @@ INLINE void part(
     }
 }
 
+}  // namespace penstock::PENSTOCK_ISA
+
+#include "winograd.h"
+
+namespace penstock::PENSTOCK_ISA {
+
 // The greatest of sizes, as bits: those of infinity and NaN are above all others.
 INLINE int32_t greatest_bits(const F* v, int count) {
 #if defined(__AVX512F__)
@@ -451,25 +514,11 @@ INLINE int32_t greatest_bits(const F* v, int count) {
 #endif
 }
 
-// Rounds to the nearest whole numbers, ties to even; all are in [-127, 127].
-INLINE void store_codes(int8_t* p, F a) {
-#if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
-#elif defined(__AVX2__)
-    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
-    words = _mm256_permute4x64_epi64(words, 0xd8);
-    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-#else
-    F whole = round(a);
-    for (int i = 0; i < LANES; i++) p[i] = (int8_t)whole.v[i];
-#endif
-}
-
 constexpr float NOTHING = 7.8886090522e-31f;  // 2^-100: a group whose numbers are all smaller counts as zeros
 
 // One group of a row: code = round(x 127 / max |x|). What is not finite makes the scale NaN.
 template <int GROUP, class T>
-INLINE void code_group(const T* x, int8_t* codes, float& scale, float& offset, int32_t& total) {
+INLINE void code_group(const T* x, int8_t* codes, float& scale, float& offset, int32_t& total, [[maybe_unused]] Units units) {
     constexpr int COUNT = GROUP / LANES;
     F v[COUNT];
     for (int i = 0; i < COUNT; i++) v[i] = load(x + i * LANES);
@@ -479,16 +528,25 @@ INLINE void code_group(const T* x, int8_t* codes, float& scale, float& offset, i
     bool finite = bits < 0x7f800000;
     float factor = finite && most >= NOTHING ? 127.0f / most : 0.0f;
     scale = finite ? (factor != 0 ? most / 127.0f : 0.0f) : std::numeric_limits<float>::quiet_NaN();
-    for (int i = 0; i < COUNT; i++) store_codes(codes + i * LANES, finite ? v[i] * splat(factor) : splat(0));
-    total = 0;
-    for (int i = 0; i < GROUP; i++) total += codes[i];
+    I whole[COUNT], sum = none();
+    for (int i = 0; i < COUNT; i++) {
+        whole[i] = finite ? to_whole(v[i] * splat(factor)) : none();
+        store_codes(codes + i * LANES, whole[i]);
+        sum = sum + whole[i];
+    }
+    total = sum_of(sum);
     offset = -(scale * (float)total);
+#if defined(PENSTOCK_UNITS)
+    if (units.codes) store_units<COUNT>(whole, scale, units);
+#endif
 }
 
 struct CodeMemory {
     Vector<int8_t> codes;
     Vector<float> scales, offsets;
     Vector<int32_t> totals;
+    Vector<CodeUnit> units;
+    Vector<GroupHead> heads;
 };
 
 constexpr int64_t CODED_AT_ONCE = 1 << 14;  // numbers worth a thread
@@ -509,13 +567,20 @@ void grouped_linears_of(const Linear* products, int64_t count) {
         memory.offsets.resize((size_t)scales);
         memory.totals.resize((size_t)scales);
     }
+    bool wide = any.format.bits == 8 && Widened<CodeRows, GroupedPanel<8>>::worth((int)std::min<int64_t>(rows, MOST_ROWS));
+    int64_t pitch = (rows + 3) | 1;  // odd, so that a row's units fall into different sets, and of whole fours
+    if (wide && (int64_t)memory.units.size() < any.inputs / 32 * pitch) memory.units.resize((size_t)(any.inputs / 32 * pitch));
+    if (wide && (int64_t)memory.heads.size() < groups * pitch) memory.heads.resize((size_t)(groups * pitch));
     CodeMemory& m = memory;
     int64_t at_once = std::max<int64_t>(1, CODED_AT_ONCE / group);
     auto code = [&]<int GROUP>(int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             int8_t* codes = m.codes.data() + i / groups * stride + i % groups * GROUP;
             size_t n = (size_t)i;
-            code_group<GROUP>(x + i * GROUP, codes, m.scales[n], m.offsets[n], m.totals[n]);
+            int64_t row = i / groups, g = i % groups;
+            Units units{};
+            if (wide) units = {m.units.data() + g * (GROUP / 32) * pitch + row, m.heads.data() + g * pitch + row, pitch};
+            code_group<GROUP>(x + i * GROUP, codes, m.scales[n], m.offsets[n], m.totals[n], units);
         }
     };
     parallel((scales + at_once - 1) / at_once, [&](int64_t item, int) {
@@ -527,7 +592,9 @@ void grouped_linears_of(const Linear* products, int64_t count) {
     auto rows_at = [&](const Linear& a, int64_t row) {
         row += ((const T*)a.x - x) / a.inputs;
         int64_t at = row * groups;
-        return CodeRows{m.codes.data() + row * stride, m.scales.data() + at, m.offsets.data() + at, m.totals.data() + at, stride, groups};
+        return CodeRows{
+            m.codes.data() + row * stride, m.scales.data() + at, m.offsets.data() + at, m.totals.data() + at, stride, groups,
+            {m.units.data() + row, m.heads.data() + row, pitch}};
     };
 #if defined(PENSTOCK_ANY_ORDER)
     if (count == 1) {
@@ -537,7 +604,7 @@ void grouped_linears_of(const Linear* products, int64_t count) {
 #endif
     using At = decltype(rows_at);
     auto compute = any.format.bits == 8 ? all_outputs<T, GroupedPanel<8>, At> : all_outputs<T, GroupedPanel<4>, At>;
-    compute(products, count, any.inputs, rows_at);
+    compute(products, count, any.inputs * (wide ? 2 : 1), rows_at);
 }
 
 template <class T>
