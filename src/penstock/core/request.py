@@ -1,11 +1,11 @@
-"""Request: one sample of a submission, as the scheduler sees it."""
+"""Request: one sample of a submission, as the scheduler sees it. StepRecord: a step, likewise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
 
-from penstock.core.plan import NewRequest
+from penstock.core.plan import NewRequest, StepPlan
 from penstock.core.service import Submission
 from penstock.spec import TokenLogprobs
 
@@ -125,3 +125,13 @@ class Request:
             limit=self.limit,
             task=self.submission.task,
         )
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """A plan being drafted or in flight, and what the scheduler must remember of it."""
+
+    plan: StepPlan
+    requests: list[Request] = field(default_factory=list)
+    filling: list[bytes] = field(default_factory=list)
+    starved: bool = False  # somebody found no blocks, so nobody new is let in

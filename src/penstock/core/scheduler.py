@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 from penstock.base import PenstockError
@@ -16,22 +16,12 @@ from penstock.core.admission import Limits, final_length
 from penstock.core.kv.groups import KVCache
 from penstock.core.plan import StepFailed, StepPlan, StepResult
 from penstock.core.policy import SchedulingPolicy
-from penstock.core.request import Phase, Request
+from penstock.core.request import Phase, Request, StepRecord
 from penstock.core.service import Counters, Status, Submission, Update, duplicate_id
 from penstock.core.suspects import Suspects
 from penstock.spec import FinishReason, TokenLogprobs, Vocabulary
 
 _NONE: tuple[TokenLogprobs, ...] = ()
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """A plan being drafted or in flight, and what the scheduler must remember of it."""
-
-    plan: StepPlan
-    requests: list[Request] = field(default_factory=list)
-    filling: list[bytes] = field(default_factory=list)
-    starved: bool = False  # somebody found no blocks, so nobody new is let in
 
 
 class Scheduler:
