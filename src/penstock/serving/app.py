@@ -19,14 +19,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from penstock.base import PenstockError, env
+from penstock.core.service import engine_stopped
 from penstock.fleet import Admission
 from penstock.llm import AsyncLLM
 from penstock.serving import durable
 from penstock.serving.batch_run import Answerer
 from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
+from penstock.serving.chrome import trace_file
 from penstock.serving.completions import CompletionTask
-from penstock.serving.context import Context, context_of, engine_stopped, shutting_down
+from penstock.serving.context import Context, context_of, shutting_down
 from penstock.serving.dashboard import PAGES
 from penstock.serving.edge import Edge, as_json, off_loop, parse, read_body
 from penstock.serving.errors import (
@@ -54,6 +56,7 @@ from penstock.serving.schemas import (
     unknown_fields,
 )
 from penstock.serving.sse import NAMED, PLAIN, Dialect, EventStream, unless_disconnected
+from penstock.serving.steps import engine_view
 from penstock.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
 
@@ -355,5 +358,7 @@ ROUTES: Routes = {
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
     "/requests": ("inference", finished),
+    "/debug/engine": ("admin", engine_view),
+    "/debug/trace": ("admin", trace_file),
     **PAGES,
 }

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from penstock.serving.context import Context
 from penstock.serving.errors import HTTPError, error_response, internal_error
 from penstock.serving.gate import Caller, current
+from penstock.serving.history import Visit
 from penstock.serving.limits import (
     BODY_SECONDS,
     INLINE_BYTES,
@@ -26,12 +27,13 @@ from penstock.serving.limits import (
     MAX_HEADERS,
     MAX_JSON_DEPTH,
 )
+from penstock.serving.protocol import STALLS
 from penstock.serving.requestlog import line_of
 
 T = TypeVar("T")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
-PROBES = frozenset({"page", "requests", "live", "ready", "health", "metrics", "status"})
+PROBES = frozenset({"page", "requests", "live", "ready", "health", "metrics", "status", "debug"})
 """First parts of paths that are asked for all the time: probes, and the dashboard."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -60,6 +62,7 @@ class Edge:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         request_id = _request_id(headers)
         caller = self.context.gate.caller(headers, request_id)
+        caller.stalls = scope.setdefault(STALLS, caller.stalls)
         current.set(caller)
         started = 0
 
@@ -94,7 +97,7 @@ class Edge:
         self.context.metrics.account(caller, status)
         line = line_of(caller, path, status)
         if caller.visit is not None:
-            self.context.history.add(line)
+            self.context.history.add(Visit.of(caller, line))
         probe = path == "/" or not PROBES.isdisjoint(path.split("/", 2)[1:2])
         if self.context.log is not None and (not probe or status in (401, 403)):
             self.context.log.add(line)
