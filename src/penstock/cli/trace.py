@@ -74,9 +74,8 @@ def _refused(status: int, body: bytes) -> PenstockError:
         why = json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         why = f"status {status}"
-    return NotFound(
-        "trace_refused", "The server gives no trace", why=why, fix="use --api-key with a key of the role admin"
-    )
+    fix = "use --api-key with a key of the role admin"
+    return NotFound("trace_refused", "The server gives no trace", why=why, fix=fix)
 
 
 def write(path: Path, body: bytes) -> None:

@@ -23,6 +23,7 @@ from penstock.serving.steps import Composition, Tokens, look, number_of
 
 ENGINE, SAMPLES, REQUESTS = 1, 2, 3
 SCHEDULER, EXECUTOR = 1, 2
+STALLED = "waiting for its client"
 Event = dict[str, Any]
 
 
@@ -206,4 +207,4 @@ def _requests(visits: Iterable[Visit]) -> Iterator[Event]:
             if mark is None:
                 break
         for start, seconds in visit.stalls:
-            yield _complete(REQUESTS, tid, Slice("waiting for its client", start, min(end, start + seconds)))
+            yield _complete(REQUESTS, tid, Slice(STALLED, start, min(end, start + seconds)))
