@@ -89,7 +89,8 @@ def _told(trace: Trace, after: int) -> Response:
     steps = [_step(step, tokens) for step, tokens in made[-MAX_STEPS_SHOWN:] if step.number > after]
     live = [request for request in trace.requests if request.ended is None]
     requests = [_request(request, trace.now) for request in live[:MAX_SHOWN]]
-    told: dict[str, Any] = {"now": trace.now, "steps": steps, "live": len(live), "requests": requests}
+    last = trace.steps[-1].number if trace.steps else after
+    told: dict[str, Any] = {"now": trace.now, "last": last, "steps": steps, "live": len(live), "requests": requests}
     return as_json(told | {"pools": [pool._asdict() for pool in trace.pools]})
 
 
