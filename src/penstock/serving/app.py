@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -60,6 +60,9 @@ from penstock.serving.steps import engine_view
 from penstock.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
 
+if TYPE_CHECKING:
+    from penstock.serving.spans import Spans
+
 G = TypeVar("G", bound=GenerationRequest)
 R = TypeVar("R", bound=ModelRequest)
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]
@@ -83,6 +86,7 @@ def build_app(
     hosts: frozenset[str] | None = None,
     gate: Gate | None = None,
     log: RequestLog | None = None,
+    spans: Spans | None = None,
 ) -> tuple[ASGIApp, Context]:
     """The application, and what whoever runs it needs to end it in good order.
 
@@ -91,12 +95,14 @@ def build_app(
         hosts: names a Host header may carry; None for any.
         gate: who may use it; by default anybody, within the default budget.
         log: has a line for each request.
+        spans: sends one for each.
     """
     engine = llm.engine
     metrics = Metrics(engine.service.status, frozenset(ROUTES))
     gate = gate or Gate(Admission(queue_budget(engine)))
-    metrics.registry.register(QueueCollector(gate.admission, log))
+    metrics.registry.register(QueueCollector(gate.admission, log, spans))
     context = Context(llm=llm, metrics=metrics, gate=gate, name=engine.name, created=int(time.time()), log=log)
+    context.spans = spans
     context.batches = Batches(context, store or env.data_folder() / "store", _in_batches())
     return application(ROUTES, context, hosts), context
 

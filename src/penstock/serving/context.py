@@ -27,6 +27,7 @@ from penstock.text import Delta
 
 if TYPE_CHECKING:
     from penstock.serving.batches import Batches
+    from penstock.serving.spans import Spans
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class Context:
     name: str
     created: int
     log: RequestLog | None = None
+    spans: Spans | None = None
     live: set[str] = field(default_factory=set)
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     history: History = field(default_factory=History)

@@ -90,14 +90,17 @@ class Edge:
                 await error_response(internal_error(), scope["path"])(scope, receive, send_named)
         finally:
             caller.leave()
-            self._note(caller, scope["path"], started or 499)
+            self._note(caller, scope["path"], started or 499, headers)
 
-    def _note(self, caller: Caller, path: str, status: int) -> None:
+    def _note(self, caller: Caller, path: str, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Puts a request that has ended into the books. 499: its client was gone before it was answered (nginx)."""
         self.context.metrics.account(caller, status)
         line = line_of(caller, path, status)
         if caller.visit is not None:
-            self.context.history.add(Visit.of(caller, line))
+            visit = Visit.of(caller, line)
+            self.context.history.add(visit)
+            if self.context.spans is not None:
+                self.context.spans.add(visit, headers)
         probe = path == "/" or not PROBES.isdisjoint(path.split("/", 2)[1:2])
         if self.context.log is not None and (not probe or status in (401, 403)):
             self.context.log.add(line)

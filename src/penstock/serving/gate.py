@@ -47,7 +47,6 @@ class Caller:
         tenant: whose request it is.
         booked: False for a line of a batch, which is bounded where it comes from and stands behind all others.
         ahead: requests under way when it came.
-        traceparent, tracestate: as they came, for a trace that it is part of.
         model, ..., stalls: what became of it, for the log; times in seconds of ``time.monotonic``.
         starved_first: how much of ``starved`` was before its first token.
         stalls: since when and for how many seconds its client did not take what was written.
@@ -76,8 +75,6 @@ class Caller:
     starved_first: float = 0.0
     stalls: list[tuple[float, float]] = field(default_factory=list)
     answer: str | None = None
-    traceparent: str | None = None
-    tracestate: str | None = None
     finish: str | None = None
 
     def require(self, access: Access) -> None:

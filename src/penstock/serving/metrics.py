@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -13,6 +14,9 @@ from penstock.core.service import Status
 from penstock.fleet import Admission
 from penstock.serving.gate import Caller
 from penstock.serving.requestlog import RequestLog
+
+if TYPE_CHECKING:
+    from penstock.serving.spans import Spans
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _ITL = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
@@ -55,13 +59,16 @@ class EngineCollector(Collector):
 class QueueCollector(Collector):
     """What has been admitted and has not ended."""
 
-    def __init__(self, admission: Admission, log: RequestLog | None) -> None:
-        self.admission, self.log = admission, log
+    def __init__(self, admission: Admission, log: RequestLog | None, spans: Spans | None = None) -> None:
+        self.admission, self.log, self.spans = admission, log, spans
 
     def collect(self) -> Iterator[Metric]:
         if self.log is not None:
             text = "Requests that the log has no line for"
             yield CounterMetricFamily("penstock_log_lines_dropped", text, value=self.log.dropped)
+        if self.spans is not None:
+            text = "Requests of which no span arrived"
+            yield CounterMetricFamily("penstock_spans_dropped", text, value=self.spans.dropped)
         values = (
             ("penstock_queue_requests", "Requests admitted and not ended", self.admission.running),
             ("penstock_queue_tokens", "Tokens charged for them", self.admission.held),
