@@ -98,6 +98,10 @@ def test_a_trace_has_each_request_and_none_of_its_words(served: Server, keys: di
     assert answer.status_code == 200, answer.text
     (record,) = ask(served, "/requests", keys["acme"]).json()["requests"]
     assert sum(record["phases"].values()) == pytest.approx(record["total_s"], abs=1e-4)
+    exposed = ask(served, "/metrics", keys["admin"]).text
+    for phase, seconds in record["phases"].items():  # the only request so far
+        sums = re.findall(rf'^penstock_request_phase_seconds_sum{{phase="{phase}"}} (\S+)$', exposed, re.MULTILINE)
+        assert [float(value) for value in sums] == [pytest.approx(seconds, abs=1e-9)]
     done = penstock("trace", served.url, "--out", tmp_path / "t.json", "--seconds", "600", "--api-key", keys["admin"])
     assert done.returncode == 0 and b"ui.perfetto.dev" in done.stdout, done.stderr
     text = (tmp_path / "t.json").read_text()

@@ -99,6 +99,8 @@ class Edge:
         if caller.visit is not None:
             visit = Visit.of(caller, line)
             self.context.history.add(visit)
+            if line.admitted_s is not None:
+                self.context.metrics.spent(line)
             if self.context.spans is not None:
                 self.context.spans.add(visit, headers)
         probe = path == "/" or not PROBES.isdisjoint(path.split("/", 2)[1:2])
