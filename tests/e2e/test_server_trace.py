@@ -123,10 +123,10 @@ def test_a_trace_has_each_request_and_none_of_its_words(served: Server, keys: di
 
 
 def test_the_engine_tells_its_steps_once_and_its_blocks(served: Server, keys: dict[str, str]) -> None:
-    before = ask(served, "/debug/engine?seconds=3600", keys["admin"]).json()
+    before = ask(served, "/debug/engine?seconds=60", keys["admin"]).json()
     complete(served, keys["admin"], n=1, max_tokens=8)
     last = before["steps"][-1]["number"] if before["steps"] else -1
-    seen = ask(served, f"/debug/engine?seconds=3600&after={last}", keys["admin"]).json()
+    seen = ask(served, f"/debug/engine?seconds=60&after={last}", keys["admin"]).json()
     assert [step["number"] for step in seen["steps"]] == list(range(last + 1, last + 1 + len(seen["steps"])))
     assert sum(step["prompt"] + step["decode"] + step["again"] for step in seen["steps"]) >= 8
     assert all(step["us"]["forward"] > 0 and step["us"]["plan"] >= 0 for step in seen["steps"])

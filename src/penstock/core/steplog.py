@@ -16,7 +16,8 @@ from penstock.core.request import Phase, Request
 from penstock.core.scheduler import Scheduler
 from penstock.core.trace import PoolTrace, RequestTrace, StepTrace, Trace
 
-MAX_STEPS = 8192
+MAX_STEPS = 4096
+"""All of them are told in 1 MB, which an engine's process makes in 8 ms."""
 MAX_SLICES = 1 << 16
 """Of all steps that are kept together: about 8 MB."""
 MAX_ENDED = 4096

@@ -46,6 +46,7 @@ MAX_VISITS = 4096
 """Of those, without their sentences: a trace shows them."""
 
 MAX_TRACE_SECONDS = 3600.0
+MAX_LIVE_SECONDS = 60.0
 LOOK_SECONDS = 10.0
 """The engine must have told what it does after this long."""
 

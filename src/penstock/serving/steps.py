@@ -15,7 +15,7 @@ from penstock.core.trace import RequestTrace, StepTrace, Trace
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
-from penstock.serving.limits import LOOK_SECONDS, MAX_BLOCKS_SHOWN, MAX_SHOWN, MAX_STEPS_SHOWN, MAX_TRACE_SECONDS
+from penstock.serving.limits import LOOK_SECONDS, MAX_BLOCKS_SHOWN, MAX_LIVE_SECONDS, MAX_SHOWN, MAX_STEPS_SHOWN
 
 
 class Tokens(NamedTuple):
@@ -75,10 +75,13 @@ def number_of(query: Mapping[str, str], name: str, default: float, most: float) 
 
 
 async def engine_view(request: Request) -> Response:
-    """``after``: the number of the last step that is known, so that only later ones are told."""
+    """``after``: the number of the last step that is known, so that only later ones are told.
+
+    What was computed again is known as such if it was computed first within the ``seconds``.
+    """
     query = request.query_params
     after = int(number_of(query, "after", 0.0, 2.0**53)) if "after" in query else -1
-    seconds = number_of(query, "seconds", 10.0, MAX_TRACE_SECONDS)
+    seconds = number_of(query, "seconds", 10.0, MAX_LIVE_SECONDS)
     trace = await look(context_of(request), seconds, MAX_BLOCKS_SHOWN)
     return await asyncio.to_thread(functools.partial(_told, trace, after))
 

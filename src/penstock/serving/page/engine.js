@@ -21,7 +21,7 @@ async function poll() {
   clearTimeout(timer);
   let pause = 1000;
   try {
-    take(await json(`/debug/engine?seconds=60${last < 0 ? "" : `&after=${last}`}`));
+    take(await json(`/debug/engine?${last < 0 ? "seconds=60" : `seconds=5&after=${last}`}`));
   } catch (error) {
     if (error.status === 401 || error.status === 403) return; // the view says so, and another key starts it again
     pause = 3000;
