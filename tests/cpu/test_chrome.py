@@ -125,7 +125,7 @@ def test_slices_of_a_sample_add_up_to_its_life(blocks: int, depth: int, bad: int
         assert [event["ts"] for event in pieces[1:]] == pytest.approx(ends[:-1], abs=0.002)  # one after the other
         if request.preempted and request.known > request.prompt and request.ended:
             assert "preempted" in {event["name"] for event in pieces}
-    assert met >= {"queue", "prefill", "decode"} and "not in the log" not in met
+    assert met >= {"queue", "prefill", "decode"} and "earlier" not in met
     assert ("preempted" in met) == (blocks == 9) and ("failed step" in met) == (bad >= 0)
 
 
@@ -140,11 +140,19 @@ def test_every_position_is_in_one_count() -> None:
         assert sum(tokens.decode for tokens in made) == sum(position >= prompts[n] for n, position in firsts)
 
 
+def test_what_was_computed_before_the_trace_began_is_not_taken_for_new() -> None:
+    """After a preemption 11 positions in one step: the prompt's last, and 10 tokens that follow it."""
+    step = lived(64, 1).steps[0]
+    step.slices = [(0, 8, 11)]
+    (request, *_) = lived(64, 1).requests
+    assert Composition([request._replace(number=0, prompt=9)]).of(step) == (0, 1, 10)
+
+
 def test_an_old_life_is_told_as_far_as_it_is_known() -> None:
     trace = lived(64, 1)
     late = Trace(now=trace.now, steps=trace.steps[6:], requests=trace.requests, pools=trace.pools)
     events = valid(chrome_trace(late))
-    assert "not in the log" in {event["name"] for event in events}
+    assert "earlier" in {event["name"] for event in events}
     assert valid(chrome_trace(Trace(now=5.0)))
 
 

@@ -145,12 +145,12 @@ def lifetime(
     end = trace.now if request.ended is None else request.ended
     if not parts:
         begun = end if request.queued is None else min(end, request.arrived + request.queued)
-        return _joined([Slice("queue", request.arrived, begun), Slice("not in the log", begun, end)])
+        return _joined([Slice("queue", request.arrived, begun), Slice("earlier", begun, end)])
     first = trace.steps[parts[0][0]].now
     taken = first if request.queued is None else request.arrived + request.queued
     if first - taken < 1e-6:  # the same moment, added up
         taken = first
-    out = [Slice("queue", request.arrived, taken), Slice("not in the log", taken, first)]
+    out = [Slice("queue", request.arrived, taken), Slice("earlier", taken, first)]
     for place, (index, start, count) in enumerate(parts):
         step = trace.steps[index]
         following = parts[place + 1][0] if place + 1 < len(parts) else None

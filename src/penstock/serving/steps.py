@@ -36,10 +36,12 @@ class Composition:
     def of(self, step: StepTrace) -> Tokens:
         prompt = decode = again = 0
         for number, start, count in step.slices:
-            end, reached = start + count, self._reached.get(number, start)
+            end = start + count
+            known = self._prompts.get(number, end if count > 1 else start)  # of one that is no longer told of: a guess
+            # Where its past is not told: the tokens after a prompt come one by one, so all but the last have been here.
+            reached = self._reached.get(number, start if end <= known else end - 1)
             computed = min(count, max(0, reached - start))
             first = start + computed
-            known = self._prompts.get(number, end if count > 1 else first)  # of one that is no longer told of: a guess
             fresh = max(0, min(end, known) - first)
             prompt, again, decode = prompt + fresh, again + computed, decode + end - first - fresh
             self._reached[number] = max(reached, end)
