@@ -127,9 +127,8 @@ class Host:
                 message = decode_to_engine(frame)
                 if isinstance(message, Start):
                     raise WireError("bad_frame", "An engine is started once", fix="report this")
-                if isinstance(message, Look):  # here, so that a step that hangs can be looked at
-                    seen = self._engine.look(message.seconds, message.blocks)
-                    self._send_frame(encode(Seen(self._epoch, message.number, seen)))
+                if isinstance(message, Look):
+                    self._show(message)
                 else:
                     self._take(message if isinstance(message, Submission) else Abort(message.id, message.sample))
         except WireError as error:
@@ -137,6 +136,15 @@ class Host:
         self._closing = True
         self._wake.set()
         leave_at_last()
+
+    def _show(self, look: Look) -> None:
+        """On this thread, so that a step that hangs can be looked at. A fault of it is not the engine's."""
+        try:
+            frame = encode(Seen(self._epoch, look.number, self._engine.look(look.seconds, look.blocks)))
+        except Exception:
+            log.exception("the engine could not be looked at")
+        else:
+            self._send_frame(frame)
 
     def _take(self, mail: Mail) -> None:
         with self._lock:
