@@ -126,6 +126,8 @@ def test_slices_of_a_sample_add_up_to_its_life(blocks: int, depth: int, bad: int
         if request.preempted and request.known > request.prompt and request.ended:
             assert "preempted" in {event["name"] for event in pieces}
     assert met >= {"queue", "prefill", "decode"} and "earlier" not in met
+    assert len(trace.inflight) == (until < 100)
+    assert ("in flight" in str(events)) == (until < 100)
     assert ("preempted" in met) == (blocks == 9) and ("failed step" in met) == (bad >= 0)
 
 

@@ -86,6 +86,7 @@ def test_preempted_requests_and_the_blocks_they_share_are_told() -> None:
     seen = loop.look(1e9, 1000)
     assert sum(request.preempted for request in seen.requests) == loop.scheduler.counters.preemptions
     assert {request.state for request in seen.requests} <= {"running", "waiting"}  # it may be the next to go on
+    assert seen.inflight == ()
     assert all(request.starved == 0 and request.ended is None for request in seen.requests)  # told when it goes on
     (pool,) = seen.pools
     assert (pool.stride, len(pool.map)) == (1, 8)
@@ -155,6 +156,7 @@ def test_an_engine_in_another_process_is_looked_at_from_here(remote: RemoteServi
     heard = Heard(remote)
     heard.submit(remote_job("a", 24))
     seen = remote.look(60, 16).result(30)  # while it runs
+    assert all(step.planned and not step.published for step in seen.inflight)
     assert seen.pools[0].total == 512 and len(seen.pools[0].map) == 16
     heard.all()
     seen = remote.look(60).result(30)

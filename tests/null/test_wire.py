@@ -155,23 +155,22 @@ REQUESTS = st.builds(
     *(COUNTS, TEXT, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, REALS, st.none() | REALS, COUNTS, REALS),
     *(TEXT, st.none() | REALS),
 )
+STEPS = st.builds(
+    StepTrace,
+    number=COUNTS,
+    slices=SLICES,
+    gone=st.lists(COUNTS, max_size=3),
+    replayed=st.booleans(),
+    failed=st.booleans(),
+    **dict.fromkeys(("waiting", "free", "cached"), COUNTS),
+    **dict.fromkeys(("now", "began", "planned", "started", "forward", "sample"), REALS),
+    **dict.fromkeys(("landed", "committed", "published"), REALS),
+)
 TRACES = st.builds(
     Trace,
     now=REALS,
-    steps=st.lists(
-        st.builds(
-            StepTrace,
-            number=COUNTS,
-            slices=SLICES,
-            gone=st.lists(COUNTS, max_size=3),
-            replayed=st.booleans(),
-            failed=st.booleans(),
-            **dict.fromkeys(("waiting", "free", "cached"), COUNTS),
-            **dict.fromkeys(("now", "began", "planned", "started", "forward", "sample"), REALS),
-            **dict.fromkeys(("landed", "committed", "published"), REALS),
-        ),
-        max_size=3,
-    ).map(tuple),
+    steps=st.lists(STEPS, max_size=3).map(tuple),
+    inflight=st.lists(STEPS, max_size=2).map(tuple),
     requests=st.lists(REQUESTS, max_size=3).map(tuple),
     pools=st.lists(
         st.builds(PoolTrace, COUNTS, st.none() | COUNTS, *[COUNTS] * 5, st.binary(max_size=40)), max_size=2

@@ -82,10 +82,12 @@ class StepLog:
         now = self.clock()
         since = now - seconds
         live = [request for family in list(scheduler.samples.values()) for request in family]  # copied in one go
+        inflight = self._inflight.copy()
         live.sort(key=lambda request: (request.phase is not Phase.RUNNING, request.order))
         return Trace(
             now=now,
             steps=tuple(step for step in self._steps.copy() if step.published >= since),
+            inflight=tuple(step for step in inflight if not step.published),  # or it has landed since
             requests=(
                 *(request for request in self._ended.copy() if request.ended is None or request.ended >= since),
                 *(_told(request) for request in live[:MAX_LIVE] if request.phase is not Phase.DONE),

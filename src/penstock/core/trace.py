@@ -94,10 +94,13 @@ class PoolTrace(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """``now`` is by the same clock as all moments; ``requests`` are those that ended in the time asked for, in order,
-    then those that have not, the first in line first."""
+    """``now`` is by the same clock as all moments; ``inflight`` are steps that have not landed, the oldest first;
+    ``requests`` are those that ended in the time asked for, in order, then those that have not, the first in line
+    first.
+    """
 
     now: float
     steps: tuple[StepTrace, ...] = ()
+    inflight: tuple[StepTrace, ...] = ()
     requests: tuple[RequestTrace, ...] = ()
     pools: tuple[PoolTrace, ...] = ()

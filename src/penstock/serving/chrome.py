@@ -90,6 +90,9 @@ def _engine(trace: Trace) -> Iterator[Event]:
         yield _counter("KV blocks", step, {"used": used, "cached": step.cached})
         yield _counter("tokens of the step", step, tokens._asdict())
         yield _counter("samples", step, {"in the step": len(step.slices), "waiting": step.waiting})
+    for step in trace.inflight[:1]:  # those after it wait for it
+        since = max(step.planned, trace.steps[-1].landed if trace.steps else 0.0)
+        yield _complete(ENGINE, EXECUTOR, Slice(f"step {step.number} in flight", since, trace.now))
 
 
 def _counter(name: str, step: StepTrace, values: dict[str, int]) -> Event:

@@ -95,7 +95,15 @@ def _told(trace: Trace, after: int) -> Response:
     live = [request for request in trace.requests if request.ended is None]
     requests = [_request(request, trace.now) for request in live[:MAX_SHOWN]]
     last = trace.steps[-1].number if trace.steps else after
-    told: dict[str, Any] = {"now": trace.now, "last": last, "steps": steps, "live": len(live), "requests": requests}
+    inflight = [{"number": step.number, "seconds": round(trace.now - step.planned, 6)} for step in trace.inflight]
+    told: dict[str, Any] = {
+        "now": trace.now,
+        "last": last,
+        "steps": steps,
+        "inflight": inflight,
+        "live": len(live),
+        "requests": requests,
+    }
     return as_json(told | {"pools": [pool._asdict() for pool in trace.pools]})
 
 
