@@ -155,6 +155,18 @@ def test_only_administrators_may_ask(served: Server, keys: dict[str, str], tmp_p
     assert b"trace_not_written" in refused.stderr
 
 
+def test_a_run_without_a_server_can_be_traced(tmp_path: Path) -> None:
+    done = penstock("run", f"{PROMPT} {SECRET}", "--max-tokens", "5", "--num-threads", "1", "--trace", tmp_path / "t")
+    assert done.returncode == 0, done.stderr
+    events = json.loads((tmp_path / "t").read_text())["traceEvents"]
+    assert not [word for word in words(events) if SECRET in word]
+    steps = [event["args"] for event in events if event["ph"] == "X" and event["name"].startswith("step ")]
+    assert steps[0]["prompt"] > 3 and sum(step["prompt"] + step["decode"] for step in steps) >= steps[0]["prompt"] + 4
+    (tmp_path / "prompts").write_text("a\n")
+    refused = penstock("run", "--input", tmp_path / "prompts", "--trace", tmp_path / "t")
+    assert refused.returncode == 2 and b"trace_of_one" in refused.stderr
+
+
 # -- spans -----------------------------------------------------------------------------------------------------------
 
 
