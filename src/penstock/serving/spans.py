@@ -24,6 +24,8 @@ from penstock.serving.history import Visit
 
 MAX_PENDING = 4096
 """Requests that wait to be sent."""
+MOST_CHARS = 512
+"""Of a header that names a trace, as the recommendation asks for; a longer one is passed over."""
 BATCH_SECONDS, MOST_TOGETHER = 1.0, 256
 TIMEOUT_SECONDS = 5.0
 OPERATIONS = {
@@ -81,7 +83,8 @@ class Spans:
         if len(self._pending) >= MAX_PENDING:
             self.dropped += 1
             return
-        trace = [(name.decode(), value.decode("latin-1")) for name, value in headers if name in _TRACE]
+        given = [(name, value) for name, value in headers if name in _TRACE and len(value) <= MOST_CHARS]
+        trace = [(name.decode(), value.decode("latin-1")) for name, value in given]
         self._pending.append((visit, {} if len(dict(trace)) < len(trace) else dict(trace)))  # given twice: in doubt
         self._wake.set()
 
