@@ -22,8 +22,9 @@ from penstock.assemble import Face, Loaded, find_model, load_behind, read_face
 from penstock.base import EngineError, InvalidRequest, PenstockError
 from penstock.core.engine import Engine, Mail
 from penstock.core.service import Abort, Status, Submission, Update
+from penstock.core.steplog import StepLog
 from penstock.spec import EngineConfig
-from penstock.wire import Connection, News, Ready, Refused, Start, WireError, decode_to_engine, encode
+from penstock.wire import Connection, Look, News, Ready, Refused, Seen, Start, WireError, decode_to_engine, encode
 
 if TYPE_CHECKING:
     from penstock.grammar import Grammar
@@ -43,13 +44,15 @@ class Host:
     def __init__(self, connection: Connection, epoch: int, face: Face, loaded: Loaded) -> None:
         setup = loaded.setup
         self._connection, self._epoch, self._face, self._executor = connection, epoch, face, loaded.executor
-        self._engine = Engine(setup.scheduler(), loaded.executor, self._deliver, setup.depth)
+        self._engine = Engine(
+            setup.scheduler(), loaded.executor, self._deliver, setup.depth, log=StepLog(time.monotonic)
+        )
         self._wake = threading.Event()
         self._closing = False
         self._compiler = ThreadPoolExecutor(2, "penstock-grammar")
         self._compiling: dict[str, list[Mail]] = {}  # and what else came for them meanwhile, in order
         self._grammars: dict[str, Grammar] = {}  # of requests that run, so that a step finds them compiled
-        self._lock = threading.Lock()
+        self._lock, self._sending = threading.Lock(), threading.Lock()
         self._told: Status | None = None
         self._told_at = 0.0
         self._ready = Ready(
@@ -110,7 +113,8 @@ class Host:
 
     def _send_frame(self, frame: bytes) -> None:
         try:
-            self._connection.send(frame)
+            with self._sending:
+                self._connection.send(frame)
         except OSError:
             self._closing = True  # nobody is there any more
 
@@ -123,12 +127,24 @@ class Host:
                 message = decode_to_engine(frame)
                 if isinstance(message, Start):
                     raise WireError("bad_frame", "An engine is started once", fix="report this")
-                self._take(message if isinstance(message, Submission) else Abort(message.id, message.sample))
+                if isinstance(message, Look):
+                    self._show(message)
+                else:
+                    self._take(message if isinstance(message, Submission) else Abort(message.id, message.sample))
         except WireError as error:
             log.error("%s", error)
         self._closing = True
         self._wake.set()
         leave_at_last()
+
+    def _show(self, look: Look) -> None:
+        """On this thread, so that a step that hangs can be looked at. A fault of it is not the engine's."""
+        try:
+            frame = encode(Seen(self._epoch, look.number, self._engine.look(look.seconds, look.blocks)))
+        except Exception:
+            log.exception("the engine could not be looked at")
+        else:
+            self._send_frame(frame)
 
     def _take(self, mail: Mail) -> None:
         with self._lock:

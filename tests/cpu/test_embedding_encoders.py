@@ -222,7 +222,7 @@ def test_a_plan_must_hold_whole_texts(tmp_path: Path) -> None:
     assert isinstance(failed, StepFailed) and "task_unsupported" in str(failed.error)
     assert isinstance(executor.submit(StepPlan(2, slices=[(0, 0, 9)], gone=[0, 5])).wait(), StepFailed)
     result = executor.submit(plan_of([text, text[:3]], ["mean", "last"])).wait()
-    assert isinstance(result, StepResult) and result.seconds > 0 and sorted(result.vectors) == [0, 1]
+    assert isinstance(result, StepResult) and result.forward > 0 and sorted(result.vectors) == [0, 1]
 
 
 def test_a_text_with_bad_numbers_fails_alone(tmp_path: Path) -> None:

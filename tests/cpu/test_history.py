@@ -10,7 +10,7 @@ import pytest
 
 from penstock.fleet import Admission
 from penstock.serving.gate import Caller, Gate
-from penstock.serving.history import History, phases, why
+from penstock.serving.history import History, Visit, phases, why
 from penstock.serving.limits import MAX_REMEMBERED
 from penstock.serving.requestlog import Line
 
@@ -35,6 +35,13 @@ def line(*marks: float | None, **fields: Any) -> Line:
         (line(1, None, None, 4), {"read": 1, "queue": 0, "prompt": 3}, "its 11 tokens: .* 17 tokens were computed"),
         (line(1, None, None, 5, completion_tokens=0), {"read": 1, "queue": 0, "prompt": 4}, "its prompt: .* 10 tokens"),
         (line(None, None, None, 2, status=400), {"read": 2}, "refused with status 400"),
+        (
+            line(1, 2, 5, 9, preempted=2, starved_s=5, starved_first_s=2),
+            {"read": 1, "queue": 1, "prompt": 1, "decode": 1, "memory": 5},
+            "5.000 of 9.000 s passed while KV blocks were short: it was preempted 2 times; 3 other",
+        ),
+        (line(1, 2, None, 4, status=499, starved_s=9), {"read": 1, "queue": 1, "prompt": 0, "memory": 2}, "short: "),
+        (line(1, 2, 3, 9, client_s=5), {"read": 1, "queue": 1, "prompt": 1, "decode": 1, "client": 5}, "client took"),
     ],
 )  # fmt: skip
 def test_a_request_says_what_took_it_so_long(ended: Line, spans: dict[str, float], told: str) -> None:
@@ -44,8 +51,8 @@ def test_a_request_says_what_took_it_so_long(ended: Line, spans: dict[str, float
 
 def test_history_is_bounded_and_leaves_out_what_computed_nothing() -> None:
     history, anybody = History(), Caller(Gate(Admission(1)), "x")
-    history.add(line(None, None, None, 1))  # the tokenizer alone
+    history.add(Visit(line(None, None, None, 1), 0.0))  # the tokenizer alone
     assert history.seen_by(anybody) == []
     for _ in range(MAX_REMEMBERED + 9):
-        history.add(line(1, 2, 3, 4))
+        history.add(Visit(line(1, 2, 3, 4), 0.0))
     assert len(history.seen_by(anybody)) == MAX_REMEMBERED

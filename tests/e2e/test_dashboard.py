@@ -27,6 +27,53 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
 SAID = f"<think>\nhm, rain\n</think>\n\nI look.\n<tool_call>\n{CALL}\n</tool_call>"
+FAINT = """
+() => {
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = numbers(colour).map((v) => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const colour = getComputedStyle(node).backgroundColor;
+      if ((numbers(colour)[3] ?? 1) > 0) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const faint = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const said = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!said || !node.checkVisibility()) continue;
+    const style = getComputedStyle(node);
+    const front = node instanceof SVGElement ? style.fill : style.color;
+    const [one, other] = [light(front), light(behind(node))].sort((a, b) => b - a);
+    const contrast = (one + 0.05) / (other + 0.05);
+    if (contrast < 4.5) faint.push(`${node.tagName} ${node.textContent.trim().slice(0, 20)} ${contrast.toFixed(2)}`);
+  }
+  return faint;
+}
+"""
+"""Texts with less contrast than WCAG 2.2 asks for (1.4.3, AA)."""
+
+CELLS = """
+() => {
+  const canvas = document.querySelector("#kv-map canvas");
+  const { data, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const style = getComputedStyle(document.documentElement);
+  const seen = {};
+  for (const [name, variable] of [["free", "--card"], ["shared", "--k3"], ["used", "--k2"]]) {
+    const [r, g, b] = style.getPropertyValue(variable).trim().slice(1).match(/../g).map((hex) => parseInt(hex, 16));
+    let count = 0;
+    for (let at = 0; at < data.length; at += 4) count += data[at] === r && data[at + 1] === g && data[at + 2] === b;
+    seen[name] = count;
+  }
+  return seen;
+}
+"""
+"""Pixels of the map of KV blocks that have the colour of a state."""
+
 ENDLESS = {"ignore_eos": True, "max_tokens": 900, "n": 16}
 
 
@@ -118,9 +165,15 @@ def test_loads_quickly_and_stays_in_place(page: Page, served: Server, keys: dict
     assert min(took) < 1500, took
 
     back = "getComputedStyle(document.documentElement).backgroundColor"
-    light = page.evaluate(back)
-    page.emulate_media(color_scheme="dark")
-    assert page.evaluate(back) != light
+    backs = set()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        backs.add(page.evaluate(back))
+        for view, other in (("live", "#kv-counts"), ("playground", "#text"), ("inspector", "#finished")):
+            page.click(f'nav a[href="#{view}"]')
+            expect(page.locator(other)).to_be_attached()
+            assert page.evaluate(FAINT) == [], scheme
+    assert len(backs) == 2
     unnamed = "[...document.querySelectorAll('input, textarea')].filter((e) => !e.labels.length).map((e) => e.id)"
     assert page.evaluate(unnamed) == []
 
@@ -128,7 +181,7 @@ def test_loads_quickly_and_stays_in_place(page: Page, served: Server, keys: dict
 def test_live_view_shows_what_is_under_way(page: Page, served: Server, keys: dict[str, str]) -> None:
     enter(page, served, keys["admin"], "playground")
     page.fill("#fields", json.dumps(ENDLESS))
-    page.fill("#text", "Tell me all.")
+    page.fill("#text", "Tell me all of it. " * 9)  # more than a KV block
     page.click("#send")
     expect(page.locator(".turn pre").nth(1)).to_have_text(re.compile(".{20}", re.DOTALL))  # it comes in pieces
     page.click("nav >> text=Live")
@@ -136,6 +189,28 @@ def test_live_view_shows_what_is_under_way(page: Page, served: Server, keys: dic
     expect(page.locator("#under-way td:nth-child(3)")).to_have_text(re.compile("prompt|decode"))
     expect(page.locator("#rate")).to_have_text(re.compile("[1-9]"))
     assert page.locator("#chart-rate path").count() == 2
+    expect(page.locator("#line tr")).to_have_count(16)
+    expect(page.locator("#line td:nth-child(3)").first).to_have_text("running")
+    assert page.locator("#chart-steps rect.decode").count() > 1
+    expect(page.locator("#kv-counts")).to_have_text(
+        re.compile(r"^\d+ blocks: \d+ free, \d+ kept for a prefix hit, [1-9]")
+    )
+    page.locator("#chart-steps").focus()
+    expect(page.locator("#step-note")).to_have_text(
+        re.compile(r"^Step \d+.*16 samples, 16 decode tokens, .*forward \d")
+    )
+    page.keyboard.press("Home")  # from here on the chart stands still
+    first = int(page.locator("#chart-steps [data-step]").first.get_attribute("data-step") or "")
+    expect(page.locator("#step-note")).to_have_text(re.compile(rf"^Step {first}\b"))
+    assert page.locator("#chart-steps rect.chosen").count() == 1
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#step-note")).to_have_text(re.compile(rf"^Step {first + 1}\b.*Escape goes on"))
+    page.locator(f"#chart-steps [data-step='{first}']").click()
+    expect(page.locator("#step-note")).to_have_text(re.compile(rf"^Step {first}\b"))
+    page.keyboard.press("Escape")
+    expect(page.locator("#step-note")).not_to_have_text(re.compile("Escape"))
+    in_use = page.evaluate(CELLS)
+    assert in_use["shared"] > 0 and in_use["free"] > in_use["shared"], in_use  # 16 samples read one prompt
     page.click("nav >> text=Playground")
     page.click("#stop")
     expect(page.locator("#ask-note")).to_have_text("Stopped.")

@@ -23,8 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock import AsyncLLM
+from penstock.core.trace import Trace
 from penstock.serving import build_app, limits, schemas, vectors
 from penstock.serving import server as serving
+from penstock.serving.chrome import STALLED, chrome_trace
 from penstock.serving.edge import nested_too_deeply
 from penstock.serving.limits import MAX_JSON_DEPTH
 from penstock.spec import EngineConfig
@@ -310,6 +312,12 @@ def test_a_client_that_reads_nothing_is_cut_off_and_its_request_ends(impatient: 
             assert time.monotonic() < deadline, "a client that does not read keeps its request"
             time.sleep(0.05)
         assert context.gate.admission.held == 0
+        while not context.history.visits:
+            assert time.monotonic() < deadline, "a request that was cut off is not told of"
+            time.sleep(0.01)
+        ((since, seconds),) = context.history.visits[0].stalls
+        assert seconds > 0.4 and context.history.visits[0].line.client_s == round(seconds, 6)
+        assert chrome_trace(Trace(now=since), context.history.visits)["traceEvents"][-1]["name"] == STALLED
         with contextlib.suppress(ConnectionError):
             while connection.recv(1 << 20):
                 pass

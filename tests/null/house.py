@@ -102,7 +102,7 @@ def dotted(node: ast.AST) -> str:
     return ""
 
 
-CORE_TYPES = ("penstock.core.plan", "penstock.core.service", "penstock.core.kv.link")
+CORE_TYPES = ("penstock.core.plan", "penstock.core.service", "penstock.core.trace", "penstock.core.kv.link")
 """What "core (types)" in the table means: the values and protocols that others exchange with the brain."""
 
 Table = dict[str, frozenset[str]]

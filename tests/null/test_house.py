@@ -47,7 +47,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 def declared_packages() -> set[str]:
     extras = {k: v for k, v in PROJECT["optional-dependencies"].items() if k != "test"}
     lines = [*PROJECT["dependencies"], *(line for extra in extras.values() for line in extra)]
-    return {re.split(r"[^\w-]", line)[0].replace("-", "_").lower() for line in lines}
+    names = {re.split(r"[^\w-]", line)[0].replace("-", "_").lower() for line in lines}
+    return names | {"opentelemetry" for name in names if name.startswith("opentelemetry_")}  # they share one name
 
 
 RULES: dict[str, Callable[[list[Source]], list[str]]] = {

@@ -16,7 +16,7 @@ from penstock.core.scheduler import Scheduler
 from penstock.core.service import Submission, Update
 from penstock.core.setup import EngineSetup
 from penstock.sim.toy import ToyExecutor, toy_completion
-from penstock.spec import SamplingParams, Vocabulary
+from penstock.spec import SamplingParams, Timing, Vocabulary
 
 PROMPT = tuple(range(1, 33))
 
@@ -185,8 +185,8 @@ def test_preemption_takes_the_last_in_line_and_loses_no_token() -> None:
     assert [len(tokens) for tokens in got.values()] == [24] * 3
 
 
-def test_updates_say_how_long_their_sample_was_queued() -> None:
-    """Until its first step; what it waits for after a preemption is not counted."""
+def test_updates_say_what_their_sample_waited_for() -> None:
+    """In the queue until its first step, and for memory after a preemption."""
     s = setup(blocks=8, rows=2)
     scheduler, executor = s.scheduler(), toy(s)
     for i, id in enumerate("abc"):
@@ -195,11 +195,14 @@ def test_updates_say_how_long_their_sample_was_queued() -> None:
     while not scheduler.idle:
         step(scheduler, executor, now := now + 1)
     assert scheduler.counters.preemptions
-    told: dict[str, set[float]] = {}
+    told: dict[str, list[Timing]] = {}
     for update in scheduler.outbox:
-        told.setdefault(update.id, set()).add(update.queued)
-    (last,) = told.pop("c")
-    assert told == {"a": {11.0}, "b": {10.0}} and last > 19  # it had to wait for one of them to end
+        told.setdefault(update.id, []).extend([update.timing] if update.timing else [])
+    assert {id: {timing.queued for timing in told[id]} for id in "ab"} == {"a": {11.0}, "b": {10.0}}
+    (first, *_, last) = told["b"]
+    assert first == (10.0, 0, 0.0) and told["a"][-1].starved == 0  # nobody is before it
+    assert last.preempted == scheduler.counters.preemptions and last.starved > 0
+    assert told["c"][0].queued > 19  # it had to wait for one of them to end
 
 
 def test_blocks_of_an_aborted_request_wait_for_its_step() -> None:

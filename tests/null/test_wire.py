@@ -17,14 +17,17 @@ from hypothesis import strategies as st
 
 from penstock.base import InvalidRequest, PenstockError
 from penstock.core.service import Counters, Status, Submission, Update
-from penstock.spec import EngineConfig, SamplingParams, StructuredOutputs, TokenLogprobs
+from penstock.core.trace import PoolTrace, RequestTrace, StepTrace, Trace
+from penstock.spec import EngineConfig, SamplingParams, StructuredOutputs, Timing, TokenLogprobs
 from penstock.wire import (
     MAX_FRAME,
     Cancel,
     Connection,
+    Look,
     News,
     Ready,
     Refused,
+    Seen,
     Start,
     Submit,
     WireError,
@@ -118,6 +121,7 @@ LOGPROBS = st.builds(
     st.integers(1, 10**6),
     st.lists(st.tuples(st.integers(0, 10**6), REALS), max_size=3).map(tuple),
 )
+COUNTS = st.integers(0, 2**63 - 1)
 UPDATES = st.builds(
     Update,
     TEXT,
@@ -130,8 +134,8 @@ UPDATES = st.builds(
     st.integers(0, 10**6),
     st.lists(LOGPROBS, max_size=3).map(tuple),
     st.none() | st.lists(REALS, max_size=5).map(tuple),
+    st.none() | st.builds(Timing, REALS, COUNTS, REALS),
 )
-COUNTS = st.integers(0, 2**63 - 1)
 STATUSES = st.builds(
     lambda counts, counters: Status(**counts, counters=Counters(**counters)),
     st.fixed_dictionaries({f.name: COUNTS for f in fields(Status) if f.name != "counters"}),
@@ -145,7 +149,35 @@ CONFIGS = st.builds(
     gpu_memory_utilization=st.floats(0.01, 1),
     enable_prefix_caching=st.booleans(),
 )
+SLICES = st.lists(st.tuples(COUNTS, COUNTS, COUNTS), max_size=3)
+REQUESTS = st.builds(
+    RequestTrace,
+    *(COUNTS, TEXT, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, REALS, st.none() | REALS, COUNTS, REALS),
+    *(TEXT, st.none() | REALS),
+)
+STEPS = st.builds(
+    StepTrace,
+    number=COUNTS,
+    slices=SLICES,
+    gone=st.lists(COUNTS, max_size=3),
+    replayed=st.booleans(),
+    failed=st.booleans(),
+    **dict.fromkeys(("waiting", "free", "cached"), COUNTS),
+    **dict.fromkeys(("now", "began", "planned", "started", "forward", "sample"), REALS),
+    **dict.fromkeys(("landed", "committed", "published"), REALS),
+)
+TRACES = st.builds(
+    Trace,
+    now=REALS,
+    steps=st.lists(STEPS, max_size=3).map(tuple),
+    inflight=st.lists(STEPS, max_size=2).map(tuple),
+    requests=st.lists(REQUESTS, max_size=3).map(tuple),
+    pools=st.lists(
+        st.builds(PoolTrace, COUNTS, st.none() | COUNTS, *[COUNTS] * 5, st.binary(max_size=40)), max_size=2
+    ).map(tuple),
+)
 FROM_ENGINE = st.one_of(
+    st.builds(Seen, COUNTS, COUNTS, TRACES),
     st.builds(News, COUNTS, st.lists(UPDATES, max_size=4).map(tuple), STATUSES),
     st.builds(
         Ready,
@@ -170,13 +202,17 @@ def test_a_submission_arrives_as_it_was(submission: Submission) -> None:
     assert repr(arrived) == repr(submission)  # lists are not tuples, and 1 is not 1.0
 
 
-@given(st.builds(Start, COUNTS, CONFIGS) | st.builds(Cancel, TEXT, st.none() | st.integers(0, 127)))
-def test_orders_arrive_as_they_were(message: Start | Cancel) -> None:
+@given(
+    st.builds(Start, COUNTS, CONFIGS)
+    | st.builds(Cancel, TEXT, st.none() | st.integers(0, 127))
+    | st.builds(Look, COUNTS, REALS, COUNTS)
+)
+def test_orders_arrive_as_they_were(message: Start | Cancel | Look) -> None:
     assert decode_to_engine(encode(message)) == message
 
 
 @given(FROM_ENGINE)
-def test_news_arrive_as_they_were(message: News | Ready) -> None:
+def test_news_arrive_as_they_were(message: News | Ready | Seen) -> None:
     arrived = decode_from_engine(encode(message))
     if isinstance(message, News):
         assert isinstance(arrived, News)
@@ -205,7 +241,7 @@ def test_an_error_of_a_narrower_kind_arrives_as_the_wider_one() -> None:
 @settings(max_examples=10 * settings.default.max_examples)
 @given(submissions(), FROM_ENGINE, st.randoms(use_true_random=False))
 def test_a_mutated_frame_is_a_message_or_a_wire_error(
-    submission: Submission, message: News | Ready, dice: random.Random
+    submission: Submission, message: News | Ready | Seen, dice: random.Random
 ) -> None:
     for decode, frame in ((decode_to_engine, encode(Submit.of(submission))), (decode_from_engine, encode(message))):
         broken = bytearray(frame)

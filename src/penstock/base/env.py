@@ -55,6 +55,11 @@ def serve_option(name: str) -> str:
     return _SERVE + name.upper()
 
 
+def otlp_endpoint() -> str | None:
+    """OTEL_EXPORTER_OTLP_ENDPOINT: where ``penstock serve`` sends spans if --otlp-endpoint is left out."""
+    return os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+
 def _flag(name: str) -> bool:
     """Set to anything but nothing and 0."""
     return os.environ.get(name, "") not in ("", "0")

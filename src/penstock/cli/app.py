@@ -23,6 +23,7 @@ from penstock.cli import (
     run,
     serve,
     show,
+    trace,
     version,
 )
 from penstock.cli.exits import explain, guarded
@@ -59,6 +60,7 @@ app.command("serve")(guarded(serve.serve))
 app.command("ps")(guarded(ps.ps))
 app.command("top")(guarded(ps.top))
 app.command("logs")(guarded(logs.logs))
+app.command("trace")(guarded(trace.trace))
 app.add_typer(keys.app, name="keys")
 config.show_like(serve.serve)
 app.add_typer(config.app, name="config")

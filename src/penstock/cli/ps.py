@@ -71,7 +71,7 @@ def top(
     from rich.console import Console
     from rich.live import Live
 
-    server = _chosen(pid)
+    server = chosen(pid)
     before, at = _asked(server), time.monotonic()
     console = Console(highlight=False)
     with Live(console=console, auto_refresh=False, screen=console.is_terminal and not once) as live:
@@ -84,7 +84,7 @@ def top(
             before, at = status, now
 
 
-def _chosen(pid: int | None) -> Presence:
+def chosen(pid: int | None) -> Presence:
     from penstock.serving.presence import servers
 
     found = servers()

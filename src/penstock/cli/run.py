@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,6 +20,7 @@ from penstock.cli.exits import emit
 from penstock.cli.lines import instead_of, is_jsonl
 from penstock.cli.options import MODEL_HELP, engine_options, sampling_options
 from penstock.cli.terminal import TextOutput
+from penstock.cli.trace import write_own
 from penstock.spec import SamplingParams
 
 DEFAULTS = {"max_tokens": 256}
@@ -45,6 +47,9 @@ def run(
         typer.Option(help="what a line of --input is; by the ending of its name unless given"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of streaming text")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the steps of PROMPT's completion there, for Perfetto")
+    ] = None,
     sampling: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
@@ -53,6 +58,8 @@ def run(
     With --input, each line is a prompt and gets a line of JSON, in order; the totals go to stderr.
     """
     asked = cli_sampling.asked(sampling)
+    if input is not None and trace is not None:
+        raise InvalidRequest("trace_of_one", "--trace is of one PROMPT", why="--input has many", fix="leave one out")
     if input is not None:
         with instead_of("prompt", prompt):
             run_file(model, engine, DEFAULTS, asked, input, output, is_jsonl(input, input_format), as_json)
@@ -64,10 +71,12 @@ def run(
     if prompt is None:
         model, prompt = None, model
         _refuse_model_alone(prompt)
-    _complete(model, engine, asked, _prompt_text(prompt), as_json)
+    _complete(model, engine, asked, _prompt_text(prompt), as_json, trace)
 
 
-def _complete(model: str | None, engine: dict[str, Any], asked: dict[str, Any], text: str, as_json: bool) -> None:
+def _complete(
+    model: str | None, engine: dict[str, Any], asked: dict[str, Any], text: str, as_json: bool, trace: Path | None
+) -> None:
     from penstock.llm import LLM
 
     started = time.perf_counter()
@@ -82,6 +91,8 @@ def _complete(model: str | None, engine: dict[str, Any], asked: dict[str, Any], 
             answer.take(delta)
             if streamed:
                 show(delta.text)
+        if trace is not None:
+            write_own(trace, llm.engine.service)
     if as_json:
         report = answer.report()
         report["timings"] = {"load_s": round(load_s, 4)} | report["timings"]

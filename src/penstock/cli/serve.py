@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from penstock.base import ConfigError, env
 from penstock.cli.complete import complete_model
 from penstock.cli.config import ConfigOption
 from penstock.cli.options import MODEL_HELP, engine_options
@@ -20,6 +21,7 @@ from penstock.spec import EngineConfig
 if TYPE_CHECKING:
     from penstock.assemble import Assembled
     from penstock.serving.gate import Gate
+    from penstock.serving.spans import Spans
 
 
 @engine_options
@@ -53,6 +55,7 @@ def serve(
     log_file: Annotated[
         Path | None, typer.Option(help="append a line of JSON for each request (penstock logs); SIGHUP opens it anew")
     ] = None,
+    otlp_endpoint: Annotated[str | None, typer.Option(help="send spans there, OTLP over HTTP (how-to/tracing)")] = None,
     engine: dict[str, Any],
 ) -> None:
     """Serve MODEL over HTTP, with the API of OpenAI."""
@@ -75,13 +78,29 @@ def serve(
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
         log = None if log_file is None else RequestLog(log_file)
+        spans = _spans(otlp_endpoint or env.otlp_endpoint())
         llm = AsyncLLM(front_of(service, wanted))
         gate.admission.budget = queue_tokens or queue_budget(llm.engine)
         url, admin_url = server.url_of(bound), None if admin is None else server.url_of(admin)
         stack.enter_context(_present(llm.engine, url, admin_url, gate))
+        greet = partial(_greet, llm.engine, url, admin_url, public=public, keyed=gate.ring is not None)
+        server.serve(llm, bound, greet, store, gate=gate, admin=admin, log=log, spans=spans)
 
-        greeting = _greeting(llm.engine, url, admin_url, public=public, keyed=gate.ring is not None)
-        server.serve(llm, bound, partial(print, greeting, flush=True), store, gate=gate, admin=admin, log=log)
+
+def _spans(endpoint: str | None) -> Spans | None:
+    """Raises ConfigError: (otel_missing), and as ``Spans``."""
+    if endpoint is None:
+        return None
+    try:
+        from penstock.serving.spans import Spans
+    except ImportError as error:
+        raise ConfigError(
+            "otel_missing",
+            f"Spans cannot be sent to {endpoint}",
+            why=str(error)[:200],
+            fix="pip install 'penstock[otel]', or leave --otlp-endpoint and OTEL_EXPORTER_OTLP_ENDPOINT out",
+        ) from error
+    return Spans(endpoint)
 
 
 def _present(engine: Assembled, url: str, admin_url: str | None, gate: Gate) -> AbstractContextManager[None]:
@@ -95,7 +114,7 @@ def _present(engine: Assembled, url: str, admin_url: str | None, gate: Gate) -> 
     return present(here)
 
 
-def _greeting(engine: Assembled, url: str, admin_url: str | None, *, public: bool, keyed: bool) -> str:
+def _greet(engine: Assembled, url: str, admin_url: str | None, *, public: bool, keyed: bool) -> None:
     lines = [f"Serving {engine.name} at {url}/v1"]
     if not engine.one_answer:
         lines.append(
@@ -106,7 +125,7 @@ def _greeting(engine: Assembled, url: str, admin_url: str | None, *, public: boo
         lines.append("Anyone who can reach this address can use it: this server asks for no key.")
     if admin_url:
         lines.append(f"Administration at {admin_url}")
-    return "\n".join([*lines, f"Try it:\n  {example(url, engine, keyed=keyed)}", f"Or open {url}"])
+    print("\n".join([*lines, f"Try it:\n  {example(url, engine, keyed=keyed)}", f"Or open {url}"]), flush=True)
 
 
 def example(url: str, engine: Assembled, *, keyed: bool = False) -> str:

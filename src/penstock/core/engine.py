@@ -10,6 +10,8 @@ from penstock.base import EngineError, PenstockError
 from penstock.core.plan import Executor, StepFailed, StepPlan, StepResult, Ticket
 from penstock.core.scheduler import Scheduler
 from penstock.core.service import Abort, Submission, Update
+from penstock.core.steplog import StepLog
+from penstock.core.trace import Trace
 
 Mail = Submission | Abort
 
@@ -28,6 +30,7 @@ class Engine:
     Args:
         depth: steps in flight: 1 is the plain loop, 2 overlaps scheduling with compute, more is a pipeline.
         deliver: called with the news of each launch and landing; must not block.
+        log: keeps the last steps, for ``look``.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Engine:
         deliver: Callable[[list[Update]], None],
         depth: int = 1,
         journal: Journal | None = None,
+        log: StepLog | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -44,7 +48,7 @@ class Engine:
         self.inbox: deque[Mail] = deque()  # append and popleft are atomic
         self.inflight: deque[tuple[StepPlan, Ticket]] = deque()
         self._deliver = deliver
-        self._journal = journal
+        self._journal, self._log = journal, log
 
     def post(self, mail: Mail) -> None:
         self.inbox.append(mail)
@@ -56,8 +60,9 @@ class Engine:
     def launch(self, now: float) -> None:
         """Takes the mail and fills the pipeline. Never waits for a step."""
         mail = self._take_mail(now)
+        self._let_go(now)
         plans: list[StepPlan] = []
-        while len(self.inflight) < self.depth and (plan := self.scheduler.plan(now)):
+        while len(self.inflight) < self.depth and (plan := self._plan(now)):
             self.inflight.append((plan, self.executor.submit(plan)))
             plans.append(plan)
         if self._journal:
@@ -75,10 +80,33 @@ class Engine:
         if isinstance(result, StepFailed):
             while self.inflight:
                 self.inflight.popleft()[1].wait()
+        landed = self._log.clock() if self._log else 0.0
         self.scheduler.commit(plan, result)
         if self._journal:
             self._journal.landed(plan, result)
+        committed = self._log.clock() if self._log else 0.0
+        self._let_go(committed)
         self._flush()
+        if self._log:
+            self._log.landed(result, landed, committed)
+
+    def look(self, seconds: float, blocks: int = 0) -> Trace:
+        """As ``Service.look``, from any thread. Only with a log."""
+        assert self._log is not None
+        return self._log.look(self.scheduler, seconds, blocks)
+
+    def _plan(self, now: float) -> StepPlan | None:
+        began = self._log.clock() if self._log else 0.0
+        plan = self.scheduler.plan(now)
+        if self._log and plan:
+            self._log.planned(plan, now, began, self.scheduler)
+        return plan
+
+    def _let_go(self, now: float) -> None:
+        if ended := self.scheduler.ended:
+            self.scheduler.ended = []
+            if self._log:
+                self._log.ended(ended, now)
 
     def _take_mail(self, now: float) -> tuple[Mail, ...]:
         mail: list[Mail] = []

@@ -103,7 +103,10 @@ class StepResult:
             for requests that asked.
         vectors: slice index -> the vector it completed.
         failed: slice index -> why that request alone cannot go on (such as NaN logits).
-        seconds: time the step took on the device.
+        started: when the executor began with it, in seconds of ``time.monotonic``; 0 where nobody looked.
+        forward, sample: seconds that its thread then spent on the batch and the model, and on drawing tokens and
+            waiting for them; a device that works on its own is done only when they are there.
+        replayed: the pass was a recorded one.
     """
 
     tokens: Sequence[tuple[int, ...]]
@@ -111,7 +114,10 @@ class StepResult:
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     vectors: dict[int, tuple[float, ...]] = field(default_factory=dict)
     failed: dict[int, PenstockError] = field(default_factory=dict)
-    seconds: float = 0.0
+    started: float = 0.0
+    forward: float = 0.0
+    sample: float = 0.0
+    replayed: bool = False
 
 
 @dataclass(slots=True)

@@ -1,13 +1,13 @@
-"""Request: one sample of a submission, as the scheduler sees it."""
+"""Request: one sample of a submission, as the scheduler sees it. StepRecord: a step, likewise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
 
-from penstock.core.plan import NewRequest
+from penstock.core.plan import NewRequest, StepPlan
 from penstock.core.service import Submission
-from penstock.spec import TokenLogprobs
+from penstock.spec import Timing, TokenLogprobs
 
 Order = tuple[float, int]
 """Place in the line; smaller goes first. It never changes while a request lives (docs/decisions/0002)."""
@@ -42,6 +42,8 @@ class Request:
         waits: plans it sat out because another request was computing its next block.
         suspect: it was part of a step that failed, and runs among suspects alone until a step of theirs succeeds.
         arrived, queued: when it came, and how long it then was until a step took it up for the first time.
+        since: when it began to wait to be taken up, or for KV blocks; None while it does not.
+        preempted, starved: as of ``Timing``; resumed: they are to be told with its next token.
         reported: prompt positions whose log-probabilities were delivered, if it reports any.
     """
 
@@ -69,6 +71,10 @@ class Request:
     reported: int = 0
     arrived: float = 0.0
     queued: float | None = None
+    since: float | None = None
+    preempted: int = 0
+    starved: float = 0.0
+    resumed: bool = False
     names: list[bytes] = field(default_factory=list)
 
     @property
@@ -108,6 +114,19 @@ class Request:
         self.reported += len(news)
         return news
 
+    def resume(self, now: float) -> None:
+        """It is part of a step again."""
+        assert self.since is not None
+        if self.queued is None:
+            self.queued = now - self.arrived
+        else:
+            self.starved += now - self.since
+        self.since, self.resumed = None, True
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(self.queued or 0.0, self.preempted, self.starved)
+
     def __lt__(self, other: Request) -> bool:
         return self.order < other.order
 
@@ -125,3 +144,13 @@ class Request:
             limit=self.limit,
             task=self.submission.task,
         )
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """A plan being drafted or in flight, and what the scheduler must remember of it."""
+
+    plan: StepPlan
+    requests: list[Request] = field(default_factory=list)
+    filling: list[bytes] = field(default_factory=list)
+    starved: bool = False  # somebody found no blocks, so nobody new is let in

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 from penstock.base import PenstockError
@@ -16,7 +16,7 @@ from penstock.core.admission import Limits, final_length
 from penstock.core.kv.groups import KVCache
 from penstock.core.plan import StepFailed, StepPlan, StepResult
 from penstock.core.policy import SchedulingPolicy
-from penstock.core.request import Phase, Request
+from penstock.core.request import Phase, Request, StepRecord
 from penstock.core.service import Counters, Status, Submission, Update, duplicate_id
 from penstock.core.suspects import Suspects
 from penstock.spec import FinishReason, TokenLogprobs, Vocabulary
@@ -24,20 +24,11 @@ from penstock.spec import FinishReason, TokenLogprobs, Vocabulary
 _NONE: tuple[TokenLogprobs, ...] = ()
 
 
-@dataclass(slots=True)
-class StepRecord:
-    """A plan being drafted or in flight, and what the scheduler must remember of it."""
-
-    plan: StepPlan
-    requests: list[Request] = field(default_factory=list)
-    filling: list[bytes] = field(default_factory=list)
-    starved: bool = False  # somebody found no blocks, so nobody new is let in
-
-
 class Scheduler:
     """``plan`` decides one step, ``commit`` takes in what became of the oldest one. Neither blocks nor knows a clock.
 
-    ``outbox`` collects the news for callers; whoever drives the scheduler empties it.
+    ``outbox`` collects the news for callers, ``ended`` the requests that have; whoever drives the scheduler empties
+    them.
     """
 
     def __init__(self, kv: KVCache, limits: Limits, vocabulary: Vocabulary, policy: SchedulingPolicy) -> None:
@@ -53,10 +44,12 @@ class Scheduler:
         self.samples: dict[str, list[Request]] = {}  # of the submissions that are not finished
         self.inflight: deque[StepRecord] = deque()
         self.outbox: list[Update] = []
+        self.ended: list[tuple[Request, FinishReason]] = []
         self.counters = Counters()
         self._leaving = 0  # preempted requests whose blocks are not back yet
-        self._waiting_count = 0
+        self.in_line = 0
         self._next_id = 0
+        self._now = 0.0  # of the plan being drafted
         self._draft = StepRecord(StepPlan(0))
 
     # -- arrivals and departures ---------------------------------------------------------------------
@@ -88,6 +81,7 @@ class Scheduler:
                 tables=[[] for _ in self.kv.pools],
                 leader=family[0] if family else None,
                 arrived=now,
+                since=now,
             )
             self._next_id += 1
             family.append(request)
@@ -108,7 +102,7 @@ class Scheduler:
     def status(self) -> Status:
         return Status(
             running=len(self.running),
-            waiting=self._waiting_count + self._leaving,
+            waiting=self.in_line + self._leaving,
             blocks_total=self.kv.total,
             blocks_used=self.kv.used,
             counters=replace(self.counters),
@@ -122,6 +116,7 @@ class Scheduler:
         Requests are served in policy order. Every running request after the current one is promised one
         token of the budget, so that a long prompt never holds up those who decode.
         """
+        self._now = now
         if not only and self.suspects:
             return None if self.inflight else self._plan_suspects(now)
         draft, index, budget = self._draft, 0, self.limits.max_batch_tokens
@@ -142,8 +137,8 @@ class Scheduler:
             draft.starved = False
             return self._plan_suspects(now) if not only and self.suspects and not self.inflight else None
         for request in draft.requests:
-            if request.queued is None:
-                request.queued = now - request.arrived
+            if request.since is not None:
+                request.resume(now)
         self.inflight.append(draft)
         self.counters.steps += 1
         self.counters.copies += len(draft.plan.copies)
@@ -164,7 +159,7 @@ class Scheduler:
             self._preempt(running[-1])
         request = heappop(waiting)
         request.phase = Phase.RUNNING
-        self._waiting_count -= 1
+        self.in_line -= 1
         running.insert(index, request)
         return request
 
@@ -188,6 +183,7 @@ class Scheduler:
             while not (got := self.kv.grow(request, count, draft.plan)):
                 if not self._make_room(request):
                     draft.starved = True
+                    request.since = self._now if request.since is None else request.since
                     return 0
             count = got
         if not request.resident:
@@ -237,6 +233,8 @@ class Scheduler:
         self.suspects.leave(victim)
         if victim.planned:
             self.counters.preemptions += 1
+            victim.preempted += 1
+        victim.since = self._now if victim.since is None else victim.since
         self._evict(victim)
         victim.phase = Phase.LEAVING
         self._leaving += 1
@@ -263,7 +261,7 @@ class Scheduler:
 
     def _queue(self, request: Request) -> None:
         request.phase = Phase.WAITING
-        self._waiting_count += 1
+        self.in_line += 1
         heappush(self.waiting, request)
 
     # -- committing ----------------------------------------------------------------------------------
@@ -315,19 +313,20 @@ class Scheduler:
                 tokens, logprobs = tokens[:taken], logprobs[:taken]
                 break
         self.counters.generated_tokens += len(tokens)
-        id, queued = request.submission.id, request.queued or 0.0
-        update = Update(id, request.sample, tokens, logprobs, reason, stop, None, request.cached, queued=queued)
+        update = Update(request.submission.id, request.sample, tokens, logprobs, reason, stop, None, request.cached)
         if reason:
             self._finish(request, update)
-        else:
-            self.outbox.append(update)
+            return
+        if request.resumed:
+            request.resumed, update.timing = False, request.timing
+        self.outbox.append(update)
 
     def _is_eos(self, request: Request, token: int) -> bool:
         return token in self.vocabulary.eos_ids and not request.submission.params.ignore_eos
 
     def _sweep(self) -> None:
         """Drops ended requests from the waiting heap when they are most of it; they hold their prompts."""
-        if len(self.waiting) > 2 * self._waiting_count + 64:
+        if len(self.waiting) > 2 * self.in_line + 64:
             self.waiting = [request for request in self.waiting if request.phase is Phase.WAITING]
             heapify(self.waiting)
 
@@ -340,11 +339,14 @@ class Scheduler:
         if request.phase is Phase.RUNNING:
             self.running.remove(request)
         elif request.phase is Phase.WAITING:
-            self._waiting_count -= 1
+            self.in_line -= 1
             self._sweep()
         else:
             self._leaving -= 1
         request.phase = Phase.DONE
+        assert update.finish_reason is not None
+        self.ended.append((request, update.finish_reason))
+        update.timing = request.timing
         self.suspects.leave(request)
         self._evict(request)
         self._settle(request)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from penstock.base import InvalidRequest, PenstockError
-from penstock.spec import FinishReason, SamplingParams, TokenLogprobs
+from penstock.base import InvalidRequest, PenstockError, Unavailable
+from penstock.core.trace import Trace
+from penstock.spec import FinishReason, SamplingParams, Timing, TokenLogprobs
 
 MAX_PRIORITY = 10**6
 
@@ -67,7 +69,7 @@ class Update:
         stop_reason: the stop token id that ended it, None for end-of-sequence.
         error: set with finish_reason "error".
         cached_tokens: prompt tokens whose KV was found rather than computed.
-        queued: seconds from its arrival to the first step that it was part of, by the engine's clock.
+        timing: what it waited for so far, where that is news, and in the last update.
         prompt_logprobs: entries of further prompt tokens, in order from the second one (the first has none), if asked
             for; sample 0 alone brings them.
         vector: what a submission of another task than "generate" asked for, with finish_reason "stop".
@@ -83,7 +85,7 @@ class Update:
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     vector: tuple[float, ...] | None = None
-    queued: float = field(default=0.0, compare=False)
+    timing: Timing | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -140,6 +142,17 @@ class Service(Protocol):
 
     def status(self) -> Status: ...
 
+    def look(self, seconds: float, blocks: int = 0) -> Future[Trace]:
+        """What the engine did in the last seconds.
+
+        Args:
+            blocks: most KV blocks of each pool whose state is told.
+
+        Raises (from the future):
+            Unavailable: (engine_stopped) there is no engine now.
+        """
+        ...
+
     @property
     def alive(self) -> bool:
         """It can compute now."""
@@ -153,3 +166,12 @@ class Service(Protocol):
 def duplicate_id(id: str) -> InvalidRequest:
     what = f"A request with id {id!r} is still running"
     return InvalidRequest("duplicate_request_id", what, fix="use another id, or none to be given one")
+
+
+def engine_stopped() -> Unavailable:
+    return Unavailable(
+        "engine_stopped",
+        "The engine is not running",
+        why="it stopped, or it died and is being started again",
+        fix="try again in some seconds; if it stays so, restart the server and report its log",
+    )

@@ -63,7 +63,7 @@ class Ops(Protocol):
     """Draws as ``sampling`` does, where exact numbers are not needed to tell."""
     captured: Callable[[Forward], Forward] | None
     """The same function without the time that Python takes between ops: recorded once, and replayed. Results have the
-    same bits and hold until the next call."""
+    same bits and hold until the next call; ``replayed`` of the function then says which it was."""
     layout: str
     """What decides the order in which ``pack`` puts numbers; empty where it leaves them as they are."""
 

@@ -99,7 +99,7 @@ class Job:
         self.error = self.error or update.error
         delta = completion.extend(update.tokens, update.logprobs, update.finish_reason, update.stop_reason)
         delta.num_cached_tokens = self._cached_tokens
-        delta.queued = update.queued
+        delta.timing = update.timing
         if self.finished and self._metrics.finished_time is None:
             self._metrics.finished_time = now
         return delta

@@ -29,7 +29,7 @@ class PendingTexts:
         for part in self.parts:
             part.add(rows_TD[start : start + part.count], step)
             start += part.count
-        step.seconds = time.perf_counter() - self.started
+        step.started, step.forward = self.started, time.monotonic() - self.started
         return step
 
 
@@ -55,7 +55,7 @@ class EncoderRunner:
         Raises:
             EngineError: (text_not_whole) a slice is not all of a text; (task_unsupported) it wants something else.
         """
-        started = time.perf_counter()
+        started = time.monotonic()
         for request in plan.gone:
             self.requests.pop(request, None)
         self.requests |= {new.id: new for new in plan.new}

@@ -32,11 +32,15 @@ class PendingStep:
     drawn: HostCopy | None  # codes, then the columns of logprobs
     extras: Extras | None
     started: float
+    forward: float = 0.0
+    sample: float = 0.0
+    replayed: bool = False
     errors: dict[int, PenstockError] = field(default_factory=dict)  # of rows whose rules raised
 
     def result(self) -> StepResult:
         tokens: list[tuple[int, ...]] = [NOTHING] * self.slices
         step = StepResult(tokens)
+        waited = time.monotonic()
         if self.drawn is not None:
             codes_R, *columns = self.drawn.wait()
             codes, draws = codes_R.tolist(), self.inputs.draws
@@ -51,7 +55,8 @@ class PendingStep:
                 step.logprobs = {draws[r]: (entry,) for r, entry in entries.items() if codes[r] >= 0}
         if self.extras is not None:
             self.extras.tell(step)
-        step.seconds = time.perf_counter() - self.started
+        step.started, step.forward, step.replayed = self.started, self.forward, self.replayed
+        step.sample = self.sample + time.monotonic() - waited
         return step
 
 
@@ -97,7 +102,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> PendingStep:
         """Starts a step. On a device that works on its own this returns before the tokens exist, unless a
         request's parameters make the sampler look at values."""
-        started = time.perf_counter()
+        started = time.monotonic()
         self._apply(plan)
         step = self.inputs.build(plan.slices)
         rows_R = step.out_rows_R if len(step.draws) < len(step.ids_T) else None
@@ -105,7 +110,9 @@ class Runner:
         if extras is not None:
             rows_R = torch.cat((step.out_rows_R, step.out_rows_R.new_tensor(extras.rows)))
         hidden_RD = self.decoder.hidden(*self.forward(step.ids_T, step.batch), rows_R)
-        pending = PendingStep(len(plan.slices), step, None, None, extras, started)
+        computed = time.monotonic()
+        pending = PendingStep(len(plan.slices), step, None, None, extras, started, computed - started)
+        pending.replayed = bool(getattr(self.forward, "replayed", False))
         if draws := len(step.draws):
             drawn = self.sampler.draw(self.decoder.logits(hidden_RD[:draws]), step.rows, step.positions)
             self.inputs.append(step, drawn.tokens_R)
@@ -113,6 +120,7 @@ class Runner:
             pending.drawn = HostCopy([drawn.codes_R, *(drawn.logprobs.columns if drawn.logprobs else ())])
         if extras is not None:
             self.reporter.compute(extras, hidden_RD[draws:])
+        pending.sample = time.monotonic() - computed
         return pending
 
     def _apply(self, plan: StepPlan) -> None:

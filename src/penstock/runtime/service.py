@@ -6,12 +6,15 @@ import atexit
 import logging
 import threading
 import time
+from concurrent.futures import Future
 
 from penstock.base import EngineError
 from penstock.core.engine import Engine, Journal
 from penstock.core.plan import Executor
 from penstock.core.scheduler import Scheduler
 from penstock.core.service import Abort, Sink, Status, Submission, Update, duplicate_id
+from penstock.core.steplog import StepLog
+from penstock.core.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +25,7 @@ class LocalService:
     def __init__(
         self, scheduler: Scheduler, executor: Executor, depth: int = 1, journal: Journal | None = None
     ) -> None:
-        self._engine = Engine(scheduler, executor, self._deliver, depth, journal)
+        self._engine = Engine(scheduler, executor, self._deliver, depth, journal, StepLog(time.monotonic))
         self._executor = executor
         self._sinks: dict[str, tuple[Sink, set[int]]] = {}  # and the samples that have not ended
         self._lock = threading.Lock()
@@ -50,6 +53,12 @@ class LocalService:
 
     def status(self) -> Status:
         return self._engine.scheduler.status()
+
+    def look(self, seconds: float, blocks: int = 0) -> Future[Trace]:
+        """As of ``Service``; it does not wait."""
+        seen: Future[Trace] = Future()
+        seen.set_result(self._engine.look(seconds, blocks))
+        return seen
 
     @property
     def alive(self) -> bool:

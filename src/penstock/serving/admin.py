@@ -8,9 +8,11 @@ from starlette.types import ASGIApp
 
 from penstock.base import ConfigError
 from penstock.serving.app import Routes, application, metrics, status
+from penstock.serving.chrome import trace_file
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
+from penstock.serving.steps import engine_view
 
 
 def build_admin(context: Context, *, hosts: frozenset[str] | None = None) -> ASGIApp:
@@ -36,6 +38,8 @@ async def _drain(request: Request) -> Response:
 ROUTES: Routes = {
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
+    "/debug/engine": ("admin", engine_view),
+    "/debug/trace": ("admin", trace_file),
     "/reload": ("admin", _reload, "POST"),
     "/drain": ("admin", _drain, "POST"),
 }

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -19,14 +19,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from penstock.base import PenstockError, env
+from penstock.core.service import engine_stopped
 from penstock.fleet import Admission
 from penstock.llm import AsyncLLM
 from penstock.serving import durable
 from penstock.serving.batch_run import Answerer
 from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
+from penstock.serving.chrome import trace_file
 from penstock.serving.completions import CompletionTask
-from penstock.serving.context import Context, context_of, engine_stopped, shutting_down
+from penstock.serving.context import Context, context_of, shutting_down
 from penstock.serving.dashboard import PAGES
 from penstock.serving.edge import Edge, as_json, off_loop, parse, read_body
 from penstock.serving.errors import (
@@ -54,8 +56,12 @@ from penstock.serving.schemas import (
     unknown_fields,
 )
 from penstock.serving.sse import NAMED, PLAIN, Dialect, EventStream, unless_disconnected
+from penstock.serving.steps import engine_view
 from penstock.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
+
+if TYPE_CHECKING:
+    from penstock.serving.spans import Spans
 
 G = TypeVar("G", bound=GenerationRequest)
 R = TypeVar("R", bound=ModelRequest)
@@ -80,6 +86,7 @@ def build_app(
     hosts: frozenset[str] | None = None,
     gate: Gate | None = None,
     log: RequestLog | None = None,
+    spans: Spans | None = None,
 ) -> tuple[ASGIApp, Context]:
     """The application, and what whoever runs it needs to end it in good order.
 
@@ -88,12 +95,14 @@ def build_app(
         hosts: names a Host header may carry; None for any.
         gate: who may use it; by default anybody, within the default budget.
         log: has a line for each request.
+        spans: sends one for each.
     """
     engine = llm.engine
     metrics = Metrics(engine.service.status, frozenset(ROUTES))
     gate = gate or Gate(Admission(queue_budget(engine)))
-    metrics.registry.register(QueueCollector(gate.admission, log))
+    metrics.registry.register(QueueCollector(gate.admission, log, spans))
     context = Context(llm=llm, metrics=metrics, gate=gate, name=engine.name, created=int(time.time()), log=log)
+    context.spans = spans
     context.batches = Batches(context, store or env.data_folder() / "store", _in_batches())
     return application(ROUTES, context, hosts), context
 
@@ -355,5 +364,7 @@ ROUTES: Routes = {
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
     "/requests": ("inference", finished),
+    "/debug/engine": ("admin", engine_view),
+    "/debug/trace": ("admin", trace_file),
     **PAGES,
 }

@@ -27,6 +27,7 @@ from penstock.text import Delta
 
 if TYPE_CHECKING:
     from penstock.serving.batches import Batches
+    from penstock.serving.spans import Spans
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class Context:
     name: str
     created: int
     log: RequestLog | None = None
+    spans: Spans | None = None
     live: set[str] = field(default_factory=set)
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     history: History = field(default_factory=History)
@@ -110,15 +112,6 @@ def shutting_down() -> Unavailable:
     )
 
 
-def engine_stopped() -> Unavailable:
-    return Unavailable(
-        "engine_stopped",
-        "The engine is not running",
-        why="it stopped, or it died and is being started again",
-        fix="try again in some seconds; if it stays so, restart the server and report its log",
-    )
-
-
 @dataclass(slots=True)
 class Generation:
     """All samples of all prompts of one HTTP request.
@@ -165,6 +158,7 @@ class Generation:
         Choice ``i * choices + j`` is sample j of prompt i, or the one that came out as number j.
         """
         self._charge()
+        current.get().answer = self.id
         one = self._best if self.kept else self._one
         async with aclosing(merged([one(i) for i in range(len(self.prompts))])) as news:
             async for prompt, delta in news:
@@ -212,11 +206,13 @@ class Generation:
                     if delta.token_ids:
                         if (before := latest.get(delta.index)) is None:
                             metrics.first_token.observe(now - started)
-                            caller.began(delta.queued)
+                            caller.began(delta.timing)
                         else:
                             metrics.between.observe((now - before) / len(delta.token_ids))
                             caller.longest_gap = max(caller.longest_gap, now - before)
                         latest[delta.index] = now
+                    if delta.timing is not None:
+                        caller.waited(delta.timing)
                     self.cached_tokens += delta.num_cached_tokens - cached
                     caller.cached_tokens = self.cached_tokens
                     cached = delta.num_cached_tokens

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from penstock.serving.context import Context
 from penstock.serving.errors import HTTPError, error_response, internal_error
 from penstock.serving.gate import Caller, current
+from penstock.serving.history import Visit
 from penstock.serving.limits import (
     BODY_SECONDS,
     INLINE_BYTES,
@@ -26,12 +27,13 @@ from penstock.serving.limits import (
     MAX_HEADERS,
     MAX_JSON_DEPTH,
 )
+from penstock.serving.protocol import STALLS
 from penstock.serving.requestlog import line_of
 
 T = TypeVar("T")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
-PROBES = frozenset({"page", "requests", "live", "ready", "health", "metrics", "status"})
+PROBES = frozenset({"page", "requests", "live", "ready", "health", "metrics", "status", "debug"})
 """First parts of paths that are asked for all the time: probes, and the dashboard."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -60,6 +62,7 @@ class Edge:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         request_id = _request_id(headers)
         caller = self.context.gate.caller(headers, request_id)
+        caller.stalls = scope.setdefault(STALLS, caller.stalls)
         current.set(caller)
         started = 0
 
@@ -87,14 +90,19 @@ class Edge:
                 await error_response(internal_error(), scope["path"])(scope, receive, send_named)
         finally:
             caller.leave()
-            self._note(caller, scope["path"], started or 499)
+            self._note(caller, scope["path"], started or 499, headers)
 
-    def _note(self, caller: Caller, path: str, status: int) -> None:
+    def _note(self, caller: Caller, path: str, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Puts a request that has ended into the books. 499: its client was gone before it was answered (nginx)."""
         self.context.metrics.account(caller, status)
         line = line_of(caller, path, status)
         if caller.visit is not None:
-            self.context.history.add(line)
+            visit = Visit.of(caller, line)
+            self.context.history.add(visit)
+            if line.admitted_s is not None:
+                self.context.metrics.spent(line)
+            if self.context.spans is not None:
+                self.context.spans.add(visit, headers)
         probe = path == "/" or not PROBES.isdisjoint(path.split("/", 2)[1:2])
         if self.context.log is not None and (not probe or status in (401, 403)):
             self.context.log.add(line)

@@ -18,6 +18,7 @@ from penstock.base import PenstockError
 from penstock.fleet import Admission, Rates, Visit
 from penstock.serving.errors import HTTPError
 from penstock.serving.keys import MAX_KEY_LENGTH, Key, Keyring, process_key, read_keys
+from penstock.spec import Timing
 
 Access = Literal["public", "inference", "admin"]
 """What a route asks of its caller."""
@@ -46,7 +47,10 @@ class Caller:
         tenant: whose request it is.
         booked: False for a line of a batch, which is bounded where it comes from and stands behind all others.
         ahead: requests under way when it came.
-        model, ..., longest_gap: what became of it, for the log; times in seconds of ``time.monotonic``.
+        model, ..., stalls: what became of it, for the log; times in seconds of ``time.monotonic``.
+        starved_first: how much of ``starved`` was before its first token.
+        stalls: since when and for how many seconds its client did not take what was written.
+        answer: the id of what it is answered, by which the engine's requests are named.
     """
 
     gate: Gate
@@ -66,6 +70,11 @@ class Caller:
     started: float | None = None
     first_token: float | None = None
     longest_gap: float = 0.0
+    preempted: int = 0
+    starved: float = 0.0
+    starved_first: float = 0.0
+    stalls: list[tuple[float, float]] = field(default_factory=list)
+    answer: str | None = None
     finish: str | None = None
 
     def require(self, access: Access) -> None:
@@ -108,12 +117,18 @@ class Caller:
         self.admitted = self.admitted or now
         self.prompt_tokens += prompt
 
-    def began(self, queued: float) -> None:
-        """Its first token is here; the engine took it up ``queued`` seconds after it came."""
+    def began(self, timing: Timing | None) -> None:
+        """A first token is here, and what the engine says of the time before it."""
         if self.first_token is None:
             self.first_token = time.monotonic()
-            if self.admitted is not None:
-                self.started = min(self.admitted + queued, self.first_token)
+            if self.admitted is not None and timing is not None:
+                self.started = min(self.admitted + timing.queued, self.first_token)
+                self.starved_first = timing.starved
+
+    def waited(self, timing: Timing) -> None:
+        """Of several samples the one that waited most speaks for all: they run at the same time."""
+        self.preempted = max(self.preempted, timing.preempted)
+        self.starved = max(self.starved, timing.starved)
 
     def leave(self) -> None:
         if self.visit is not None:

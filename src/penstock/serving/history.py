@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from penstock.serving.gate import Caller, current
-from penstock.serving.limits import MAX_REMEMBERED
+from penstock.serving.limits import MAX_REMEMBERED, MAX_VISITS
 from penstock.serving.requestlog import Line
 
-PHASES = ("read", "queue", "prompt", "decode")
+PHASES = ("read", "queue", "prompt", "decode", "memory", "client")
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A request for a trace: its line, and what else its Caller had."""
+
+    line: Line
+    arrived: float
+    stalls: tuple[tuple[float, float], ...] = ()
+    answer: str | None = None
+
+    @classmethod
+    def of(cls, caller: Caller, line: Line) -> Visit:
+        return cls(line, caller.arrived, tuple(caller.stalls), caller.answer)
 
 
 class History:
-    """The last MAX_REMEMBERED requests that were computed, or failed after they were let in, as JSON."""
+    """The last MAX_REMEMBERED requests that were computed, or failed after they were let in, as JSON.
+
+    Attributes:
+        visits: the last MAX_VISITS of them, for a trace.
+    """
 
     def __init__(self) -> None:
         self._ended: deque[tuple[str | None, msgspec.Raw]] = deque(maxlen=MAX_REMEMBERED)
+        self.visits: deque[Visit] = deque(maxlen=MAX_VISITS)
 
-    def add(self, line: Line) -> None:
+    def add(self, visit: Visit) -> None:
         """What is answered from the tokenizer alone is not worth a place."""
+        line = visit.line
         if line.admitted_s is not None or line.status >= 400:
             told = msgspec.to_builtins(line) | {"phases": phases(line), "why": why(line)}
             self._ended.append((line.tenant, msgspec.Raw(msgspec.json.encode(told))))
+            self.visits.append(visit)
 
     def seen_by(self, caller: Caller) -> list[msgspec.Raw]:
         """The latest first."""
@@ -36,18 +58,30 @@ def phases(line: Line) -> dict[str, float]:
     """Seconds of each of PHASES that it came to; their sum is ``total_s``.
 
     read: until its body was here, its prompt in tokens, and room in the server's queue; queue: until the engine took it
-    up; prompt: until its first token; decode: until its end.
+    up; prompt: until its first token; decode: until its end. Two are taken out of those that they lie in: memory, when
+    it was not computed for want of KV blocks, and client, when its client did not take what was written.
     """
     started = line.started_s
     if started is None and line.status < 400:  # vectors: when the engine began with them is not told
         started = line.admitted_s
     spans, since = {}, 0.0
-    for phase, mark in zip(PHASES, (line.admitted_s, started, line.first_token_s, line.total_s), strict=True):
+    for phase, mark in zip(PHASES[:4], (line.admitted_s, started, line.first_token_s, line.total_s), strict=True):
         end = line.total_s if mark is None else mark
         spans[phase] = round(end - since, 6)
         if mark is None:
             break
         since = mark
+    last = next(reversed(spans))
+    first = line.starved_first_s if last == "decode" else line.starved_s
+    for taken, phase, seconds in (
+        ("memory", "prompt", first),
+        ("memory", "decode", line.starved_s - first),
+        ("client", last, line.client_s),
+    ):
+        if seconds > 0 and phase in spans:
+            part = min(seconds, spans[phase])
+            spans[phase] = round(spans[phase] - part, 6)
+            spans[taken] = round(spans.get(taken, 0.0) + part, 6)
     return spans
 
 
@@ -59,6 +93,11 @@ def why(line: Line) -> str:
     others = f"{line.ahead or 'no'} other request{'s were' if line.ahead != 1 else ' was'} under way when it came"
     if line.admitted_s is None:
         return f"{head}passed until it was refused with status {line.status}."
+    if phase == "memory":
+        times = f"{line.preempted} time{'s' if line.preempted != 1 else ''}"
+        return f"{head}passed while KV blocks were short: it was preempted {times}; {others}."
+    if phase == "client":
+        return f"{head}passed until its client took what was written for it: {tokens} tokens."
     if phase == "read":
         return f"{head}passed until its body was here and in tokens, {line.prompt_tokens} of them."
     if phase == "queue":

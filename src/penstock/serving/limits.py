@@ -42,6 +42,20 @@ MAX_SHOWN = 50
 MAX_REMEMBERED = 100
 """Requests that have ended. The dashboard's inspector shows them."""
 
+MAX_VISITS = 4096
+"""Of those, without their sentences: a trace shows them."""
+
+MAX_TRACE_SECONDS = 3600.0
+MAX_LIVE_SECONDS = 60.0
+LOOK_SECONDS = 10.0
+"""The engine must have told what it does after this long."""
+
+MAX_STEPS_SHOWN = 512
+"""Steps of one answer to the dashboard, the latest."""
+
+MAX_BLOCKS_SHOWN = 4096
+"""KV blocks of one pool on its map; of more, every so many-th."""
+
 MAX_TOOLS = 128
 """Tools in one request, and calls in one message."""
 

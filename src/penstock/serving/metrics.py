@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -12,11 +13,17 @@ from prometheus_client.registry import Collector
 from penstock.core.service import Status
 from penstock.fleet import Admission
 from penstock.serving.gate import Caller
-from penstock.serving.requestlog import RequestLog
+from penstock.serving.history import PHASES, phases
+from penstock.serving.requestlog import Line, RequestLog
+
+if TYPE_CHECKING:
+    from penstock.serving.spans import Spans
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
 _ITL = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6, 5)
 _E2E = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+
+_PHASE = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
 
 _GAUGES = {
     "running": ("penstock_requests_running", "Samples that are being computed"),
@@ -55,13 +62,15 @@ class EngineCollector(Collector):
 class QueueCollector(Collector):
     """What has been admitted and has not ended."""
 
-    def __init__(self, admission: Admission, log: RequestLog | None) -> None:
-        self.admission, self.log = admission, log
+    def __init__(self, admission: Admission, log: RequestLog | None, spans: Spans | None = None) -> None:
+        self.admission, self.log, self.spans = admission, log, spans
 
     def collect(self) -> Iterator[Metric]:
         if self.log is not None:
             text = "Requests that the log has no line for"
             yield CounterMetricFamily("penstock_log_lines_dropped", text, value=self.log.dropped)
+        dropped = 0 if self.spans is None else self.spans.dropped
+        yield CounterMetricFamily("penstock_spans_dropped", "Requests of which no span arrived", value=dropped)
         values = (
             ("penstock_queue_requests", "Requests admitted and not ended", self.admission.running),
             ("penstock_queue_tokens", "Tokens charged for them", self.admission.held),
@@ -85,6 +94,10 @@ class Metrics:
         self.first_token = _histogram("penstock_time_to_first_token_seconds", "Arrival to first token", _TTFT, registry)
         self.between = _histogram("penstock_inter_token_latency_seconds", "Token to next token", _ITL, registry)
         self.whole = _histogram("penstock_e2e_request_latency_seconds", "Arrival to last token", _E2E, registry)
+        text = "Time of requests in each phase that they came to"
+        self.phase = Histogram("penstock_request_phase_seconds", text, ["phase"], buckets=_PHASE, registry=registry)
+        for phase in PHASES:
+            self.phase.labels(phase)
 
     def count(self, path: str, status: int) -> None:
         """Unknown paths share one label, so that a scanner cannot grow the registry."""
@@ -96,6 +109,11 @@ class Metrics:
             self.requests.labels(caller.tenant, str(status)).inc()
             self.tokens.labels(caller.tenant, "prompt").inc(caller.prompt_tokens)
             self.tokens.labels(caller.tenant, "completion").inc(caller.completion_tokens)
+
+    def spent(self, line: Line) -> None:
+        """Of a request that was let in."""
+        for phase, seconds in phases(line).items():
+            self.phase.labels(phase).observe(seconds)
 
     def expose(self) -> bytes:
         return generate_latest(self.registry)

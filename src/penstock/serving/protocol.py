@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.serving import limits
+
+STALLS = "penstock.stalls"
+"""Where a request's scope has a list of when, and for how many seconds, its client had no room for what was written."""
+MAX_STALLS = 64
 
 
 class Connection(H11Protocol):
@@ -19,6 +25,7 @@ class Connection(H11Protocol):
 
     _head: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
+    _since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,15 +44,29 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._since = self._since or time.monotonic()
         self._stalled = self._stalled or self.loop.call_later(limits.STALL_SECONDS, self._abort)
 
     def resume_writing(self) -> None:
+        self._note_stall()
         super().resume_writing()
         self._stalled = _stop(self._stalled)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head, self._stalled = _stop(self._head), _stop(self._stalled)
+        self._note_stall()
         super().connection_lost(exc)
+
+    def _note_stall(self) -> None:
+        """Whoever waited for the client is told before it goes on."""
+        stalls = cast("dict[str, Any]", self.scope or {}).get(STALLS)
+        if self._since and stalls is not None:
+            seconds = time.monotonic() - self._since
+            if len(stalls) < MAX_STALLS:
+                stalls.append((self._since, seconds))
+            else:  # the sum stays right
+                stalls[-1] = (stalls[-1][0], stalls[-1][1] + seconds)
+        self._since = 0.0
 
     def _wait_for_head(self) -> None:
         self._head = self._head or self.loop.call_later(limits.HEAD_SECONDS, self._abort)

@@ -33,6 +33,10 @@ class Line(msgspec.Struct, kw_only=True):
             prompt is in tokens, and there was room in the queue. Started: the engine's first step with it began.
         ahead: requests under way when it came.
         longest_gap_s: the longest time that one of its tokens after the first took to come.
+        preempted: times that the engine gave its KV up for another's.
+        starved_s: seconds in which it was not computed for want of KV blocks, once it had begun; starved_first_s: those
+            before its first token.
+        client_s: seconds in which its client did not take what was written.
     """
 
     time: datetime
@@ -52,6 +56,10 @@ class Line(msgspec.Struct, kw_only=True):
     total_s: float
     ahead: int
     longest_gap_s: float
+    preempted: int = 0
+    starved_s: float = 0.0
+    starved_first_s: float = 0.0
+    client_s: float = 0.0
 
 
 def line_of(caller: Caller, path: str, status: int) -> Line:
@@ -79,6 +87,10 @@ def line_of(caller: Caller, path: str, status: int) -> Line:
         total_s=round(now - caller.arrived, 6),
         ahead=caller.ahead,
         longest_gap_s=round(caller.longest_gap, 6),
+        preempted=caller.preempted,
+        starved_s=round(caller.starved, 6),
+        starved_first_s=round(caller.starved_first, 6),
+        client_s=round(sum(seconds for _, seconds in caller.stalls), 6),
     )
 
 

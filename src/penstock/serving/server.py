@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,6 +26,9 @@ from penstock.serving.gate import Gate
 from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
 from penstock.serving.protocol import Connection
 from penstock.serving.requestlog import RequestLog
+
+if TYPE_CHECKING:
+    from penstock.serving.spans import Spans
 
 DEFAULT_PORT = 8000
 _PORTS_TRIED = 100
@@ -123,6 +127,7 @@ def serve(
     gate: Gate | None = None,
     admin: socket.socket | None = None,
     log: RequestLog | None = None,
+    spans: Spans | None = None,
 ) -> None:
     """Answers until SIGTERM or Ctrl-C; calls ``announce`` once it does.
 
@@ -134,11 +139,12 @@ def serve(
         gate: who may use it; anybody by default.
         admin: where administration is spoken to.
         log: has a line for each request.
+        spans: sends one for each.
 
     Raises:
         KeyboardInterrupt: it was Ctrl-C.
     """
-    app, context = build_app(llm, store, hosts=_own_names(bound), gate=gate, log=log)
+    app, context = build_app(llm, store, hosts=_own_names(bound), gate=gate, log=log, spans=spans)
     sockets = [bound]
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
@@ -162,8 +168,9 @@ def serve(
     finally:
         signal.signal(signal.SIGTERM, previous)
         llm.close()
-        if log is not None:
-            log.close()
+        for sink in (log, spans):
+            if sink is not None:
+                sink.close()
     if ending.signals[:1] == [signal.SIGINT]:
         raise KeyboardInterrupt
 

@@ -13,6 +13,7 @@ from penstock.spec.output import (
     RequestOutput,
     ScoringOutput,
     ScoringRequestOutput,
+    Timing,
     TokenLogprobs,
 )
 from penstock.spec.pooling import PoolingParams, PoolingSpec
@@ -44,6 +45,7 @@ __all__ = [
     "ScoringOutput",
     "ScoringRequestOutput",
     "StructuredOutputs",
+    "Timing",
     "TokenLogprobs",
     "Vocabulary",
 ]

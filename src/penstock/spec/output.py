@@ -67,6 +67,20 @@ class RequestMetrics:
     finished_time: float | None = None
 
 
+class Timing(NamedTuple):
+    """What one sample had to wait for in its engine.
+
+    Attributes:
+        queued: seconds from its arrival to the first step that it was part of.
+        preempted: times that its KV was given up.
+        starved: seconds it then waited for KV blocks, or with those it held for more of them.
+    """
+
+    queued: float
+    preempted: int
+    starved: float
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """All completions of one prompt.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from penstock.spec import CompletionOutput, FinishReason, Logprob, SamplingParams, TokenLogprobs
+from penstock.spec import CompletionOutput, FinishReason, Logprob, SamplingParams, Timing, TokenLogprobs
 from penstock.text.tokenizer import Tokenizer
 
 
@@ -20,7 +20,7 @@ class Delta:
         logprobs: one id -> Logprob per new token, if asked for.
         finish_reason, stop_reason: set in the last delta of the index.
         num_cached_tokens: prompt tokens found in the prefix cache, as known so far.
-        queued: seconds that passed before the engine began with it.
+        timing: what it waited for in the engine so far, where that is news.
     """
 
     index: int
@@ -30,7 +30,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
-    queued: float = 0.0
+    timing: Timing | None = None
 
 
 class StopStrings:

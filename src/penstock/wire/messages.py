@@ -24,6 +24,7 @@ from penstock.base import (
     Unavailable,
 )
 from penstock.core.service import Status, Submission, Task, Update
+from penstock.core.trace import Trace
 from penstock.spec import EngineConfig, SamplingParams, StructuredOutputs
 from penstock.wire.frames import MAX_FRAME, bad_frame
 
@@ -70,6 +71,14 @@ class Cancel(Struct, tag="cancel", frozen=True):
     sample: int | None = None
 
 
+class Look(Struct, tag="look", frozen=True):
+    """Asks for a ``Trace``; ``number`` is told with the answer."""
+
+    number: int
+    seconds: float
+    blocks: int
+
+
 class Ready(Struct, tag="ready", frozen=True):
     """A model is in memory: the numbers that ``assemble.engine_setup`` makes an EngineSetup of."""
 
@@ -95,8 +104,16 @@ class News(Struct, tag="news", frozen=True):
     status: Status
 
 
-ToEngine = Start | Submit | Cancel
-FromEngine = Ready | Refused | News
+class Seen(Struct, tag="seen", frozen=True):
+    """The answer to a Look."""
+
+    epoch: int
+    number: int
+    trace: Trace
+
+
+ToEngine = Start | Submit | Cancel | Look
+FromEngine = Ready | Refused | News | Seen
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
@@ -110,7 +127,7 @@ def encode(message: ToEngine | FromEngine) -> bytes:
     return frame
 
 
-def decode_to_engine(frame: bytes) -> Start | Submission | Cancel:
+def decode_to_engine(frame: bytes) -> Start | Submission | Cancel | Look:
     """Raises WireError: (bad_frame)."""
     message = cast(ToEngine, _decoded(_TO_ENGINE, frame))
     try:

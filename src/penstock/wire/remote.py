@@ -19,10 +19,11 @@ from concurrent.futures import Future
 from dataclasses import fields, replace
 
 from penstock.base import EngineError, PenstockError
-from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id
+from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id, engine_stopped
+from penstock.core.trace import Trace
 from penstock.spec import EngineConfig
 from penstock.wire.frames import Connection, WireError, bad_frame
-from penstock.wire.messages import Cancel, News, Ready, Refused, Start, Submit, decode_from_engine, encode
+from penstock.wire.messages import Cancel, Look, News, Ready, Refused, Seen, Start, Submit, decode_from_engine, encode
 from penstock.wire.process import LEAVE_SECONDS, EngineProcess
 from penstock.wire.under_way import UnderWay
 
@@ -57,6 +58,8 @@ class RemoteService:
         self._status = Status(running=0, waiting=0, blocks_total=0, blocks_used=0, counters=Counters())
         self._gone = Counters()  # what engines did that are no more
         self._epoch = 0
+        self._looks: dict[int, Future[Trace]] = {}  # that have not been answered
+        self._look_number = 0
         self._held: deque[str] = deque()  # requests that wait to be tried alone, and the one that is being tried
         self._tried: str | None = None
         self._fault: EngineError | None = None
@@ -104,6 +107,19 @@ class RemoteService:
         """As the engine last told, at most a tenth of a second ago; counters go on from one engine to the next."""
         status = self._status
         return replace(status, counters=_sum(self._gone, status.counters))
+
+    def look(self, seconds: float, blocks: int = 0) -> Future[Trace]:
+        """As of ``Service``. Whoever gives up cancels it."""
+        seen: Future[Trace] = Future()
+        with self._lock:
+            if self._mail is None:
+                seen.set_exception(engine_stopped())
+                return seen
+            number = self._look_number = self._look_number + 1
+            self._looks[number] = seen
+            self._mail.put(encode(Look(number, seconds, blocks)))
+        seen.add_done_callback(lambda _: self._looks.pop(number, None))
+        return seen
 
     @property
     def alive(self) -> bool:
@@ -196,6 +212,10 @@ class RemoteService:
         finally:
             with self._lock:
                 mail, self._mail, self._connection = self._mail, None, None
+                looks = list(self._looks.values())
+            for seen in looks:
+                if seen.set_running_or_notify_cancel():
+                    seen.set_exception(engine_stopped())
             if mail:
                 mail.put(None)
             if connection:
@@ -218,6 +238,10 @@ class RemoteService:
                 self._status = message.status
                 for update in message.updates:
                     self._hear(update)
+            elif isinstance(message, Seen):
+                seen = self._looks.get(message.number)
+                if seen and seen.set_running_or_notify_cancel():
+                    seen.set_result(message.trace)
             else:
                 self._enter(connection, message)
 

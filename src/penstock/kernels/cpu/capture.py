@@ -31,8 +31,10 @@ class Captured:
         self.forward = forward
         self.recording: Recording | None = None
         self.can_record = True
+        self.replayed = False
 
     def __call__(self, ids_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        self.replayed = self.recording is not None and 0 < len(ids_T) <= MOST_ROWS
         if not 0 < len(ids_T) <= MOST_ROWS or not self.can_record:
             return self.forward(ids_T, batch)
         if self.recording is not None:

@@ -1,6 +1,7 @@
 // Which view is shown, and the key.
 
 import { $, json, key } from "./api.js";
+import * as engine from "./engine.js";
 import * as inspector from "./inspector.js";
 import * as live from "./live.js";
 import * as playground from "./playground.js";
@@ -17,6 +18,7 @@ function show() {
     else link.removeAttribute("aria-current");
     view.shown(other === name, rest && decodeURIComponent(rest));
   }
+  engine.shown(name === "live");
 }
 
 function askForKey() {

@@ -42,6 +42,36 @@ export function lines(svg, series, now, span, top) {
   svg.replaceChildren(...drawn);
 }
 
+// What each step was made of, the latest at the right; the last `most` of them fill the width.
+export function stacks(svg, steps, most, chosen) {
+  const width = svg.clientWidth || 900;
+  const kinds = ["prompt", "decode", "again"];
+  const top = round(Math.max(1, ...steps.map((step) => step.prompt + step.decode + step.again)));
+  const one = (width - LEFT - 8) / most;
+  const high = (value) => (value / top) * (HEIGHT - BOTTOM - 10);
+  const drawn = [];
+  for (const share of [0, 0.5, 1]) {
+    const y = HEIGHT - BOTTOM - high(top * share);
+    drawn.push(shape("line", { class: "grid", x1: LEFT, x2: width - 8, y1: y, y2: y }));
+    drawn.push(shape("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, `${top * share}`));
+  }
+  steps.forEach((step, i) => {
+    const x = width - 8 - (steps.length - i) * one;
+    let y = HEIGHT - BOTTOM;
+    const bar = shape("g", { "data-step": step.number });
+    bar.append(shape("rect", { class: step.number === chosen ? "chosen" : "hit", x, y: 10, width: one, height: y - 10 }));
+    for (const kind of kinds) {
+      const height = high(step[kind]);
+      y -= height;
+      if (height) bar.append(shape("rect", { class: kind, x, y, width: Math.max(1, one - 1), height }));
+    }
+    drawn.push(bar);
+  });
+  if (steps.length) drawn.push(shape("text", { x: width - 8, y: HEIGHT - 3, "text-anchor": "end" }, `step ${steps.at(-1).number}`));
+  svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
+  svg.replaceChildren(...drawn);
+}
+
 // phases: seconds by name, in order.
 export function bar(phases) {
   const total = Object.values(phases).reduce((sum, seconds) => sum + seconds, 0) || 1;

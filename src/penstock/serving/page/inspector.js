@@ -77,6 +77,8 @@ async function detail(record) {
     "Tokens in": `${whole(record.prompt_tokens)}, ${whole(record.cached_tokens)} of them from the cache`,
     "Tokens out": whole(record.completion_tokens), End: record.finish ?? "–",
     "First token after": record.first_token_s === null ? "–" : `${record.first_token_s.toFixed(3)} s`,
+    Preempted: record.preempted ? `${record.preempted} times, ${record.starved_s.toFixed(3)} s without KV blocks` : "never",
+    "Its client took nothing for": `${record.client_s.toFixed(3)} s`,
     "Longest gap": `${record.longest_gap_s.toFixed(3)} s`, "Under way when it came": record.ahead,
   };
   const table = el("table", {}, el("tbody", {}, ...Object.entries(facts).map(([name, value]) =>
