@@ -7,10 +7,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from penstock.base import ConfigError
-from penstock.serving.app import Routes, application, metrics, status
+from penstock.serving.app import Routes, application, metrics
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
+from penstock.serving.status import status
 
 
 def build_admin(context: Context, *, hosts: frozenset[str] | None = None) -> ASGIApp:

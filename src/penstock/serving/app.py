@@ -36,9 +36,8 @@ from penstock.serving.errors import (
     on_other_exception,
     on_penstock_error,
 )
-from penstock.serving.gate import Access, Caller, Gate, current, queue_budget
+from penstock.serving.gate import Access, Gate, current, queue_budget
 from penstock.serving.history import finished
-from penstock.serving.limits import MAX_SHOWN
 from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens
 from penstock.serving.metrics import Metrics, QueueCollector
 from penstock.serving.requestlog import RequestLog
@@ -54,6 +53,7 @@ from penstock.serving.schemas import (
     unknown_fields,
 )
 from penstock.serving.sse import NAMED, PLAIN, Dialect, EventStream, unless_disconnected
+from penstock.serving.status import status
 from penstock.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
 
@@ -281,50 +281,6 @@ async def _ready_model(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     return Response(context_of(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)
-
-
-async def status(request: Request) -> Response:
-    """What the server is doing, for people and for ``penstock ps``."""
-    context = context_of(request)
-    engine, admission = context.llm.engine.service.status(), context.gate.admission
-    return as_json(
-        {
-            "model": context.name,
-            "draining": context.draining,
-            "alive": context.llm.engine.service.alive,
-            "queue": {"requests": admission.running, "tokens": admission.held, "tokens_limit": admission.budget},
-            "requests": [_progress(caller) for caller in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]],
-            "tenants": {name or "-": count for name, count in admission.held_by().items() if count},
-            "engine": {
-                "running": engine.running,
-                "waiting": engine.waiting,
-                "kv_blocks": engine.blocks_total,
-                "kv_blocks_used": engine.blocks_used,
-                "steps": engine.counters.steps,
-                "prompt_tokens": engine.counters.prompt_tokens,
-                "generated_tokens": engine.counters.generated_tokens,
-                "prefix_hit_tokens": engine.counters.prefix_hit_tokens,
-                "preemptions": engine.counters.preemptions,
-            },
-        }
-    )
-
-
-def _arrival(caller: Caller) -> float:
-    return caller.arrived
-
-
-def _progress(caller: Caller) -> dict[str, object]:
-    """A request before its first token has not been computed yet, or its prompt is being computed."""
-    now = time.monotonic()
-    return {
-        "id": caller.id,
-        "tenant": caller.tenant or None,
-        "phase": "upload" if caller.model is None else "prompt" if caller.first_token is None else "decode",
-        "seconds": round(now - caller.arrived, 3),
-        "prompt_tokens": caller.prompt_tokens,
-        "completion_tokens": caller.completion_tokens,
-    }
 
 
 ROUTES: Routes = {
