@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from penstock.serving import files
-from penstock.serving.batches import Batches, BatchRequest, shown
+from penstock.serving.batches import Batches, BatchObject, BatchRequest, shown
 from penstock.serving.context import context_of
 from penstock.serving.database import Part
 from penstock.serving.edge import as_json, off_loop, parse, read_body
 from penstock.serving.gate import current
+from penstock.serving.operations import operation
 from penstock.serving.store import Store
 
 
@@ -37,6 +38,8 @@ async def _asked(request: Request) -> Asked:
     return Asked(batches, await batches.store(), current.get().tenant, request.path_params.get("id", ""))
 
 
+@operation("List files, the newest first.", query=files.FileQuery, gives=files.Page[files.FileObject])
+@operation("Upload a file.", form=files.UploadForm, gives=files.FileObject)
 async def files_of_all(request: Request) -> Response:
     asked = await _asked(request)
     if request.method == "POST":
@@ -46,6 +49,8 @@ async def files_of_all(request: Request) -> Response:
     return as_json(files.page(found, files.shown))
 
 
+@operation("Describe a file.", gives=files.FileObject)
+@operation("Delete a file.", method="DELETE", gives=files.Deleted)
 async def one_file(request: Request) -> Response:
     asked = await _asked(request)
     if request.method == "DELETE":
@@ -54,11 +59,14 @@ async def one_file(request: Request) -> Response:
     return as_json(files.shown(await asyncio.to_thread(asked.store.file, asked.tenant, asked.id)))
 
 
+@operation("Download a file.", gives="application/octet-stream")
 async def file_content(request: Request) -> Response:
     asked = await _asked(request)
     return await files.content(asked.store, asked.tenant, asked.id)
 
 
+@operation("List batches, the newest first.", query=files.PageQuery, gives=files.Page[BatchObject])
+@operation("Begin a batch.", takes=BatchRequest, gives=BatchObject)
 async def batches_of_all(request: Request) -> Response:
     asked = await _asked(request)
     if request.method == "POST":
@@ -69,11 +77,13 @@ async def batches_of_all(request: Request) -> Response:
     return await asyncio.to_thread(_batches, asked, part)  # each may have a page of complaints
 
 
+@operation("Describe a batch.", gives=BatchObject)
 async def one_batch(request: Request) -> Response:
     asked = await _asked(request)
     return as_json(shown(await asyncio.to_thread(asked.store.batches.get, asked.tenant, asked.id)))
 
 
+@operation("Cancel a batch.", method="POST", gives=BatchObject)
 async def cancel_batch(request: Request) -> Response:
     asked = await _asked(request)
     return as_json(await asked.batches.cancel(asked.tenant, asked.id))

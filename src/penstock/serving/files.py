@@ -7,10 +7,11 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
+from msgspec import Meta
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -25,6 +26,24 @@ from penstock.serving.store import Store
 PURPOSES = ("batch", "batch_output")
 PIECE = 1 << 20
 T = TypeVar("T")
+I = TypeVar("I", bound="Item")
+
+
+class PageQuery(msgspec.Struct, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=MAX_LISTED)] | None = None
+    after: str | None = None
+    order: Literal["asc", "desc"] | None = None
+
+
+class FileQuery(PageQuery, kw_only=True):
+    purpose: str | None = None
+
+
+class UploadForm(msgspec.Struct, kw_only=True):
+    """At most MAX_FILE_BYTES of it."""
+
+    purpose: Literal["batch"]
+    file: bytes
 
 
 class FileObject(msgspec.Struct, kw_only=True):
@@ -40,10 +59,14 @@ class FileObject(msgspec.Struct, kw_only=True):
     expires_at: None = None
 
 
-class Page(msgspec.Struct, kw_only=True):
+class Item(Protocol):
+    id: str
+
+
+class Page(msgspec.Struct, Generic[I], kw_only=True):
     """Of a list. ``after`` = ``last_id`` asks for the next one."""
 
-    data: list[Any]
+    data: list[I]
     has_more: bool
     first_id: str | None
     last_id: str | None
@@ -160,7 +183,7 @@ def part_of(query: Mapping[str, str]) -> Part:
     return Part(MAX_LISTED if limit is None else int(limit), after, order == "asc")
 
 
-def page(found: tuple[Sequence[T], bool], show: Callable[[T], Any]) -> Page:
+def page(found: tuple[Sequence[T], bool], show: Callable[[T], I]) -> Page[I]:
     """Of items, and whether there are more."""
     data, more = [show(item) for item in found[0]], found[1]
     first, last = (data[0].id, data[-1].id) if data else (None, None)

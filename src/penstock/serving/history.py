@@ -10,9 +10,21 @@ from starlette.responses import Response
 
 from penstock.serving.gate import Caller, current
 from penstock.serving.limits import MAX_REMEMBERED
+from penstock.serving.operations import operation
 from penstock.serving.requestlog import Line
 
 PHASES = ("read", "queue", "prompt", "decode")
+
+
+class Ended(Line, kw_only=True):
+    """As in the log, and its ``phases`` in seconds."""
+
+    phases: dict[str, float]
+    why: str
+
+
+class EndedList(msgspec.Struct):
+    requests: list[Ended]
 
 
 class History:
@@ -24,7 +36,7 @@ class History:
     def add(self, line: Line) -> None:
         """What is answered from the tokenizer alone is not worth a place."""
         if line.admitted_s is not None or line.status >= 400:
-            told = msgspec.to_builtins(line) | {"phases": phases(line), "why": why(line)}
+            told = Ended(**msgspec.structs.asdict(line), phases=phases(line), why=why(line))
             self._ended.append((line.tenant, msgspec.Raw(msgspec.json.encode(told))))
 
     def seen_by(self, caller: Caller) -> list[msgspec.Raw]:
@@ -77,6 +89,7 @@ def why(line: Line) -> str:
     return f"{head}went into writing {tokens} tokens, {1 / max(mean, 1e-6):.0f} a second{slowest}; {others}."
 
 
+@operation("The requests that ended last.", gives=EndedList)
 async def finished(request: Request) -> Response:
     """To a key of a tenant only that tenant's."""
     history: History = request.app.state.context.history

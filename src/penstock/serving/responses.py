@@ -14,7 +14,14 @@ from penstock.serving.context import Context
 from penstock.serving.dialogue import Dialogue, template_variables
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_TOOLS
-from penstock.serving.response_items import as_items, choice_from, format_from, messages_from, tools_from
+from penstock.serving.response_items import (
+    ResponseObject,
+    as_items,
+    choice_from,
+    format_from,
+    messages_from,
+    tools_from,
+)
 from penstock.serving.response_store import Stored
 from penstock.serving.schemas import GenerationRequest, Harmless, Name
 from penstock.serving.tools import Offer, offer_of
@@ -200,7 +207,7 @@ class ResponseTask:
         self._sequence += 1
         return {"type": kind, "sequence_number": self._sequence, **fields}
 
-    def _response(self) -> Item:
+    def _response(self) -> ResponseObject:
         request, generation = self.request, self.dialogue.generation
         usage = self.dialogue.usage()
         told = {
