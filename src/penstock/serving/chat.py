@@ -22,9 +22,9 @@ from penstock.serving.chat_schemas import (
 )
 from penstock.serving.context import Context
 from penstock.serving.dialogue import Dialogue, template_variables
-from penstock.serving.errors import unsupported
+from penstock.serving.errors import invalid, unsupported
 from penstock.serving.logprobs import chat_logprobs
-from penstock.serving.schemas import ChatLogprobs, ChatMessage, ChatRequest, Usage
+from penstock.serving.schemas import ROLES, ChatLogprobs, ChatMessage, ChatRequest, Usage
 from penstock.serving.tools import offer_of
 from penstock.text import Delta
 from penstock.text.parsers import Arguments, CallDropped, CallStart, Content, Event, Reasoning
@@ -152,7 +152,9 @@ def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
 
 
 def plain_message(message: ChatMessage, place: str) -> dict[str, Any]:
-    """One message; ``place`` names it in errors. Raises HTTPError: (unsupported_parameter)."""
+    """One message; ``place`` names it in errors. Raises HTTPError: (invalid_parameter, unsupported_parameter)."""
+    if message.role not in ROLES:
+        raise invalid(f"{place}.role", f"it must be one of {', '.join(ROLES)}")
     content = message.content
     if isinstance(content, list):
         for i, part in enumerate(content):

@@ -40,8 +40,6 @@ class FileQuery(PageQuery, kw_only=True):
 
 
 class UploadForm(msgspec.Struct, kw_only=True):
-    """At most MAX_FILE_BYTES of it."""
-
     purpose: Literal["batch"]
     file: bytes
 

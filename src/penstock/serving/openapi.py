@@ -42,7 +42,7 @@ REFUSALS = {
 """What each status says; the code in the body says more."""
 
 LATER = (429, 503)
-MEDIA = "application/json"
+JSON = "application/json"
 
 
 def document(routes: Routes, *, keys: bool) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _operation(refs: Refs, path: str, method: str, said: Operation) -> dict[str,
         content: dict[str, Any] = {"schema": {} if said is UNSAID else refs[said.takes or said.form]}
         if said.example is not None:
             content["example"] = said.example
-        told["requestBody"] = {"required": True, "content": {"multipart/form-data" if said.form else MEDIA: content}}
+        told["requestBody"] = {"required": True, "content": {"multipart/form-data" if said.form else JSON: content}}
     refused = [400, 401, 403, 431, 500, 503]
     refused += [408, 409, 413, 415, 429] if method == "POST" else []
     refused += [404] if method == "POST" or "{" in path else []
@@ -149,10 +149,10 @@ def _answer(refs: Refs, said: Operation) -> dict[str, Any]:
     if isinstance(said.gives, str):
         content[said.gives] = {"schema": {"type": "string"}}
     elif said is not UNSAID:
-        content[MEDIA] = {"schema": refs[said.gives]}
+        content[JSON] = {"schema": refs[said.gives]}
     if said.streams:
         data = [
-            {"const": given} if isinstance(given, str) else {"contentMediaType": MEDIA, "contentSchema": refs[given]}
+            {"const": given} if isinstance(given, str) else {"contentMediaType": JSON, "contentSchema": refs[given]}
             for given in said.streams
         ]
         content["text/event-stream"] = {"schema": _event(data)}
@@ -174,7 +174,7 @@ def _refusal(schema: Schema, status: int) -> dict[str, Any]:
     headers = {"x-request-id": _header("request-id")}
     if status in LATER:
         headers["retry-after"] = _header("retry-after")
-    return {"description": REFUSALS[status], "headers": headers, "content": {MEDIA: {"schema": schema}}}
+    return {"description": REFUSALS[status], "headers": headers, "content": {JSON: {"schema": schema}}}
 
 
 def _header(name: str) -> Schema:
@@ -193,11 +193,11 @@ def _refine(schema: Schema, shape: Any) -> None:
         fields[name] = {"enum": [*harmless, None], "description": "Not supported: it may ask for nothing only."}
 
 
-@operation("This document.", gives=MEDIA)
+@operation("This document.", gives=JSON)
 async def openapi(request: Request) -> Response:
     """Made when it is first asked for."""
     state = request.app.state
     if not hasattr(state, "document"):
         keys = context_of(request).gate.ring is not None
         state.document = await asyncio.to_thread(lambda: msgspec.json.encode(document(state.routes, keys=keys)))
-    return Response(state.document, media_type=MEDIA)
+    return Response(state.document, media_type=JSON)

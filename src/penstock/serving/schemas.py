@@ -238,14 +238,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     def check(self) -> None:
         GenerationRequest.check(self)
-        for i, message in enumerate(self.messages):
-            if message.role not in ROLES:
-                raise HTTPError(
-                    "invalid_parameter",
-                    f"messages[{i}].role cannot be used",
-                    why=f"it must be one of {', '.join(ROLES)}",
-                    param=f"messages[{i}].role",
-                )
         if self.top_logprobs and not self.logprobs:
             raise _contradiction("top_logprobs", "logprobs")
 
@@ -285,8 +277,13 @@ def refuse_unsupported(fields: Mapping[str, msgspec.Raw], shape: type[ModelReque
     """Raises HTTPError(unsupported_parameter) rather than answering as if the field had not been sent."""
     for name, harmless in shape.HARMLESS.items():
         value = msgspec.json.decode(fields[name]) if name in fields else None
-        if value is not None and not any(value == one and (value is True) == (one is True) for one in harmless):
+        if value is not None and not any(value == one and _is_flag(value) == _is_flag(one) for one in harmless):
             raise unsupported(name)
+
+
+def _is_flag(value: object) -> bool:
+    """To Python, 0 is false."""
+    return isinstance(value, bool)
 
 
 # -- responses ---------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class EngineStatus(msgspec.Struct, kw_only=True):
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """``requests``: the oldest MAX_SHOWN of those under way. ``tenants``: how many each has."""
+    """``requests``: those under way, the oldest of them. ``tenants``: how many each has."""
 
     model: str
     draining: bool
