@@ -1,4 +1,4 @@
-"""That a client reads Retry-After as it is meant: where it finds no room it waits as long as it is told, and gets in."""
+"""That a client reads Retry-After as it is meant: where it finds no room it waits as long as told, and gets in."""
 
 from __future__ import annotations
 
