@@ -88,7 +88,8 @@ class ResponseTask:
         before = context.responses.get(previous, "previous_response_id").items if previous is not None else []
         given = as_items(request.input)
         request.response_format = format_from(request.text)
-        request.max_tokens = request.max_output_tokens
+        if request.max_output_tokens is not None:
+            request.max_tokens = request.max_output_tokens
         effort = (request.reasoning or {}).get("effort")
         dialogue = await Dialogue.prepare(
             context,
@@ -225,7 +226,7 @@ class ResponseTask:
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if self._status == "incomplete" else None,
             "instructions": request.instructions,
-            "max_output_tokens": request.max_output_tokens,
+            "max_output_tokens": request.max_tokens,
             "metadata": request.metadata or {},
             "model": generation.context.name,
             "output": list(self._output),
