@@ -117,7 +117,9 @@ def table(c: Checkup) -> str:
         ("reading", f"{rates.read_rate / GB:.1f} GB/s", f"{model} decodes at most {decode_limit(rates):.0f} tokens/s"),
         (
             "products",
-            f"fp32 {rates.fp32 / GB:.0f}, bf16 {rates.bf16 / GB:.0f}, int8 {rates.int8 / GB:.0f} GOP/s",
+            "fp32 {:.3g}, bf16 {:.3g}, int8 {:.3g} GOP/s".format(
+                *(r / GB for r in (rates.fp32, rates.bf16, rates.int8))
+            ),
             f"it takes at least {prompt_limit(rates):.2f} s to read a prompt of {PROMPT} tokens",
         ),
         ("disk", disk, "" if c.disk is None else f"it is loaded in at least {WEIGHTS / c.disk:.1f} s"),

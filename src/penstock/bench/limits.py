@@ -22,7 +22,8 @@ SQUARE = 2048
 TRIES, PATIENCE = 5, 0.3
 """Least tries, and seconds of them, of which the best counts: others who run here take turns of some milliseconds."""
 LONG_ENOUGH = 0.05
-"""Seconds of a product that need no larger matrices: bf16 without instructions of its own is a hundred times slower."""
+"""Seconds of a product, by one thread, that need no larger matrices: bf16 without instructions of its own is a hundred
+times slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Gauge:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        with _threads(threads):
+        with _threads(1):
             self._memory = torch.ones(STREAMED // 4)
             self._products = [_sized(kind) for kind in (_of_type(torch.float32), _of_type(torch.bfloat16), _of_bytes)]
 
@@ -139,12 +140,14 @@ def _of_bytes(side: int) -> Callable[[], object]:
 
 
 def _sized(product: Callable[[int], Callable[[], object]]) -> tuple[int, Callable[[], object]]:
-    """The side of its matrices, and the work."""
-    side, seconds = 64, 0.0
-    while seconds < LONG_ENOUGH and side < SQUARE:
+    """The side of its matrices, and the work. One thread sizes them: where others run, several wait for each other, and
+    a small matrix would pass for a large one.
+    """
+    side = 128
+    work = product(side)
+    while side < SQUARE and _best_seconds(work, TRIES, 0.0) < LONG_ENOUGH:
         side *= 2
         work = product(side)
-        seconds = _best_seconds(work, 2, 0.0)  # an interruption shall not pass for a large matrix
     return side, work
 
 

@@ -139,5 +139,5 @@ def between(before: Counters, after: Counters, seconds: float, lost: float, long
         after.throttled - before.throttled,
         after.hot - before.hot,
         after.swapped - before.swapped,
-        (after.waited - before.waited) / seconds,
+        min(1.0, (after.waited - before.waited) / seconds),  # its clock and this one differ by a tick
     )
