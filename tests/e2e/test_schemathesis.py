@@ -13,7 +13,7 @@ from servers import start
 from venvs import python_of
 
 CASES = 5_000
-EXAMPLES = 30
+EXAMPLES = 60
 """Of each operation, beside those that schemathesis derives from the bounds."""
 
 
