@@ -18,7 +18,8 @@ What a server answers at, what it takes and what it gives. A running server says
 
 Bodies are JSON, declared so by `Content-Type: application/json`, but for files, which are forms. A field that is left
 out or null has its default. Unknown fields are ignored, and the log names them. Every answer carries `x-request-id`;
-429 and 503 carry `retry-after` in seconds, which official clients wait for before they try again.
+429 and 503 carry `retry-after` in seconds, which official clients wait for before they try again. An upload or a new
+batch that carries an `Idempotency-Key` may be sent again for a day: what it made the first time is the answer.
 
 """
 ACCESS = """
@@ -49,7 +50,8 @@ def routes(told: dict[str, Any]) -> Iterator[str]:
             if method == "parameters":
                 continue
             taken = [content["schema"] for content in each.get("requestBody", {}).get("content", {}).values()]
-            asked = [f"`?{p['name']}`: {kind(p['schema'])}" for p in each.get("parameters", ())]
+            queries = [p for p in each.get("parameters", ()) if p["in"] == "query"]
+            asked = [f"`?{p['name']}`: {kind(p['schema'])}" for p in queries]
             gives = [given(media, c["schema"]) for media, c in each["responses"]["200"].get("content", {}).items()]
             cells = (f"`{method.upper()} {path}`", each["x-access"], each["summary"])
             yield row(*cells, ", ".join([*map(kind, taken), *asked]), "; ".join(gives))

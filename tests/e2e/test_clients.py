@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx2
 import openai
 import pytest
 
@@ -22,6 +23,7 @@ from venvs import python_of
 
 FOLDER = Path(__file__).parent / "clients"
 sys.path.append(str(FOLDER))
+from common import hurried  # noqa: E402
 from retrying import check_retries  # noqa: E402
 
 PARIS = '{"city": "Paris", "days": 3}'
@@ -56,6 +58,37 @@ def test_retries_wait_as_long_as_they_are_told(keyed: dict[str, Any]) -> None:
     check_retries(openai, keyed, lambda client: client.completions)
     said = {"messages": [{"role": "user", "content": "Once"}]}
     check_retries(anthropic, keyed, lambda client: client.messages, said)
+
+
+def test_a_request_whose_answer_was_lost_is_sent_again_and_made_once(hermes: Server) -> None:
+    """The official client sends it again of itself; what makes it one is the key that its caller gave."""
+    lost: list[str] = []
+
+    def lose(response: httpx2.Response) -> None:
+        if response.request.method == "POST" and response.request.headers["x-stainless-retry-count"] == "0":
+            lost.append(str(response.status_code))
+            raise httpx2.ReadError("the connection broke")
+
+    clients = {"event_hooks": {"response": [lose]}}
+    client = openai.OpenAI(
+        base_url=f"{hermes.url}/v1", api_key="x", max_retries=1, http_client=openai.DefaultHttpxClient(**clients)
+    )
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 1}}
+    before = len(client.files.list().data), len(client.batches.list().data)
+    with hurried(lambda: None):
+        file = client.files.create(
+            file=("in.jsonl", json.dumps(line).encode()), purpose="batch", extra_headers={"Idempotency-Key": "f"}
+        )
+        asked: Any = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = client.batches.create(**asked, extra_headers={"Idempotency-Key": "b"})
+    assert lost == ["200", "200"] and batch.input_file_id == file.id
+    assert len(client.batches.list().data) == before[1] + 1
+    assert [each.id for each in client.files.list(purpose="batch").data].count(file.id) == 1
+    assert len(client.files.list(purpose="batch").data) <= before[0] + 1
+    with pytest.raises(openai.ConflictError, match="idempotency_key_reused"):
+        client.batches.create(**asked, metadata={"a": "b"}, extra_headers={"Idempotency-Key": "b"})
+    with pytest.raises(openai.BadRequestError, match="Idempotency-Key"):
+        client.batches.create(**asked, extra_headers={"Idempotency-Key": "a b"})
 
 
 @pytest.mark.slow

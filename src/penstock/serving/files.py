@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
-from penstock.serving.database import Part, StoredFile, not_found, unwritable
+from penstock.serving.database import Once, Part, StoredFile, not_found, unwritable
 from penstock.serving.errors import HTTPError, invalid
 from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_STORED_BYTES
 from penstock.serving.store import Store
@@ -83,11 +83,11 @@ def shown(file: StoredFile) -> FileObject:
     )
 
 
-async def upload(request: Request, store: Store, tenant: str) -> FileObject:
-    """POST /v1/files: a form with ``purpose`` and ``file``.
+async def upload(request: Request, store: Store, tenant: str, key: str | None = None) -> FileObject:
+    """POST /v1/files: a form with ``purpose`` and ``file``. ``key``: the client's own, under which it may ask again.
 
     Raises:
-        HTTPError: 415 and 403 for what a browser sends across origins, 413, 408, 400.
+        HTTPError: 415 and 403 for what a browser sends across origins, 413, 409, 408, 400.
         Unavailable: (store_unwritable)
     """
     _only_from_here(request)
@@ -102,7 +102,7 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
             if not isinstance(file, UploadFile):
                 raise HTTPError("invalid_parameter", "file is required", param="file")
             name = Path(file.filename or "upload.jsonl").name[:MAX_FILE_NAME]
-            return shown(await asyncio.to_thread(_keep, store, tenant, name, file.file))
+            return shown(await asyncio.to_thread(_keep, store, tenant, name, file.file, key))
     except TimeoutError:
         why = f"waited {FILE_SECONDS:g} s"
         raise HTTPError("request_timeout", "The file did not arrive in time", why=why, status=408) from None
@@ -113,13 +113,18 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
         raise HTTPError("invalid_form", "The form cannot be read", fix=fix) from None
 
 
-def _keep(store: Store, tenant: str, name: str, source: Any) -> StoredFile:
+def _keep(store: Store, tenant: str, name: str, source: Any, key: str | None) -> StoredFile:
     pieces = iter(lambda: source.read(PIECE), b"")
-    return keep(store, tenant, name, "batch", pieces)
+    return keep(store, tenant, name, "batch", pieces, key)
 
 
-def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
-    """Writes a file and makes it known. Raises HTTPError: (storage_full); Unavailable: (store_unwritable)."""
+def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any, key: str | None = None) -> StoredFile:
+    """Writes a file and makes it known, unless the same was sent with this key before: then it is that one.
+
+    Raises:
+        HTTPError: (storage_full), (idempotency_key_reused).
+        Unavailable: (store_unwritable)
+    """
     file = write(store, tenant, name, purpose, pieces)
     try:
         if file.bytes + store.stored_bytes(tenant) > MAX_STORED_BYTES:
@@ -130,11 +135,14 @@ def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> Sto
                 fix="delete files that are no longer needed",
                 status=413,
             )
-        store.add(file)
+        once = None if key is None else Once(tenant, key, f"file {file.sha256} {purpose} {name}")
+        id = store.add(file, once)
     except BaseException:
         store.path(file.id).unlink()
         raise
-    return file
+    if id != file.id:
+        store.path(file.id).unlink()
+    return store.file(tenant, id)
 
 
 def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:

@@ -15,7 +15,16 @@ from starlette.responses import Response
 from penstock.serving.context import context_of
 from penstock.serving.errors import shape_of_errors
 from penstock.serving.gate import Access
-from penstock.serving.operations import UNSAID, Endpoint, Operation, Routes, operation, operations_of
+from penstock.serving.operations import (
+    IDEMPOTENCY_KEY,
+    KEY,
+    UNSAID,
+    Endpoint,
+    Operation,
+    Routes,
+    operation,
+    operations_of,
+)
 from penstock.spec.sampling import BOUNDS, POSITIVE
 
 Schema = dict[str, Any]
@@ -120,6 +129,10 @@ def _operation(refs: Refs, path: str, method: str, said: Operation) -> dict[str,
     if said.query is not None:
         fields = msgspec.json.schema(said.query)["$defs"][said.query.__name__]["properties"]
         told["parameters"] = [_parameter("query", name, _without_null(field)) for name, field in fields.items()]
+    if said.once:
+        told.setdefault("parameters", []).append(
+            _parameter("header", IDEMPOTENCY_KEY, {"type": "string", "pattern": f"^{KEY}$"})
+        )
     if said.takes or said.form or (said is UNSAID and method == "POST"):
         content: dict[str, Any] = {"schema": {} if said is UNSAID else refs[said.takes or said.form]}
         if said.example is not None:

@@ -15,6 +15,10 @@ Endpoint = Callable[[Request], Awaitable[ASGIApp]]
 Routes = Mapping[str, tuple[Access, Endpoint] | tuple[Access, Endpoint, str]]
 """By path: what it asks of its caller where keys are set, who answers, and to which methods (GET)."""
 
+IDEMPOTENCY_KEY = "Idempotency-Key"
+KEY = r"[!-~]{1,255}"
+"""What such a header may hold."""
+
 E = TypeVar("E", bound=Endpoint)
 
 
@@ -30,6 +34,7 @@ class Operation:
         gives: shape of the JSON that answers, or the media type of an answer that is none.
         streams: shapes of the JSON that an event may hold where the body says ``stream``; a text stands for itself.
         example: a body that works.
+        once: a client may send it again under the same Idempotency-Key.
     """
 
     says: str
@@ -39,6 +44,7 @@ class Operation:
     gives: Any = None
     streams: tuple[Any, ...] = ()
     example: Mapping[str, Any] | None = None
+    once: bool = False
 
 
 UNSAID = Operation(says="")
