@@ -26,8 +26,8 @@ RATES = Limits(42e9, 100e9, 1e9, 400e9)
 STILL = Watch(10.0, 0.0, 0.0, (), 0.0, 0.0, 0.0, 0, 0)
 SOUND = Checkup(
     processor="Some CPU", usable=("avx2", "portable"), native_error="", features=AVX2, processors=2, online=2,
-    threads=2, memory=20 * GIB, memory_total=24 * GIB, swap_used=0, limits=RATES, again=RATES, disk=1e9, disk_error="",
-    folder="/models", devices=(), linked=True, nvidia=0, watch=STILL,
+    threads=2, memory=20 * GIB, memory_total=24 * GIB, swap_used=0, windows=(RATES,) * 5, clocks=None,
+    disk=1e9, disk_error="", folder="/models", devices=(), linked=True, nvidia=0, watch=STILL,
     quota=None, memory_limit=None,
 )  # fmt: skip
 
@@ -56,6 +56,7 @@ def test_a_watch_is_what_the_kernel_counted(tmp_path: Path) -> None:
             {
                 cores: "3\n",
                 "proc/vmstat": "pswpin 5\npswpout 1\n",
+                "proc/pressure/cpu": "some avg10=1.00 total=1000000\nfull avg10=0.00 total=7\n",
                 "sys/fs/cgroup/box/cpu.stat": "throttled_usec 500000\n",
             },
         )
@@ -68,6 +69,7 @@ def test_a_watch_is_what_the_kernel_counted(tmp_path: Path) -> None:
             {
                 cores: "5\n",
                 "proc/vmstat": "pswpin 6\npswpout 11\n",
+                "proc/pressure/cpu": "some avg10=1.00 total=4000000\nfull avg10=0.00 total=7\n",
                 "sys/fs/cgroup/box/cpu.stat": "throttled_usec 2500000\n",
             },
         )
@@ -77,6 +79,29 @@ def test_a_watch_is_what_the_kernel_counted(tmp_path: Path) -> None:
     assert (seen.stolen, seen.others, seen.stalled) == (100 / 2000, 0.6, 0.2 / seconds)
     assert seen.busiest == (("c) c?", 8, 0.4),)
     assert (seen.longest, seen.throttled, seen.hot, seen.swapped) == (0.05, 2.0, 2, 11)
+    assert seen.waited == pytest.approx(3.0 / seconds)
+    again = replace(seen, longest=0.01, stolen=0.0, busiest=(("c) c?", 8, 0.2), ("us", 7, 0.3)))
+    joined = Watch.joined([seen, again])
+    assert joined.seconds == pytest.approx(2 * seconds) and joined.stolen == pytest.approx(seen.stolen / 2)
+    assert joined.busiest == (("c) c?", 8, 0.3), ("us", 7, 0.15)) and joined.longest == 0.05
+    assert (joined.hot, joined.throttled, joined.waited) == (4, 4.0, pytest.approx(seen.waited))
+
+
+def test_clocks_are_those_of_the_fastest_core(tmp_path: Path) -> None:
+    assert doctor._clocks(tmp_path) is None
+    for core, now in ((0, 800_000), (1, 2_100_000)):
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{core}/cpufreq"
+        folder.mkdir(parents=True)
+        for name, value in (("scaling_cur_freq", now), ("cpuinfo_max_freq", 4_800_000), ("scaling_governor", "x\n")):
+            (folder / name).write_text(str(value))
+    assert doctor._clocks(tmp_path) == (2.1, 4.8, "x")
+    (tmp_path / "sys/devices/system/cpu/cpu1/cpufreq/base_frequency").write_text("2500000")
+    assert doctor._clocks(tmp_path) == (2.1, 2.5, "x")
+
+
+def test_what_one_measurement_met_is_not_what_the_machine_is() -> None:
+    met = replace(RATES, read_rate=9e9, fp32=10e9)
+    assert Limits.median([RATES, met, RATES]) == RATES and concerns(replace(SOUND, windows=(RATES,) * 4 + (met,))) == []
 
 
 def test_a_watch_sees_what_takes_its_time(tmp_path: Path) -> None:
@@ -112,8 +137,10 @@ OFF = {
     "quota": {"watch": replace(STILL, throttled=1.0)},
     "too hot": {"watch": replace(STILL, hot=1)},
     "interrupted": {"watch": replace(STILL, stalled=0.02, longest=0.1)},
-    "reading is not steady": {"again": replace(RATES, read_rate=30e9)},
-    "int8 products is not steady": {"again": replace(RATES, int8=500e9)},
+    "more to do than processors": {"watch": replace(STILL, waited=0.3)},
+    "clocked low": {"clocks": (1.2, 3.5, "powersave")},
+    "reading is not steady": {"windows": (RATES,) * 3 + (replace(RATES, read_rate=30e9),) * 2},
+    "int8 products is not steady": {"windows": (RATES,) * 3 + (replace(RATES, int8=500e9),) * 2},
 }
 
 
@@ -141,7 +168,7 @@ def test_the_kernels_that_a_processor_could_run() -> None:
 
 def test_gpus_and_their_links(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two cards, of which one cannot read the other's memory."""
-    monkeypatch.setattr(doctor, "measure_limits", lambda threads: RATES)
+    monkeypatch.setattr(doctor, "Gauge", lambda threads: SimpleNamespace(window=lambda *_: RATES))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     card = SimpleNamespace(name="A card", total_memory=80 * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
@@ -158,7 +185,8 @@ def test_folders(tmp_path: Path) -> None:
     assert doctor._measure_disk(tmp_path / "nowhere") == (None, "no such file or directory")
 
 
-def test_this_machine(tmp_path: Path) -> None:
+def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "WINDOWS", 2)
     done = CliRunner().invoke(app, ["doctor", "--seconds", "0.3", "--json", "--folder", str(tmp_path)])
     assert done.exit_code == 0, done.output
     found = json.loads(done.output)

@@ -13,7 +13,7 @@ import pytest
 
 from penstock.base import Unavailable
 from penstock.serving.batch_table import Batch
-from penstock.serving.database import Part
+from penstock.serving.database import Once, Part
 from penstock.serving.errors import HTTPError
 from penstock.serving.files import keep
 from penstock.serving.store import Store
@@ -108,3 +108,23 @@ def test_a_page_is_all_that_is_read(store: Store) -> None:
     store.database._db.set_progress_handler(count, 100)
     assert len(ids(3)[0]) == 3
     assert steps < 10  # hundreds of SQLite's instructions, however many files there are
+
+
+def test_what_is_sent_again_is_not_made_again(store: Store) -> None:
+    first = keep(store, "a", "in", "batch", [b"{}"], "key")
+    assert keep(store, "a", "in", "batch", [b"{}"], "key") == first
+    assert len(list((store.database.folder / "files").iterdir())) == 1
+    for tenant, key in (("a", "other"), ("a", None), ("b", "key")):
+        assert keep(store, tenant, "in", "batch", [b"{}"], key).id != first.id
+    for name, content in (("in", b"[]"), ("out", b"{}")):
+        with pytest.raises(HTTPError, match="idempotency_key_reused"):
+            keep(store, "a", name, "batch", [content], "key")
+    once = Once("", "key", "batch 1")
+    assert store.batches.begin(one := batch(store), once) == store.batches.begin(batch(store), once) == one.id
+    with pytest.raises(HTTPError, match="idempotency_key_reused"):
+        keep(store, "", "in", "batch", [b"{}"], "key")
+    store.delete("a", first.id)
+    assert keep(store, "a", "in", "batch", [b"{}"], "key").id != first.id
+    with store.database.transaction() as db:
+        db.execute("update once set created_at = 0")
+    assert keep(store, "a", "in", "batch", [b"[]"], "key").id != first.id  # a day is over

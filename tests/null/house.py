@@ -238,7 +238,13 @@ def core_lines(sources: Iterable[Source]) -> int:
 
 KINDS = set("Protocol ABC Generic NamedTuple TypedDict Enum IntEnum StrEnum Flag Module Struct".split())
 FRAMEWORK_BASES = {
-    *("Function", "TorchFunctionMode", "H11Protocol", "Collector"),  # torch, uvicorn, prometheus_client
+    *(
+        "Function",
+        "TorchFunctionMode",
+        "H11Protocol",
+        "Collector",
+        "TyperGroup",
+    ),  # torch, uvicorn, prometheus_client, typer
     *("ImmutableSandboxedEnvironment", "Extension", "NodeTransformer", "TemplateError"),  # jinja2
 }
 """Third-party classes whose API *is* subclassing. One is added with the first class that needs it."""

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from house import ROOT, Function, Source, base_names, dotted, package_sources
 from penstock.spec import EngineConfig
-from reference import reference_pages, server_options
+from reference import http_page, reference_pages, server_options
 
 
 def markdown_pages() -> list[Path]:
@@ -254,8 +254,23 @@ All of the above, and these, in a file by the name of the first column:
 """
 
 
+HTTP_PAGE = ROOT / "docs" / "reference" / "http.md"
+ELSEWHERE = {"bench", "cli", "compress", "formats", "host", "hub", "models", "quant", "train"}
+"""Rooms that no request reaches, or only when a server starts."""
+
+
+def refusals(sources: list[Source]) -> dict[int, set[str]]:
+    """Codes by status, of what a client can be told; where the fault is the server's there is but one for each file."""
+    codes: dict[int, set[str]] = {}
+    for site in error_sites([source for source in sources if source.room not in ELSEWHERE]):
+        if site.status != 500:
+            codes.setdefault(site.status, set()).add(site.code)
+    return codes
+
+
 def generated_pages(sources: list[Source]) -> dict[Path, str]:
-    return {ERRORS_PAGE: errors_page(sources), CONFIGURATION_PAGE: configuration_page()} | reference_pages()
+    made = {ERRORS_PAGE: errors_page(sources), CONFIGURATION_PAGE: configuration_page()}
+    return made | {HTTP_PAGE: http_page(refusals(sources))} | reference_pages()
 
 
 if __name__ == "__main__":

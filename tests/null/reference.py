@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,17 @@ MADE = "This page is generated from the code (`make docs`).\n"
 def reference_pages() -> dict[Path, str]:
     pages = {"cli": cli_page, "sampling": sampling_page, "models": models_page, "one-answer": one_answer_page}
     return {FOLDER / f"{name}.md": page() for name, page in pages.items()}
+
+
+# -- docs/reference/http.md --------------------------------------------------------------------------------------------
+
+
+def http_page(codes: Mapping[int, set[str]]) -> str:
+    """``codes``: of errors, by their status."""
+    sys.path.append(str(ROOT / "tests" / "e2e"))
+    import http_page
+
+    return http_page.http_page(codes)
 
 
 # -- docs/reference/cli.md ---------------------------------------------------------------------------------------------

@@ -45,6 +45,18 @@ def test_nothing_heavy_is_imported(code: str) -> None:
     assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["version"], ["run", "--help"], ["bench"]])
+def test_commands_of_bench_are_imported_for_bench_alone(arguments: list[str]) -> None:
+    code = (
+        f"from penstock.cli import main; import contextlib, sys; sys.argv = {['penstock', *arguments]!r}\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        "print(sorted(m for m in sys.modules if m in ('asyncio', 'penstock.bench.load.options')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    loaded = ["asyncio", "penstock.bench.load.options"] if arguments == ["bench"] else []
+    assert done.stderr.splitlines()[-1] == repr(loaded)
+
+
 def test_every_engine_field_is_an_option_with_its_help() -> None:
     text = " ".join(penstock("serve", "--help").stdout.split())
     for field in dataclasses.fields(EngineConfig):
@@ -99,6 +111,7 @@ def completions(line: str, tmp_path: Path) -> list[str]:
 
 def test_models_options_and_commands_are_completed(tmp_path: Path) -> None:
     assert completions("penstock ch", tmp_path) == ["chat"]
+    assert completions("penstock bench la", tmp_path) == ["latency"]
     assert completions("penstock run --top", tmp_path) == ["--top-p", "--top-k"]
     assert completions("penstock run --backend r", tmp_path) == ["ref"]
     assert completions("penstock chat penstock", tmp_path) == ["penstock-tiny", "penstock-nano"]

@@ -12,7 +12,7 @@ import torch
 
 from penstock.bench.checkpoints import QWEN3_06B
 from penstock.bench.job import Job
-from penstock.bench.limits import Limits, limit_seconds, measure_limits
+from penstock.bench.limits import Gauge, Limits, limit_seconds
 from penstock.runtime.host import ROOT, available_memory, cpu_count, field, group_limits, text
 from penstock.runtime.watch import Watch, watch
 from penstock.spec.hf import model_spec
@@ -45,6 +45,11 @@ NEEDS = {
 UNTESTED = {"amx": "products with small integers", "i8mm": "all of them", "dotprod": "all of them"}
 """What of a set no processor has run yet: emulated, it has the bits of the others (``make emulate``)."""
 
+WINDOWS = 5
+"""Measurements, spread over the watch, whose median is told: what one of them met is not what the machine is."""
+BRIEF = (2, 0.15)
+"""Least tries and seconds of each rate in one of them."""
+
 STREAM = 128 << 20
 PIECE = 8 << 20
 
@@ -58,7 +63,8 @@ class Checkup:
         features: what the processor says it can do, in Linux's words.
         processors: that this process may keep busy, of ``online`` ones; ``threads`` are those it will use.
         quota, memory_limit: processors and bytes that control groups allow; None without a limit.
-        limits, again: before and after the watch.
+        windows: the rates in each of WINDOWS measurements.
+        clocks: (GHz that the fastest core had after a measurement, GHz it should have, governor); None if not told.
         disk: bytes a second read from ``folder``, None if ``disk_error`` says why not.
         devices: name and bytes of each GPU; ``linked`` if all reach each other's memory.
         nvidia: GPUs that the driver knows of, whether or not torch does.
@@ -76,8 +82,8 @@ class Checkup:
     swap_used: int
     quota: float | None
     memory_limit: int | None
-    limits: Limits
-    again: Limits
+    windows: tuple[Limits, ...]
+    clocks: tuple[float, float, str] | None
     disk: float | None
     disk_error: str
     folder: str
@@ -87,8 +93,8 @@ class Checkup:
     watch: Watch
 
     @property
-    def best(self) -> Limits:
-        return self.limits.at_best(self.again)
+    def limits(self) -> Limits:
+        return Limits.median(self.windows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +107,16 @@ class Concern:
 
 
 def examine(seconds: float, folder: Path, root: Path = ROOT) -> Checkup:
-    """Watches the host for so many seconds, measures before and after. ``folder``: where models lie, and a file of 128
-    MiB is written and read."""
+    """Watches the host for so many seconds, and measures before, after and meanwhile. ``folder``: where models lie, and
+    a file of 128 MiB is written and read."""
     processors = cpu_count(root)
     threads = min(processors, torch.get_num_threads())  # the latter knows OMP_NUM_THREADS
-    limits = measure_limits(threads)
-    seen = watch(seconds, root)
+    gauge = Gauge(threads)
+    windows, clocks, seen = [gauge.window(*BRIEF)], [_clocks(root)], []
+    for _ in range(WINDOWS - 1):
+        seen.append(watch(seconds / (WINDOWS - 1), root))
+        windows.append(gauge.window(*BRIEF))
+        clocks.append(_clocks(root))
     disk, disk_error = _measure_disk(folder)
     quota, memory_limit = group_limits(root)
     memory, about = root / "proc/meminfo", _processor(root)
@@ -126,16 +136,28 @@ def examine(seconds: float, folder: Path, root: Path = ROOT) -> Checkup:
         swap_used=1024 * (field(memory, "SwapTotal:") - field(memory, "SwapFree:")),
         quota=quota,
         memory_limit=memory_limit,
-        limits=limits,
-        again=measure_limits(threads),
+        windows=tuple(windows),
+        clocks=max(filter(None, clocks), default=None),
         disk=disk,
         disk_error=disk_error,
         folder=str(folder),
         devices=tuple((p.name, p.total_memory) for p in properties),
         linked=all(torch.cuda.can_device_access_peer(i, j) for i, j in pairs),
         nvidia=len(list((root / "proc/driver/nvidia/gpus").glob("*"))),
-        watch=seen,
+        watch=Watch.joined(seen),
     )
+
+
+def _clocks(root: Path) -> tuple[float, float, str] | None:
+    """Of the fastest core now; what it should have is its base, or its most where no base is told."""
+    found = []
+    for core in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq"):
+        now, base, most = (
+            int(text(core / name) or 0) for name in ("scaling_cur_freq", "base_frequency", "cpuinfo_max_freq")
+        )
+        if now and (base or most):
+            found.append((now / 1e6, (base or most) / 1e6, text(core / "scaling_governor").strip()))
+    return max(found, default=None)
 
 
 def _processor(root: Path) -> dict[str, str]:

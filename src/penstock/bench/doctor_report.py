@@ -11,6 +11,10 @@ NOTICED = 0.01
 """Share of the time that may go elsewhere without a word."""
 UNSTEADY = 0.15
 """Two measurements of one machine agree so far when it is quiet."""
+CROWDED = 0.05
+"""Share of the time in which processes may wait for a processor without a word: a timer's tick is soon served."""
+SLOW = 0.6
+"""Share of its clock that a core should have under load; with all cores busy none has its highest."""
 LITTLE = 2 * GIB
 
 
@@ -59,6 +63,9 @@ def _company(c: Checkup) -> Iterator[Concern]:
         names = ", ".join(f"{name} (pid {pid}) {taken:.2f}" for name, pid, taken in w.busiest)
         why = f"{w.others:.2f} of {c.online} processors are busy with others{f': {names}' if names else ''}"
         yield Concern("Other processes are running", why, "stop them before anything is measured")
+    if w.waited > CROWDED:
+        why = f"processes waited for a processor {100 * w.waited:.0f} % of the time"
+        yield Concern("There is more to do than processors", why, "stop what else runs, or use fewer threads")
     if w.throttled > NOTICED * w.seconds:
         why = f"a control group stopped its processes for {w.throttled:.1f} s of {w.seconds:.0f}"
         yield Concern("The quota is used up", why, "raise it, or use fewer threads than it allows processors")
@@ -67,10 +74,14 @@ def _company(c: Checkup) -> Iterator[Concern]:
     if w.stalled > NOTICED:
         why = f"a thread was stopped {100 * w.stalled:.1f} % of the time, once for {1000 * w.longest:.0f} ms"
         yield Concern("Work is interrupted", why, "some tokens will come as much later")
+    if c.clocks is not None and c.clocks[0] < SLOW * c.clocks[1]:
+        why = "the fastest core had {:.1f} of {:.1f} GHz after a measurement, governor {}".format(*c.clocks)
+        yield Concern("The processor is clocked low", why, "set the governor to performance, or plug the machine in")
     for name, what in (("read_rate", "reading"), ("fp32", "fp32 products"), ("int8", "int8 products")):
-        first, second = getattr(c.limits, name), getattr(c.again, name)
-        if abs(first - second) > UNSTEADY * max(first, second):
-            why = f"{first / GB:.1f} and {second / GB:.1f} G/s, {c.watch.seconds:.0f} s apart"
+        rates = sorted(getattr(window, name) for window in c.windows)
+        least, most = rates[1 % len(rates)], rates[-2:][0]  # one that met something tells nothing of the others
+        if least < (1 - UNSTEADY) * most:
+            why = f"{', '.join(f'{rate / GB:.1f}' for rate in rates)} G/s within {w.seconds:.0f} s"
             yield Concern(f"The rate of {what} is not steady", why, "no figure here is worth more than that")
 
 
@@ -84,7 +95,7 @@ def _group(c: Checkup) -> tuple[str, str]:
 
 
 def table(c: Checkup) -> str:
-    best, w = c.best, c.watch
+    rates, w = c.limits, c.watch
     threads = f"{c.threads} thread{'s' * (c.threads != 1)}"
     model = f"a model of {WEIGHTS / GB:.2f} GB of weights (Qwen3-0.6B, 8 bits)"
     kernels = f"{c.usable[0]}, of {', '.join(c.usable)}" if c.usable else "none: torch computes"
@@ -97,16 +108,19 @@ def table(c: Checkup) -> str:
     quiet = (
         f"{100 * w.stolen:.1f} % stolen, {w.others:.2f} processors busy with others, {100 * w.stalled:.1f} % stalled"
     )
+    clock = "" if c.clocks is None else ", at {:.1f} of {:.1f} GHz".format(*c.clocks)
     rows = [
-        ("processor", f"{c.processor}: {c.processors} of {c.online} processors", f"{threads} compute"),
+        ("processor", f"{c.processor}: {c.processors} of {c.online} processors{clock}", f"{threads} compute"),
         ("kernels", kernels, answer),
         ("cgroup", *_group(c)),
         ("memory", f"{c.memory / GIB:.1f} GiB free of {c.memory_total / GIB:.1f}", "weights and KV must fit into it"),
-        ("reading", f"{best.read_rate / GB:.1f} GB/s", f"{model} decodes at most {decode_limit(best):.0f} tokens/s"),
+        ("reading", f"{rates.read_rate / GB:.1f} GB/s", f"{model} decodes at most {decode_limit(rates):.0f} tokens/s"),
         (
             "products",
-            f"fp32 {best.fp32 / GB:.0f}, bf16 {best.bf16 / GB:.0f}, int8 {best.int8 / GB:.0f} GOP/s",
-            f"it takes at least {prompt_limit(best):.2f} s to read a prompt of {PROMPT} tokens",
+            "fp32 {:.3g}, bf16 {:.3g}, int8 {:.3g} GOP/s".format(
+                *(r / GB for r in (rates.fp32, rates.bf16, rates.int8))
+            ),
+            f"it takes at least {prompt_limit(rates):.2f} s to read a prompt of {PROMPT} tokens",
         ),
         ("disk", disk, "" if c.disk is None else f"it is loaded in at least {WEIGHTS / c.disk:.1f} s"),
         ("GPU", gpus or "none", linked if len(c.devices) > 1 else ""),

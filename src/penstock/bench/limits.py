@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from statistics import median
 
 import torch
 
@@ -20,7 +22,8 @@ SQUARE = 2048
 TRIES, PATIENCE = 5, 0.3
 """Least tries, and seconds of them, of which the best counts: others who run here take turns of some milliseconds."""
 LONG_ENOUGH = 0.05
-"""Seconds of a product that need no larger matrices: bf16 without instructions of its own is a hundred times slower."""
+"""Seconds of a product, by one thread, that need no larger matrices: bf16 without instructions of its own is a hundred
+times slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +43,47 @@ class Limits:
         """The fastest type that weights of so many bits may be multiplied in."""
         return max(self.fp32, self.bf16, self.int8 if bits <= 8 else 0.0)
 
+    @classmethod
+    def median(cls, several: Iterable[Limits]) -> Limits:
+        return cls(*(median(rates) for rates in zip(*map(astuple, several), strict=True)))
+
     def at_best(self, other: Limits) -> Limits:
         pairs = [(getattr(self, name), getattr(other, name)) for name in self.__slots__]
         return Limits(*(max(pair) for pair in pairs))
 
 
+class Gauge:
+    """One measurement, to be made again and again: memory is taken and matrices are sized once, on the way to which the
+    processor warms up.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        with _threads(1):
+            self._memory = torch.ones(STREAMED // 4)
+            self._products = [_sized(kind) for kind in (_of_type(torch.float32), _of_type(torch.bfloat16), _of_bytes)]
+
+    def window(self, tries: int = TRIES, patience: float = PATIENCE) -> Limits:
+        """The best of a few tries each: at least so many, and for so many seconds."""
+        with _threads(self.threads):
+            reading = STREAMED / _best_seconds(self._memory.sum, tries, patience)
+            products = [2 * side**3 / _best_seconds(work, tries, patience) for side, work in self._products]
+        return Limits(reading, *products)
+
+
 def measure_limits(threads: int) -> Limits:
-    """The best of a few tries each, with as many threads as the contenders have."""
+    """With as many threads as the contenders have."""
+    return Gauge(threads).window()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     try:
-        reading = _best_seconds(torch.ones(STREAMED // 4).sum)
-        rates = [_product_rate(product) for product in (_of_type(torch.float32), _of_type(torch.bfloat16), _of_bytes)]
+        yield
     finally:
         torch.set_num_threads(before)
-    return Limits(STREAMED / reading, *rates)
 
 
 def limit_seconds(spec: ModelSpec, job: Job, limits: Limits, bits: int = 16) -> float:
@@ -110,20 +139,21 @@ def _of_bytes(side: int) -> Callable[[], object]:
     return lambda: torch.ops.quantized.linear(square, packed, 1.0, 64)
 
 
-def _product_rate(product: Callable[[int], Callable[[], object]]) -> float:
-    side, seconds = 64, 0.0
-    while seconds < LONG_ENOUGH and side < SQUARE:
+def _sized(product: Callable[[int], Callable[[], object]]) -> tuple[int, Callable[[], object]]:
+    """The side of its matrices, and the work. One thread sizes them: where others run, several wait for each other, and
+    a small matrix would pass for a large one.
+    """
+    side = 128
+    work = product(side)
+    while side < SQUARE and _best_seconds(work, TRIES, 0.0) < LONG_ENOUGH:
         side *= 2
         work = product(side)
-        seconds = _best_seconds(work, patience=0.0)
-    if TRIES * seconds < PATIENCE:
-        seconds = min(seconds, _best_seconds(work))
-    return 2 * side**3 / seconds
+    return side, work
 
 
-def _best_seconds(work: Callable[[], object], patience: float = PATIENCE) -> float:
+def _best_seconds(work: Callable[[], object], tries: int, patience: float) -> float:
     seconds: list[float] = []
-    while len(seconds) < TRIES or sum(seconds) < patience:
+    while len(seconds) < tries or sum(seconds) < patience:
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)

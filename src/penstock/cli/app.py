@@ -9,7 +9,6 @@ import typer
 
 from penstock.base import InvalidRequest
 from penstock.cli import (
-    bench,
     cache,
     chat,
     config,
@@ -27,6 +26,7 @@ from penstock.cli import (
     version,
 )
 from penstock.cli.exits import explain, guarded
+from penstock.cli.later import later
 
 app = typer.Typer(
     name="penstock",
@@ -54,6 +54,12 @@ def _options(
     """What stands before a command."""
 
 
+def _bench() -> typer.Typer:
+    from penstock.cli import bench
+
+    return bench.app
+
+
 app.command("chat")(guarded(chat.chat))
 app.command("run")(guarded(run.run))
 app.command("serve")(guarded(serve.serve))
@@ -69,7 +75,7 @@ app.command("quantize")(guarded(quantize.quantize))
 app.command("models")(guarded(models.models))
 app.command("show")(guarded(show.show))
 app.command("cache")(guarded(cache.cache))
-app.add_typer(bench.app, name="bench")
+app.add_typer(later(_bench, help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None), name="bench")
 app.command("doctor")(guarded(doctor.doctor))
 app.command("version")(guarded(version.version))
 

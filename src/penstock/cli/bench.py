@@ -17,14 +17,7 @@ from penstock.cli.exits import emit, guarded
 from penstock.cli.options import MODEL_HELP
 from penstock.spec.sampling import MAX_N
 
-app = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def bench() -> None:
-    """Measure on this machine."""
-
-
+app = typer.Typer(rich_markup_mode=None)
 app.command("serve")(guarded(bench_load.serve))
 app.command("latency")(guarded(bench_load.latency))
 app.command("offline")(guarded(bench_load.offline))

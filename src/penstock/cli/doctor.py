@@ -31,4 +31,5 @@ def doctor(
         emit(table(found))
         return
     facts = dataclasses.asdict(found) | {"features": sorted(found.features)}
+    facts["limits"] = dataclasses.asdict(found.limits)
     emit(json.dumps(facts | {"off": [dataclasses.asdict(concern) for concern in concerns(found)]}))

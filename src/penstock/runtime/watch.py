@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class Watch:
         throttled: seconds that control groups held their processes back.
         hot: times that a core slowed down because of its heat.
         swapped: pages that went to swap or came from it.
+        waited: share of the time in which some process waited for a processor (Linux's pressure stall information).
     """
 
     seconds: float
@@ -38,6 +40,33 @@ class Watch:
     throttled: float
     hot: int
     swapped: int
+    waited: float = 0.0
+
+    @classmethod
+    def joined(cls, parts: Sequence[Watch]) -> Watch:
+        """Of several watches as of one."""
+        seconds = sum(part.seconds for part in parts)
+
+        def mean(name: str) -> float:
+            return float(sum(getattr(part, name) * part.seconds for part in parts) / seconds)
+
+        taken: dict[tuple[str, int], float] = {}
+        for part in parts:
+            for name, pid, processors in part.busiest:
+                taken[name, pid] = taken.get((name, pid), 0.0) + processors * part.seconds / seconds
+        busiest = sorted(((name, pid, round(n, 2)) for (name, pid), n in taken.items()), key=lambda p: -p[2])
+        return cls(
+            seconds,
+            mean("stolen"),
+            mean("others"),
+            tuple(process for process in busiest[:NAMED] if process[2] > 0),
+            mean("stalled"),
+            max(part.longest for part in parts),
+            sum(part.throttled for part in parts),
+            sum(part.hot for part in parts),
+            sum(part.swapped for part in parts),
+            mean("waited"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +76,7 @@ class Counters:
     Attributes:
         ticks: of all processors: user, nice, system, idle, iowait, irq, softirq, steal.
         processes: pid to name and ticks.
+        waited: seconds.
     """
 
     ticks: tuple[int, ...]
@@ -54,6 +84,7 @@ class Counters:
     throttled: float
     hot: int
     swapped: int
+    waited: float = 0.0
 
 
 def watch(seconds: float, root: Path = ROOT) -> Watch:
@@ -86,6 +117,7 @@ def count(root: Path = ROOT) -> Counters:
         max((field(s, "throttled_usec") / 1e6 + field(s, "throttled_time") / 1e9 for s in stats), default=0.0),
         sum(int(text(core) or 0) for core in cores),
         field(root / "proc/vmstat", "pswpin") + field(root / "proc/vmstat", "pswpout"),
+        int(text(root / "proc/pressure/cpu").partition("\n")[0].rpartition("total=")[2] or 0) / 1e6,
     )
 
 
@@ -107,4 +139,5 @@ def between(before: Counters, after: Counters, seconds: float, lost: float, long
         after.throttled - before.throttled,
         after.hot - before.hot,
         after.swapped - before.swapped,
+        min(1.0, (after.waited - before.waited) / seconds),  # its clock and this one differ by a tick
     )

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from penstock.base import ConfigError
-from penstock.serving.app import Routes, application, metrics, status
+from penstock.serving.app import application, metrics
 from penstock.serving.chrome import trace_file
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
+from penstock.serving.openapi import openapi
+from penstock.serving.operations import Routes, operation
+from penstock.serving.status import status
 from penstock.serving.steps import engine_view
+
+
+class Reloaded(msgspec.Struct):
+    keys: int
+
+
+class Draining(msgspec.Struct):
+    requests: int
+    draining: bool = True
 
 
 def build_admin(context: Context, *, hosts: frozenset[str] | None = None) -> ASGIApp:
@@ -20,22 +33,25 @@ def build_admin(context: Context, *, hosts: frozenset[str] | None = None) -> ASG
     return application(ROUTES, context, hosts)
 
 
+@operation("Read the file of keys again.", method="POST", gives=Reloaded)
 async def _reload(request: Request) -> Response:
     """The file of keys is read again. A broken one is an error, and the keys from before stay."""
     try:
-        return as_json({"keys": context_of(request).gate.reload()})
+        return as_json(Reloaded(context_of(request).gate.reload()))
     except ConfigError as error:  # its cause is the operator's, who is asking
         raise HTTPError(error.code, error.what, why=error.why, fix=error.fix, status=409) from None
 
 
+@operation("End in good order, as SIGTERM does.", method="POST", gives=Draining)
 async def _drain(request: Request) -> Response:
     """As SIGTERM: nothing new is taken, what runs may finish, and the server ends."""
     context = context_of(request)
     context.stop.set()
-    return as_json({"draining": True, "requests": context.gate.admission.running})
+    return as_json(Draining(context.gate.admission.running))
 
 
 ROUTES: Routes = {
+    "/openapi.json": ("admin", openapi),
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
     "/debug/engine": ("admin", engine_view),

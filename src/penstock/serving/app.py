@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,60 +22,74 @@ from penstock.core.service import engine_stopped
 from penstock.fleet import Admission
 from penstock.llm import AsyncLLM
 from penstock.serving import durable
-from penstock.serving.batch_run import Answerer
 from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
+from penstock.serving.chat_schemas import ChatChoice, ChatChunkChoice, ChatCompletion
 from penstock.serving.chrome import trace_file
 from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of, shutting_down
 from penstock.serving.dashboard import PAGES
-from penstock.serving.edge import Edge, as_json, off_loop, parse, read_body
+from penstock.serving.decoding import Task, decode, in_batches
+from penstock.serving.edge import Edge, as_json, off_loop, read_body
 from penstock.serving.errors import (
-    HTTPError,
+    AnthropicErrorBody,
+    ErrorBody,
     on_disconnect,
     on_http_exception,
     on_other_exception,
     on_penstock_error,
 )
-from penstock.serving.gate import Access, Caller, Gate, current, queue_budget
+from penstock.serving.gate import Access, Gate, current, queue_budget
 from penstock.serving.history import finished
-from penstock.serving.limits import MAX_SHOWN
-from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens
+from penstock.serving.messages import (
+    EVENTS,
+    Counted,
+    CountRequest,
+    Message,
+    MessageEvent,
+    MessagesRequest,
+    MessagesTask,
+    count_tokens,
+)
 from penstock.serving.metrics import Metrics, QueueCollector
+from penstock.serving.openapi import openapi
+from penstock.serving.operations import Endpoint, Routes, operation
 from penstock.serving.requestlog import RequestLog
+from penstock.serving.response_items import DeletedResponse, ItemList, ResponseEvent, ResponseObject
 from penstock.serving.responses import ResponsesRequest, ResponseTask
 from penstock.serving.schemas import (
     ChatRequest,
+    Completion,
     CompletionRequest,
     GenerationRequest,
     Model,
     ModelList,
     ModelRequest,
-    refuse_unsupported,
-    unknown_fields,
 )
-from penstock.serving.sse import NAMED, PLAIN, Dialect, EventStream, unless_disconnected
+from penstock.serving.sse import DONE, NAMED, PLAIN, Dialect, EventStream, FaultEvent, unless_disconnected
+from penstock.serving.status import status
 from penstock.serving.steps import engine_view
-from penstock.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
+from penstock.serving.tokens import DetokenizeRequest, Prompt, TokenizeRequest, Tokens, detokenize, tokenize
+from penstock.serving.vectors import (
+    Embedding,
+    EmbeddingRequest,
+    Ranking,
+    RerankRequest,
+    Score,
+    ScoreRequest,
+    VectorList,
+    embeddings,
+    ranking,
+    scores,
+)
 
 if TYPE_CHECKING:
     from penstock.serving.spans import Spans
 
 G = TypeVar("G", bound=GenerationRequest)
 R = TypeVar("R", bound=ModelRequest)
-Endpoint = Callable[[Request], Awaitable[ASGIApp]]
-Routes = Mapping[str, tuple[Access, Endpoint] | tuple[Access, Endpoint, str]]
-"""By path: what it asks of its caller where keys are set, who answers, and to which methods (GET)."""
+PLAIN_TEXT = "text/plain"
 _log = logging.getLogger(__name__)
-
-
-class Task(Protocol):
-    """An admitted request, answered in one of two ways."""
-
-    async def whole(self) -> object: ...
-
-    def chunks(self) -> AsyncGenerator[object, None]: ...
 
 
 def build_app(
@@ -103,7 +116,7 @@ def build_app(
     metrics.registry.register(QueueCollector(gate.admission, log, spans))
     context = Context(llm=llm, metrics=metrics, gate=gate, name=engine.name, created=int(time.time()), log=log)
     context.spans = spans
-    context.batches = Batches(context, store or env.data_folder() / "store", _in_batches())
+    context.batches = Batches(context, store or env.data_folder() / "store", in_batches())
     return application(ROUTES, context, hosts), context
 
 
@@ -118,7 +131,7 @@ def application(routes: Routes, context: Context, hosts: frozenset[str] | None) 
             Exception: on_other_exception,
         },
     )
-    inner.state.context = context
+    inner.state.context, inner.state.routes = context, routes
     inner.router.redirect_slashes = False  # a redirection would repeat whatever Host the client sent
     public = frozenset(path for path, (access, *_) in routes.items() if access == "public")
     return Edge(inner, context, hosts=hosts, public=public)
@@ -134,86 +147,109 @@ def _route(path: str, access: Access, endpoint: Endpoint, method: str = "GET") -
     return Route(path, guarded, methods=method.split())
 
 
-def _in_batches() -> dict[str, Answerer]:
-    """What may stand in a batch."""
-
-    def generation(shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]]) -> Answerer:
-        async def answer(asked: G, context: Context) -> object:
-            return await (await prepare(asked, context)).whole()
-
-        return Answerer(functools.partial(_decode, shape=shape), answer)
-
-    def vectors(shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Answerer:
-        return Answerer(functools.partial(_decode, shape=shape), answer)
-
-    async def response(asked: ResponsesRequest, context: Context) -> ResponseTask:
-        if asked.store:
-            fix = "leave it out: the answer is in the output file"
-            raise HTTPError("invalid_parameter", "store cannot be used in a batch", fix=fix, param="store")
-        asked.store = False
-        return await ResponseTask.prepare(asked, context)
-
-    return {
-        "/v1/completions": generation(CompletionRequest, CompletionTask.prepare),
-        "/v1/chat/completions": generation(ChatRequest, ChatTask.prepare),
-        "/v1/responses": generation(ResponsesRequest, response),
-        "/v1/embeddings": vectors(EmbeddingRequest, embeddings),
-        "/v1/score": vectors(ScoreRequest, scores),
-        "/v1/rerank": vectors(RerankRequest, ranking),
-    }
-
-
+@operation(
+    "Go on from prompts.",
+    takes=CompletionRequest,
+    gives=Completion,
+    streams=(Completion, ErrorBody, DONE),
+    example={"prompt": "Once upon a time", "max_tokens": 16},
+)
 async def _completions(request: Request) -> Response | EventStream:
     return await _generate(request, CompletionRequest, CompletionTask.prepare)
 
 
+@operation(
+    "Answer a conversation.",
+    takes=ChatRequest,
+    gives=ChatCompletion[ChatChoice],
+    streams=(ChatCompletion[ChatChunkChoice], ErrorBody, DONE),
+    example={"messages": [{"role": "user", "content": "Once upon a time"}], "max_tokens": 16},
+)
 async def _chat(request: Request) -> Response | EventStream:
     return await _generate(request, ChatRequest, ChatTask.prepare)
 
 
+@operation(
+    "Answer a conversation, in items.",
+    takes=ResponsesRequest,
+    gives=ResponseObject,
+    streams=(ResponseEvent, FaultEvent),
+    example={"input": "Once upon a time", "max_output_tokens": 16},
+)
 async def _responses(request: Request) -> Response | EventStream:
     return await _generate(request, ResponsesRequest, ResponseTask.prepare, NAMED)
 
 
+@operation("A response that was stored.", gives=ResponseObject)
+@operation("Forget a response.", method="DELETE", gives=DeletedResponse)
 async def _response(request: Request) -> Response:
     stored, identifier = context_of(request).responses, request.path_params["response"]
     if request.method == "DELETE":
         stored.delete(identifier)
-        return as_json({"id": identifier, "object": "response", "deleted": True})
+        return as_json(DeletedResponse(identifier))
     return as_json(stored.get(identifier).response)
 
 
+@operation("What a stored response answered.", gives=ItemList)
 async def _response_items(request: Request) -> Response:
     given = context_of(request).responses.get(request.path_params["response"]).given
     data = [{"id": f"item_{i}", **item} for i, item in enumerate(given)]
-    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return as_json({"object": "list", "data": data, "has_more": False, **ends})
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return as_json(ItemList(data=data, has_more=False, first_id=first, last_id=last))
 
 
+@operation(
+    "Answer a conversation, as Anthropic's API.",
+    takes=MessagesRequest,
+    gives=Message,
+    streams=(MessageEvent, AnthropicErrorBody),
+    example={"messages": [{"role": "user", "content": "Once upon a time"}], "max_tokens": 16},
+)
 async def _messages(request: Request) -> Response | EventStream:
     return await _generate(request, MessagesRequest, MessagesTask.prepare, EVENTS)
 
 
+@operation(
+    "Count the tokens of a conversation.",
+    takes=CountRequest,
+    gives=Counted,
+    example={"messages": [{"role": "user", "content": "Once upon a time"}]},
+)
 async def _count_tokens(request: Request) -> Response:
     return await _vectors(request, CountRequest, count_tokens)
 
 
+@operation("Embed texts.", takes=EmbeddingRequest, gives=VectorList[Embedding], example={"input": ["Once", "upon"]})
 async def _embeddings(request: Request) -> Response:
     return await _vectors(request, EmbeddingRequest, embeddings)
 
 
+@operation(
+    "Compare texts.",
+    takes=ScoreRequest,
+    gives=VectorList[Score],
+    example={"text_1": "a cat", "text_2": ["a kitten", "a truck"]},
+)
 async def _score(request: Request) -> Response:
     return await _vectors(request, ScoreRequest, scores)
 
 
+@operation(
+    "Order documents by their nearness to a query.",
+    takes=RerankRequest,
+    gives=Ranking,
+    example={"query": "a cat", "documents": ["a truck", "a kitten"]},
+)
 async def _rerank(request: Request) -> Response:
     return await _vectors(request, RerankRequest, ranking)
 
 
+@operation("Text to token ids.", takes=TokenizeRequest, gives=Tokens, example={"prompt": "Once upon a time"})
 async def _tokenize(request: Request) -> Response:
     return await _vectors(request, TokenizeRequest, tokenize)
 
 
+@operation("Token ids to text.", takes=DetokenizeRequest, gives=Prompt, example={"tokens": [1, 2, 3]})
 async def _detokenize(request: Request) -> Response:
     return await _vectors(request, DetokenizeRequest, detokenize)
 
@@ -239,26 +275,18 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     context.admit(None)
     current.get().enter()
     body = await read_body(request)
-    asked = await off_loop(len(body), functools.partial(_decode, body, shape))
+    asked = await off_loop(len(body), functools.partial(decode, body, shape))
     context.admit(asked.model)
     current.get().model = context.name
     return context, asked
 
 
-def _decode(body: bytes, shape: type[R]) -> R:
-    asked = parse(body, shape)
-    asked.check()
-    fields = parse(body, dict[str, msgspec.Raw])
-    refuse_unsupported(fields, shape)
-    if unknown := unknown_fields(fields, shape):
-        _log.warning("a request carries unknown fields, which are ignored: %.300r", unknown)
-    return asked
-
-
+@operation("List the models that are served.", gives=ModelList)
 async def _models(request: Request) -> Response:
     return as_json(ModelList([_served(context_of(request))]))
 
 
+@operation("Describe a model.", gives=Model)
 async def _model(request: Request) -> Response:
     context = context_of(request)
     context.admit(request.path_params["model"])
@@ -269,11 +297,13 @@ def _served(context: Context) -> Model:
     return Model(context.name, context.created, context.llm.engine.config.max_model_len)
 
 
+@operation("Whether the process answers.", gives=PLAIN_TEXT)
 async def _live(_: Request) -> Response:
     """The process answers. Nothing else is asked, so that a busy or broken engine is not restarted by mistake."""
     return PlainTextResponse("ok\n")
 
 
+@operation("Whether new requests are welcome.", gives=PLAIN_TEXT)
 async def _ready(request: Request) -> Response:
     """New requests are welcome. Raises Unavailable."""
     context = context_of(request)
@@ -282,58 +312,16 @@ async def _ready(request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
+@operation("Whether new requests to a model are.", gives=PLAIN_TEXT)
 async def _ready_model(request: Request) -> Response:
     """New requests for one model are."""
     context_of(request).admit(request.path_params["model"])
     return await _ready(request)
 
 
+@operation("Metrics, for Prometheus.", gives=PLAIN_TEXT)
 async def metrics(request: Request) -> Response:
     return Response(context_of(request).metrics.expose(), media_type=CONTENT_TYPE_LATEST)
-
-
-async def status(request: Request) -> Response:
-    """What the server is doing, for people and for ``penstock ps``."""
-    context = context_of(request)
-    engine, admission = context.llm.engine.service.status(), context.gate.admission
-    return as_json(
-        {
-            "model": context.name,
-            "draining": context.draining,
-            "alive": context.llm.engine.service.alive,
-            "queue": {"requests": admission.running, "tokens": admission.held, "tokens_limit": admission.budget},
-            "requests": [_progress(caller) for caller in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]],
-            "tenants": {name or "-": count for name, count in admission.held_by().items() if count},
-            "engine": {
-                "running": engine.running,
-                "waiting": engine.waiting,
-                "kv_blocks": engine.blocks_total,
-                "kv_blocks_used": engine.blocks_used,
-                "steps": engine.counters.steps,
-                "prompt_tokens": engine.counters.prompt_tokens,
-                "generated_tokens": engine.counters.generated_tokens,
-                "prefix_hit_tokens": engine.counters.prefix_hit_tokens,
-                "preemptions": engine.counters.preemptions,
-            },
-        }
-    )
-
-
-def _arrival(caller: Caller) -> float:
-    return caller.arrived
-
-
-def _progress(caller: Caller) -> dict[str, object]:
-    """A request before its first token has not been computed yet, or its prompt is being computed."""
-    now = time.monotonic()
-    return {
-        "id": caller.id,
-        "tenant": caller.tenant or None,
-        "phase": "upload" if caller.model is None else "prompt" if caller.first_token is None else "decode",
-        "seconds": round(now - caller.arrived, 3),
-        "prompt_tokens": caller.prompt_tokens,
-        "completion_tokens": caller.completion_tokens,
-    }
 
 
 ROUTES: Routes = {
@@ -357,6 +345,7 @@ ROUTES: Routes = {
     "/v1/batches/{id}/cancel": ("inference", durable.cancel_batch, "POST"),
     "/v1/models": ("inference", _models),
     "/v1/models/{model:path}": ("inference", _model),
+    "/openapi.json": ("inference", openapi),
     "/live": ("public", _live),
     "/ready": ("inference", _ready),
     "/ready/{model:path}": ("inference", _ready_model),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from penstock.serving.database import Database, Part, StoredFile, insert_file, not_found
+from penstock.serving.database import Database, Once, Part, StoredFile, insert_file, not_found
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 LIVE: tuple[Status, ...] = ("validating", "in_progress", "finalizing", "cancelling")
@@ -91,12 +91,18 @@ class BatchTable:
         live = db.execute(f"select body from batch where status in {LIVE}").fetchall()
         return any(msgspec.json.decode(body)["input_file_id"] == file for [body] in live)
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, once: Once | None = None) -> str:
+        """Its id, or that of the one that the same request made before."""
         with self._database.transaction() as db:
+            if once is not None and (before := once.before(db, "batch")) is not None:
+                return before
             db.execute(
                 "insert into batch values (?, ?, ?, ?, ?, ?)",
                 (batch.id, batch.tenant, batch.model, batch.created_at, batch.status, _body(batch)),
             )
+            if once is not None:
+                once.made(db, batch.id)
+        return batch.id
 
     def change(self, id: str, alter: Callable[[Batch], Batch]) -> Batch:
         """Another writer's change is never lost: ``alter`` gets the batch as it stands."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from penstock.base import Unavailable
 from penstock.serving.batch_run import RETRY_SECONDS, Answerer, Run
 from penstock.serving.batch_table import LIVE, Batch, Complaint
 from penstock.serving.context import Context
+from penstock.serving.database import Once
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_METADATA
 from penstock.serving.store import Store
@@ -139,8 +141,12 @@ class Batches:
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 
-    async def create(self, asked: BatchRequest, tenant: str) -> BatchObject:
-        """Raises HTTPError: (invalid_parameter), (file_not_found)."""
+    async def create(self, asked: BatchRequest, tenant: str, key: str | None = None) -> BatchObject:
+        """``key``: the client's own, under which it may ask again.
+
+        Raises:
+            HTTPError: (invalid_parameter), (file_not_found), (idempotency_key_reused).
+        """
         if asked.endpoint not in self.answerers:
             why = f"it must be one of {', '.join(sorted(self.answerers))}"
             raise HTTPError("invalid_parameter", "endpoint cannot be used", why=why, param="endpoint")
@@ -157,9 +163,10 @@ class Batches:
             expires_at=now + DAY,
             metadata=asked.metadata,
         )
-        await asyncio.to_thread(store.batches.begin, batch)
+        once = None if key is None else Once(tenant, key, f"batch {sha256(msgspec.json.encode(asked)).hexdigest()}")
+        id = await asyncio.to_thread(store.batches.begin, batch, once)
         self._wake.set()
-        return shown(batch)
+        return shown(await asyncio.to_thread(store.batches.get, tenant, id))
 
     async def cancel(self, tenant: str, id: str) -> BatchObject:
         """Raises HTTPError: (batch_not_found), (batch_ended)."""

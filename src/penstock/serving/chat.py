@@ -12,6 +12,7 @@ import msgspec
 
 from penstock.serving.chat_schemas import (
     AssistantMessage,
+    C,
     CallPiece,
     ChatChoice,
     ChatChunkChoice,
@@ -21,9 +22,9 @@ from penstock.serving.chat_schemas import (
 )
 from penstock.serving.context import Context
 from penstock.serving.dialogue import Dialogue, template_variables
-from penstock.serving.errors import unsupported
+from penstock.serving.errors import invalid, unsupported
 from penstock.serving.logprobs import chat_logprobs
-from penstock.serving.schemas import ChatLogprobs, ChatMessage, ChatRequest, Usage
+from penstock.serving.schemas import ROLES, ChatLogprobs, ChatMessage, ChatRequest, Usage
 from penstock.serving.tools import offer_of
 from penstock.text import Delta
 from penstock.text.parsers import Arguments, CallDropped, CallStart, Content, Event, Reasoning
@@ -55,7 +56,7 @@ class ChatTask:
         )
         return cls(request, dialogue)
 
-    async def whole(self) -> ChatCompletion:
+    async def whole(self) -> ChatCompletion[ChatChoice]:
         choices: dict[int, ChatChoice] = {}
         events: dict[int, list[Event]] = {}
         async with aclosing(self.dialogue.said()) as news:
@@ -92,19 +93,18 @@ class ChatTask:
                         ChatChunkChoice(index, ChatDelta(), None, said.finish_reason, said.delta.stop_reason)
                     )
         if self.request.usage_wanted():
-            yield self._completion("chat.completion.chunk", [], self.dialogue.usage())
+            none: list[ChatChunkChoice] = []
+            yield self._completion("chat.completion.chunk", none, self.dialogue.usage())
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         tokenizer = self.generation.context.llm.engine.tokenizer
         return chat_logprobs(delta, tokenizer, self.request.top_logprobs or 0) if self.request.logprobs else None
 
-    def _chunk(self, choice: ChatChunkChoice) -> ChatCompletion:
+    def _chunk(self, choice: ChatChunkChoice) -> ChatCompletion[ChatChunkChoice]:
         usage = (None,) if self.request.usage_wanted() else ()
         return self._completion("chat.completion.chunk", [choice], *usage)
 
-    def _completion(
-        self, kind: str, choices: list[ChatChoice] | list[ChatChunkChoice], *usage: Usage | None
-    ) -> ChatCompletion:
+    def _completion(self, kind: str, choices: list[C], *usage: Usage | None) -> ChatCompletion[C]:
         generation = self.generation
         return ChatCompletion(generation.id, kind, generation.created, generation.context.name, choices, *usage)
 
@@ -152,7 +152,9 @@ def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
 
 
 def plain_message(message: ChatMessage, place: str) -> dict[str, Any]:
-    """One message; ``place`` names it in errors. Raises HTTPError: (unsupported_parameter)."""
+    """One message; ``place`` names it in errors. Raises HTTPError: (invalid_parameter, unsupported_parameter)."""
+    if message.role not in ROLES:
+        raise invalid(f"{place}.role", f"it must be one of {', '.join(ROLES)}")
     content = message.content
     if isinstance(content, list):
         for i, part in enumerate(content):

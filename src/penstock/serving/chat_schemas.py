@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Generic, TypeVar
+
 import msgspec
 
 from penstock.serving.schemas import ChatLogprobs, Usage
@@ -56,12 +58,15 @@ class ChatChunkChoice(msgspec.Struct):
     stop_reason: int | str | None = None
 
 
-class ChatCompletion(msgspec.Struct):
-    """Also each chunk of its stream, with ChatChunkChoice."""
+C = TypeVar("C", ChatChoice, ChatChunkChoice)
+
+
+class ChatCompletion(msgspec.Struct, Generic[C]):
+    """Of ChatChoice; of ChatChunkChoice each chunk of a stream."""
 
     id: str
     object: str
     created: int
     model: str
-    choices: list[ChatChoice] | list[ChatChunkChoice]
+    choices: list[C]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET

@@ -18,8 +18,9 @@ from penstock.core.trace import RequestTrace, StepTrace, Trace
 from penstock.serving.context import context_of
 from penstock.serving.history import Visit, phases
 from penstock.serving.limits import MAX_TRACE_SECONDS
+from penstock.serving.operations import operation
 from penstock.serving.requestlog import line_of
-from penstock.serving.steps import Composition, Tokens, look, number_of
+from penstock.serving.steps import Composition, Seconds, Tokens, look, number_of
 
 ENGINE, SAMPLES, REQUESTS = 1, 2, 3
 SCHEDULER, EXECUTOR = 1, 2
@@ -36,6 +37,11 @@ class Slice(NamedTuple):
     args: dict[str, Any] | None = None
 
 
+class Last(msgspec.Struct, kw_only=True):
+    seconds: Seconds = 10.0
+
+
+@operation("The engine's last steps and requests as a file for Perfetto.", query=Last, gives=dict[str, Any])
 async def trace_file(request: Request) -> Response:
     """GET /debug/trace: the last ``seconds`` (10), of all that the engine and the server still know of them."""
     context, seconds = context_of(request), number_of(request.query_params, "seconds", 10.0, MAX_TRACE_SECONDS)

@@ -8,6 +8,7 @@ import os
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -38,6 +39,51 @@ create table line (
     primary key (batch, number)
 ) strict, without rowid;
 """
+
+
+_ONCE = """
+create table if not exists once (
+    tenant text not null, key text not null, id text not null, digest text not null, created_at integer not null,
+    primary key (tenant, key)
+) strict, without rowid
+"""
+REMEMBERED = 86_400
+"""Seconds that an Idempotency-Key is known for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """What a client that may send a request again says of it. Attributes: digest: of all that it asks."""
+
+    tenant: str
+    key: str
+    digest: str
+
+    def before(self, db: sqlite3.Connection, kind: Kind) -> str | None:
+        """The id of what the same request made before, if that is still there.
+
+        Raises:
+            HTTPError: (idempotency_key_reused) another request had this key.
+        """
+        db.execute("delete from once where created_at < ?", (int(time.time()) - REMEMBERED,))
+        mine = (self.tenant, self.key)
+        found = db.execute("select id, digest from once where tenant = ? and key = ?", mine).fetchone()
+        if found is None:
+            return None
+        id, digest = found
+        if digest != self.digest:
+            raise HTTPError(
+                "idempotency_key_reused",
+                "Another request had this Idempotency-Key",
+                why=f"it made {id}",
+                fix="send the same request again with the same key, and another with a key of its own",
+                status=409,
+            )
+        return id if db.execute(f"select 1 from {kind} where id = ?", (id,)).fetchone() else None
+
+    def made(self, db: sqlite3.Connection, id: str) -> None:
+        row = (self.tenant, self.key, id, self.digest, int(time.time()))
+        db.execute("insert or replace into once values (?, ?, ?, ?, ?)", row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +135,7 @@ class Database:
             self._db.executescript(f"begin; {_TABLES} pragma user_version={VERSION}; commit;")
         elif version != VERSION:
             raise sqlite3.DatabaseError(f"it is of version {version}, and this build reads {VERSION}")
+        self._db.execute(_ONCE)
         for kind in ("file", "batch"):
             self._db.execute(f"create index if not exists {kind}_of_tenant on {kind} (tenant, created_at)")
         known = {row[0] for row in self._db.execute("select id from file")}

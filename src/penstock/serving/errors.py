@@ -9,6 +9,7 @@ import logging
 import random
 import re
 from math import ceil
+from typing import Literal, TypedDict
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -53,6 +54,16 @@ class ErrorBody(msgspec.Struct):
     error: Fault
 
 
+class AnthropicFault(TypedDict):
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(TypedDict):
+    type: Literal["error"]
+    error: AnthropicFault
+
+
 def unsupported(param: str, *, what: str = "") -> HTTPError:
     return HTTPError(
         "unsupported_parameter",
@@ -79,10 +90,15 @@ def body_of(error: PenstockError) -> ErrorBody:
     return ErrorBody(Fault(message, kind, param_of(error), error.code))
 
 
-def anthropic_body(error: PenstockError) -> dict[str, object]:
+def anthropic_body(error: PenstockError) -> AnthropicErrorBody:
     """As Anthropic's clients expect it; the code stays at the end of the message."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": body_of(error).error.message}}
+
+
+def shape_of_errors(path: str) -> type:
+    """Of the body that ``error_response`` makes."""
+    return AnthropicErrorBody if f"{path}/".startswith(f"{_ANTHROPIC}/") else ErrorBody
 
 
 def log_fault(error: PenstockError) -> None:
@@ -108,7 +124,7 @@ def error_response(error: PenstockError, path: str) -> Response:
         headers["retry-after"] = str(max(1, ceil(error.retry_after * random.uniform(1.0, 1.25))))
     elif error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = anthropic_body(error) if f"{path}/".startswith(f"{_ANTHROPIC}/") else body_of(error)
+    body = anthropic_body(error) if shape_of_errors(path) is AnthropicErrorBody else body_of(error)
     return Response(msgspec.json.encode(body), error.status, headers, "application/json")
 
 

@@ -7,17 +7,18 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
+from msgspec import Meta
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
-from penstock.serving.database import Part, StoredFile, not_found, unwritable
+from penstock.serving.database import Once, Part, StoredFile, not_found, unwritable
 from penstock.serving.errors import HTTPError, invalid
 from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_STORED_BYTES
 from penstock.serving.store import Store
@@ -25,6 +26,22 @@ from penstock.serving.store import Store
 PURPOSES = ("batch", "batch_output")
 PIECE = 1 << 20
 T = TypeVar("T")
+I = TypeVar("I", bound="Item")
+
+
+class PageQuery(msgspec.Struct, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=MAX_LISTED)] | None = None
+    after: str | None = None
+    order: Literal["asc", "desc"] | None = None
+
+
+class FileQuery(PageQuery, kw_only=True):
+    purpose: str | None = None
+
+
+class UploadForm(msgspec.Struct, kw_only=True):
+    purpose: Literal["batch"]
+    file: bytes
 
 
 class FileObject(msgspec.Struct, kw_only=True):
@@ -40,10 +57,14 @@ class FileObject(msgspec.Struct, kw_only=True):
     expires_at: None = None
 
 
-class Page(msgspec.Struct, kw_only=True):
+class Item(Protocol):
+    id: str
+
+
+class Page(msgspec.Struct, Generic[I], kw_only=True):
     """Of a list. ``after`` = ``last_id`` asks for the next one."""
 
-    data: list[Any]
+    data: list[I]
     has_more: bool
     first_id: str | None
     last_id: str | None
@@ -62,11 +83,11 @@ def shown(file: StoredFile) -> FileObject:
     )
 
 
-async def upload(request: Request, store: Store, tenant: str) -> FileObject:
-    """POST /v1/files: a form with ``purpose`` and ``file``.
+async def upload(request: Request, store: Store, tenant: str, key: str | None = None) -> FileObject:
+    """POST /v1/files: a form with ``purpose`` and ``file``. ``key``: the client's own, under which it may ask again.
 
     Raises:
-        HTTPError: 415 and 403 for what a browser sends across origins, 413, 408, 400.
+        HTTPError: 415 and 403 for what a browser sends across origins, 413, 409, 408, 400.
         Unavailable: (store_unwritable)
     """
     _only_from_here(request)
@@ -81,7 +102,7 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
             if not isinstance(file, UploadFile):
                 raise HTTPError("invalid_parameter", "file is required", param="file")
             name = Path(file.filename or "upload.jsonl").name[:MAX_FILE_NAME]
-            return shown(await asyncio.to_thread(_keep, store, tenant, name, file.file))
+            return shown(await asyncio.to_thread(_keep, store, tenant, name, file.file, key))
     except TimeoutError:
         why = f"waited {FILE_SECONDS:g} s"
         raise HTTPError("request_timeout", "The file did not arrive in time", why=why, status=408) from None
@@ -92,13 +113,18 @@ async def upload(request: Request, store: Store, tenant: str) -> FileObject:
         raise HTTPError("invalid_form", "The form cannot be read", fix=fix) from None
 
 
-def _keep(store: Store, tenant: str, name: str, source: Any) -> StoredFile:
+def _keep(store: Store, tenant: str, name: str, source: Any, key: str | None) -> StoredFile:
     pieces = iter(lambda: source.read(PIECE), b"")
-    return keep(store, tenant, name, "batch", pieces)
+    return keep(store, tenant, name, "batch", pieces, key)
 
 
-def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
-    """Writes a file and makes it known. Raises HTTPError: (storage_full); Unavailable: (store_unwritable)."""
+def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any, key: str | None = None) -> StoredFile:
+    """Writes a file and makes it known, unless the same was sent with this key before: then it is that one.
+
+    Raises:
+        HTTPError: (storage_full), (idempotency_key_reused).
+        Unavailable: (store_unwritable)
+    """
     file = write(store, tenant, name, purpose, pieces)
     try:
         if file.bytes + store.stored_bytes(tenant) > MAX_STORED_BYTES:
@@ -109,11 +135,14 @@ def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> Sto
                 fix="delete files that are no longer needed",
                 status=413,
             )
-        store.add(file)
+        once = None if key is None else Once(tenant, key, f"file {file.sha256} {purpose} {name}")
+        id = store.add(file, once)
     except BaseException:
         store.path(file.id).unlink()
         raise
-    return file
+    if id != file.id:
+        store.path(file.id).unlink()
+    return store.file(tenant, id)
 
 
 def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
@@ -160,7 +189,7 @@ def part_of(query: Mapping[str, str]) -> Part:
     return Part(MAX_LISTED if limit is None else int(limit), after, order == "asc")
 
 
-def page(found: tuple[Sequence[T], bool], show: Callable[[T], Any]) -> Page:
+def page(found: tuple[Sequence[T], bool], show: Callable[[T], I]) -> Page[I]:
     """Of items, and whether there are more."""
     data, more = [show(item) for item in found[0]], found[1]
     first, last = (data[0].id, data[-1].id) if data else (None, None)

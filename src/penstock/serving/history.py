@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from penstock.serving.gate import Caller, current
 from penstock.serving.limits import MAX_REMEMBERED, MAX_VISITS
+from penstock.serving.operations import operation
 from penstock.serving.requestlog import Line
 
 PHASES = ("read", "queue", "prompt", "decode", "memory", "client")
@@ -30,6 +31,17 @@ class Visit:
         return cls(line, caller.arrived, tuple(caller.stalls), caller.answer)
 
 
+class Ended(Line, kw_only=True):
+    """As in the log, and its ``phases`` in seconds."""
+
+    phases: dict[str, float]
+    why: str
+
+
+class EndedList(msgspec.Struct):
+    requests: list[Ended]
+
+
 class History:
     """The last MAX_REMEMBERED requests that were computed, or failed after they were let in, as JSON.
 
@@ -45,7 +57,7 @@ class History:
         """What is answered from the tokenizer alone is not worth a place."""
         line = visit.line
         if line.admitted_s is not None or line.status >= 400:
-            told = msgspec.to_builtins(line) | {"phases": phases(line), "why": why(line)}
+            told = Ended(**msgspec.structs.asdict(line), phases=phases(line), why=why(line))
             self._ended.append((line.tenant, msgspec.Raw(msgspec.json.encode(told))))
             self.visits.append(visit)
 
@@ -116,6 +128,7 @@ def why(line: Line) -> str:
     return f"{head}went into writing {tokens} tokens, {1 / max(mean, 1e-6):.0f} a second{slowest}; {others}."
 
 
+@operation("The requests that ended last.", gives=EndedList)
 async def finished(request: Request) -> Response:
     """To a key of a tenant only that tenant's."""
     history: History = request.app.state.context.history

@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta
@@ -27,8 +27,11 @@ Block = dict[str, Any]
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
+TURNS = ("user", "assistant", "system")
+
+
 class Turn(msgspec.Struct, kw_only=True):
-    role: str
+    role: Annotated[str, Meta(extra_json_schema={"enum": TURNS})]
     content: str | list[Block]
 
 
@@ -67,7 +70,35 @@ class CountRequest(ModelRequest, kw_only=True):
     thinking: Block | None = None
 
 
-async def count_tokens(request: CountRequest, context: Context) -> dict[str, int]:
+class MessageUsage(TypedDict):
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class Message(TypedDict):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[Block]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class MessageEvent(TypedDict):
+    """Its ``type`` is the event's name too, and says what else is in it."""
+
+    type: str
+
+
+class Counted(TypedDict):
+    input_tokens: int
+
+
+async def count_tokens(request: CountRequest, context: Context) -> Counted:
     """Raises HTTPError and InvalidRequest."""
     fields = {name: getattr(request, name) for name in request.__struct_fields__}
     dialogue = await _prepared(MessagesRequest(max_tokens=1, **fields), context)
@@ -159,7 +190,7 @@ class MessagesTask:
     def _delta(self, delta: Block) -> Block:
         return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
 
-    def _message(self) -> Block:
+    def _message(self) -> Message:
         generation = self.dialogue.generation
         return {
             "id": generation.id,
@@ -172,7 +203,7 @@ class MessagesTask:
             "usage": self._usage(),
         }
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> MessageUsage:
         """Tokens read from the cache are not among ``input_tokens``."""
         generation = self.dialogue.generation
         usage = generation.usage()
@@ -248,7 +279,7 @@ def messages_from(turns: Sequence[Turn], system: str | list[Block] | None) -> li
         messages.append({"role": "system", "content": _text(system, "system")})
     for i, turn in enumerate(turns):
         place = f"messages[{i}]"
-        if turn.role not in ("user", "assistant", "system"):
+        if turn.role not in TURNS:
             raise invalid(f"{place}.role", "it must be user or assistant")
         if isinstance(turn.content, str):
             messages.append({"role": turn.role, "content": turn.content})

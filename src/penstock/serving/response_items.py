@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -13,6 +13,59 @@ from penstock.serving.schemas import ROLES
 from penstock.serving.tools import FunctionSpec, ToolSpec
 
 Item = dict[str, Any]
+
+
+class ResponseObject(TypedDict):
+    """OpenAI's Response."""
+
+    id: str
+    object: str
+    created_at: int
+    status: str
+    error: None
+    incomplete_details: dict[str, str] | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[Item]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    reasoning: Item
+    store: bool
+    temperature: float
+    text: Item
+    tool_choice: str | Item
+    tools: list[Item]
+    top_p: float
+    truncation: str
+    usage: Item | None
+    user: str | None
+
+
+class ResponseEvent(TypedDict):
+    """Its ``type`` is the event's name too, and says what else is in it."""
+
+    type: str
+    sequence_number: int
+
+
+class DeletedResponse(msgspec.Struct):
+    id: str
+    object: str = "response"
+    deleted: bool = True
+
+
+class ItemList(msgspec.Struct, kw_only=True):
+    """What a response answered, as it was sent."""
+
+    data: list[Item]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: str = "list"
+
+
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 

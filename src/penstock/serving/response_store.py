@@ -10,12 +10,13 @@ import msgspec
 from penstock.serving.errors import HTTPError
 from penstock.serving.gate import current
 from penstock.serving.limits import MAX_RESPONSE_BYTES, MAX_STORED_RESPONSES
+from penstock.serving.response_items import ResponseObject
 
 
 class Stored(NamedTuple):
     """A response as it was sent, the items of its request, and all items of the conversation before that."""
 
-    response: dict[str, Any]
+    response: ResponseObject
     before: list[dict[str, Any]]
     given: list[dict[str, Any]]
 

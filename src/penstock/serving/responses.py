@@ -14,7 +14,14 @@ from penstock.serving.context import Context
 from penstock.serving.dialogue import Dialogue, template_variables
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_TOOLS
-from penstock.serving.response_items import as_items, choice_from, format_from, messages_from, tools_from
+from penstock.serving.response_items import (
+    ResponseObject,
+    as_items,
+    choice_from,
+    format_from,
+    messages_from,
+    tools_from,
+)
 from penstock.serving.response_store import Stored
 from penstock.serving.schemas import GenerationRequest, Harmless, Name
 from penstock.serving.tools import Offer, offer_of
@@ -81,7 +88,8 @@ class ResponseTask:
         before = context.responses.get(previous, "previous_response_id").items if previous is not None else []
         given = as_items(request.input)
         request.response_format = format_from(request.text)
-        request.max_tokens = request.max_output_tokens
+        if request.max_output_tokens is not None:
+            request.max_tokens = request.max_output_tokens
         effort = (request.reasoning or {}).get("effort")
         dialogue = await Dialogue.prepare(
             context,
@@ -200,7 +208,7 @@ class ResponseTask:
         self._sequence += 1
         return {"type": kind, "sequence_number": self._sequence, **fields}
 
-    def _response(self) -> Item:
+    def _response(self) -> ResponseObject:
         request, generation = self.request, self.dialogue.generation
         usage = self.dialogue.usage()
         told = {
@@ -218,7 +226,7 @@ class ResponseTask:
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if self._status == "incomplete" else None,
             "instructions": request.instructions,
-            "max_output_tokens": request.max_output_tokens,
+            "max_output_tokens": request.max_tokens,
             "metadata": request.metadata or {},
             "model": generation.context.name,
             "output": list(self._output),

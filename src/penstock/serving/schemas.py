@@ -18,10 +18,20 @@ from penstock.serving.structured import wanted_form
 from penstock.serving.tools import ToolSpec
 from penstock.spec import FinishReason, SamplingParams
 from penstock.spec.ranges import MAX_ID
-from penstock.spec.sampling import MAX_N, MAX_STOP_IDS, MAX_STOP_LENGTH
+from penstock.spec.sampling import (
+    MAX_BREAKER_LENGTH,
+    MAX_BREAKERS,
+    MAX_LOGIT_BIAS,
+    MAX_N,
+    MAX_RULES,
+    MAX_STOP,
+    MAX_STOP_IDS,
+    MAX_STOP_LENGTH,
+)
 
 Name = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
-Stop = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+Breaker = Annotated[str, Meta(min_length=1, max_length=MAX_BREAKER_LENGTH)]
 Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 Harmless = dict[str, tuple[object, ...]]
@@ -87,17 +97,17 @@ class GenerationRequest(ModelRequest, kw_only=True):
     dry_base: float | None = None
     dry_allowed_length: int | None = None
     dry_penalty_last_n: int | None = None
-    dry_sequence_breakers: list[str] | None = None
-    logit_bias: dict[int, float] | None = None
+    dry_sequence_breakers: Annotated[list[Breaker], Meta(max_length=MAX_BREAKERS)] | None = None
+    logit_bias: Annotated[dict[int, float], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
     seed: int | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[int], Meta(max_length=MAX_STOP_IDS)] | None = None
     min_tokens: int | None = None
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    logits_rules: dict[str, Any] | None = None
+    logits_rules: Annotated[dict[str, Any], Meta(max_length=MAX_RULES)] | None = None
     thinking_budget: int | None = None
     thinking_start: str | list[int] | None = None
     thinking_end: str | list[int] | None = None
@@ -160,7 +170,9 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         return self.params({"max_tokens": 16, **recommended}, max_tokens=self.max_tokens, logprobs=self.logprobs)
 
 
-Texts = str | list[str | int | list[int]]
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_FORMS_OF_TEXTS = [{"items": {"type": "string"}}, {"items": _IDS["items"]}, {"items": _IDS}]
+Texts = str | Annotated[list[str | int | list[int]], Meta(extra_json_schema={"minItems": 1, "anyOf": _FORMS_OF_TEXTS})]
 
 
 def each_of(name: str, value: Texts, most: int) -> list[str] | list[list[int]]:
@@ -198,7 +210,7 @@ class PastCall(msgspec.Struct, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
-    role: str  # one of ROLES; as a Literal, its error would not say which there are
+    role: Annotated[str, Meta(extra_json_schema={"enum": ROLES})]  # as a Literal, its error would not say which
     content: str | list[ContentPart] | None = None
     name: Name | None = None
     reasoning_content: str | None = None
@@ -226,14 +238,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     def check(self) -> None:
         GenerationRequest.check(self)
-        for i, message in enumerate(self.messages):
-            if message.role not in ROLES:
-                raise HTTPError(
-                    "invalid_parameter",
-                    f"messages[{i}].role cannot be used",
-                    why=f"it must be one of {', '.join(ROLES)}",
-                    param=f"messages[{i}].role",
-                )
         if self.top_logprobs and not self.logprobs:
             raise _contradiction("top_logprobs", "logprobs")
 
@@ -273,8 +277,13 @@ def refuse_unsupported(fields: Mapping[str, msgspec.Raw], shape: type[ModelReque
     """Raises HTTPError(unsupported_parameter) rather than answering as if the field had not been sent."""
     for name, harmless in shape.HARMLESS.items():
         value = msgspec.json.decode(fields[name]) if name in fields else None
-        if value is not None and value not in harmless:
+        if value is not None and not any(value == one and _is_flag(value) == _is_flag(one) for one in harmless):
             raise unsupported(name)
+
+
+def _is_flag(value: object) -> bool:
+    """To Python, 0 is false."""
+    return isinstance(value, bool)
 
 
 # -- responses ---------------------------------------------------------------------------------------

@@ -160,7 +160,8 @@ def serve(
             companion.cancel()
             await context.batches.close()
 
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that went away
+    for name in ("asyncio", "python_multipart"):  # they warn of each client that went away, of each malformed form
+        logging.getLogger(name).setLevel(logging.ERROR)
     # uvicorn raises the signal that ended it once more when it is done: SIGTERM shall then end nothing else.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:

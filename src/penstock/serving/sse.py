@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -36,9 +36,16 @@ def named(chunk: object) -> bytes:
     return f"event: {chunk['type']}\n".encode() + event(chunk)
 
 
+class FaultEvent(TypedDict):
+    type: Literal["error"]
+    code: str
+    message: str
+    param: str | None
+
+
 def _fault_event(error: PenstockError) -> bytes:
     fault = body_of(error).error
-    return named({"type": "error", "code": fault.code, "message": fault.message, "param": fault.param})
+    return named(FaultEvent(type="error", code=fault.code, message=fault.message, param=fault.param))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,8 @@ class Dialect:
     fault: Callable[[PenstockError], bytes]
 
 
-PLAIN = Dialect(event, b"data: [DONE]\n\n", lambda error: event(body_of(error)))
+DONE = "[DONE]"
+PLAIN = Dialect(event, f"data: {DONE}\n\n".encode(), lambda error: event(body_of(error)))
 NAMED = Dialect(named, b"", _fault_event)
 
 

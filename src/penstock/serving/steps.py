@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,6 +17,9 @@ from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import LOOK_SECONDS, MAX_BLOCKS_SHOWN, MAX_LIVE_SECONDS, MAX_SHOWN, MAX_STEPS_SHOWN
+from penstock.serving.operations import operation
+
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Tokens(NamedTuple):
@@ -76,6 +80,12 @@ def number_of(query: Mapping[str, str], name: str, default: float, most: float) 
     return value
 
 
+class Since(msgspec.Struct, kw_only=True):
+    after: int | None = None
+    seconds: Seconds = 10.0
+
+
+@operation("The engine's last steps, its requests and its KV blocks.", query=Since, gives=dict[str, Any])
 async def engine_view(request: Request) -> Response:
     """``after``: the number of the last step that is known, so that only later ones are told.
 

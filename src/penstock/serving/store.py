@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 
 from penstock.serving.batch_table import BatchTable
-from penstock.serving.database import ID, Database, Kind, Part, StoredFile, insert_file, not_found
+from penstock.serving.database import ID, Database, Kind, Once, Part, StoredFile, insert_file, not_found
 from penstock.serving.errors import HTTPError
 
 
@@ -33,10 +33,15 @@ class Store:
             raise not_found("file", id)
         return self.database.folder / "files" / id
 
-    def add(self, file: StoredFile) -> None:
-        """Makes a file known whose bytes are in place."""
+    def add(self, file: StoredFile, once: Once | None = None) -> str:
+        """Makes a file known whose bytes are in place. Its id, or that of the one that the same request made before."""
         with self.database.transaction() as db:
+            if once is not None and (before := once.before(db, "file")) is not None:
+                return before
             insert_file(db, file)
+            if once is not None:
+                once.made(db, file.id)
+        return file.id
 
     def file(self, tenant: str, id: str) -> StoredFile:
         """Raises HTTPError: (file_not_found) the tenant has no such file."""

@@ -6,7 +6,7 @@ import time
 import uuid
 from base64 import b64encode
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -77,11 +77,14 @@ class Score(msgspec.Struct):
     object: str = "score"
 
 
-class VectorList(msgspec.Struct):
+V = TypeVar("V", Embedding, Score)
+
+
+class VectorList(msgspec.Struct, Generic[V]):
     id: str
     created: int
     model: str
-    data: list[Embedding] | list[Score]
+    data: list[V]
     usage: VectorUsage
     object: str = "list"
 
@@ -103,7 +106,7 @@ class Ranking(msgspec.Struct):
     results: list[Ranked]
 
 
-async def embeddings(request: EmbeddingRequest, context: Context) -> VectorList:
+async def embeddings(request: EmbeddingRequest, context: Context) -> VectorList[Embedding]:
     """Raises InvalidRequest, and what ``AsyncLLM.embed_all`` raises."""
     params = PoolingParams(
         dimensions=request.dimensions,
@@ -118,7 +121,7 @@ async def embeddings(request: EmbeddingRequest, context: Context) -> VectorList:
     return VectorList(_id("embd"), int(time.time()), context.name, data, _usage(outputs))
 
 
-async def scores(request: ScoreRequest, context: Context) -> VectorList:
+async def scores(request: ScoreRequest, context: Context) -> VectorList[Score]:
     """Raises InvalidRequest, and what ``AsyncLLM.score`` raises."""
     outputs = await _scored(request.text_1, request.text_2, request, context)
     data = [Score(i, output.outputs.score) for i, output in enumerate(outputs)]

@@ -46,15 +46,16 @@ _OPTIONAL_INTEGERS = {
 _REALS = {
     "temperature": (0.0, 1e4),
     "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-4, 1e4),  # a logit over less would overflow
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
     "dry_multiplier": (0.0, 1e4),
     "dry_base": (1.0, 1e4),
     "thinking_soft": (0.0, 1.0),
 }
-_POSITIVE_REALS = {"top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1e4}
-BOUNDS = _INTEGERS | _OPTIONAL_INTEGERS | _REALS | {name: (0.0, most) for name, most in _POSITIVE_REALS.items()}
-"""Least and most of every number; ``_POSITIVE_REALS`` stop just short of their least."""
+POSITIVE = {"top_p": 1.0, "typical_p": 1.0}
+BOUNDS = _INTEGERS | _OPTIONAL_INTEGERS | _REALS | {name: (0.0, most) for name, most in POSITIVE.items()}
+"""Least and most of every number; those of ``POSITIVE`` stop just short of their least."""
 
 _FLAGS = (
     "ignore_eos",
@@ -80,7 +81,7 @@ class SamplingParams:
         min_p: drop tokens below min_p x the likeliest one's probability, in [0, 1].
         typical_p: of what is left, keep the smallest set with probability p of the tokens whose surprise is nearest
             to the expected one (locally typical sampling, Meister et al. 2022), in (0, 1].
-        repetition_penalty: > 1 discourages tokens of prompt and output (Keskar et al. 2019).
+        repetition_penalty: > 1 discourages tokens of prompt and output (Keskar et al. 2019), in [0.0001, 10000].
         presence_penalty, frequency_penalty: in [-2, 2]; count output tokens only (OpenAI).
         dry_multiplier, dry_base, dry_allowed_length: DRY ("don't repeat yourself") subtracts multiplier x
             base^(length - allowed_length) from a token that would continue a repetition of so many tokens, in prompt
@@ -194,7 +195,7 @@ class SamplingParams:
                 ranges.integer(name, value, low, high)
         for name, (least, most) in _REALS.items():
             self._set(name, ranges.real(name, getattr(self, name), least, most))
-        for name, most in _POSITIVE_REALS.items():
+        for name, most in POSITIVE.items():
             self._set(name, ranges.real(name, getattr(self, name), 0.0, most, open_low=True))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):

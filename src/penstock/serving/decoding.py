@@ -1,0 +1,78 @@
+"""Bodies in their declared shapes, each in a request of its own or in a line of a batch."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from penstock.serving.batch_run import Answerer
+from penstock.serving.chat import ChatTask
+from penstock.serving.completions import CompletionTask
+from penstock.serving.context import Context
+from penstock.serving.edge import parse
+from penstock.serving.errors import HTTPError
+from penstock.serving.responses import ResponsesRequest, ResponseTask
+from penstock.serving.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ModelRequest,
+    refuse_unsupported,
+    unknown_fields,
+)
+from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
+
+G = TypeVar("G", bound=GenerationRequest)
+R = TypeVar("R", bound=ModelRequest)
+_log = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """An admitted request, answered in one of two ways."""
+
+    async def whole(self) -> object: ...
+
+    def chunks(self) -> AsyncGenerator[object, None]: ...
+
+
+def decode(body: bytes, shape: type[R]) -> R:
+    asked = parse(body, shape)
+    asked.check()
+    fields = parse(body, dict[str, msgspec.Raw])
+    refuse_unsupported(fields, shape)
+    if unknown := unknown_fields(fields, shape):
+        _log.warning("a request carries unknown fields, which are ignored: %.300r", unknown)
+    return asked
+
+
+def in_batches() -> dict[str, Answerer]:
+    """What may stand in a batch."""
+
+    def generation(shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]]) -> Answerer:
+        async def answer(asked: G, context: Context) -> object:
+            return await (await prepare(asked, context)).whole()
+
+        return Answerer(functools.partial(decode, shape=shape), answer)
+
+    def vectors(shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Answerer:
+        return Answerer(functools.partial(decode, shape=shape), answer)
+
+    async def response(asked: ResponsesRequest, context: Context) -> ResponseTask:
+        if asked.store:
+            fix = "leave it out: the answer is in the output file"
+            raise HTTPError("invalid_parameter", "store cannot be used in a batch", fix=fix, param="store")
+        asked.store = False
+        return await ResponseTask.prepare(asked, context)
+
+    return {
+        "/v1/completions": generation(CompletionRequest, CompletionTask.prepare),
+        "/v1/chat/completions": generation(ChatRequest, ChatTask.prepare),
+        "/v1/responses": generation(ResponsesRequest, response),
+        "/v1/embeddings": vectors(EmbeddingRequest, embeddings),
+        "/v1/score": vectors(ScoreRequest, scores),
+        "/v1/rerank": vectors(RerankRequest, ranking),
+    }

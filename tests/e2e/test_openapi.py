@@ -1,0 +1,129 @@
+"""The server's own description of itself: valid, complete, and true of what it answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+from openapi_spec_validator import validate
+
+from penstock.serving import admin, app
+from penstock.serving.openapi import FILES, JSON, document
+from penstock.serving.operations import operations_of
+from penstock.serving.sse import DONE
+from servers import Server
+
+TABLES = {"server": app.ROUTES, "admin": admin.ROUTES}
+
+
+@pytest.fixture(scope="module")
+def told(hermes: Server) -> dict[str, Any]:
+    return httpx.get(f"{hermes.url}/openapi.json").json()
+
+
+def resolved(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in node:
+        found: Any = document
+        for part in node["$ref"].removeprefix("#/").split("/"):
+            found = found[part]
+        node = found
+    return node
+
+
+def check(document: dict[str, Any], schema: dict[str, Any], value: Any) -> None:
+    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", "components": document["components"], **schema}
+    jsonschema.Draft202012Validator(whole).validate(value)
+
+
+def bodies(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(path, operation) of each that has an example."""
+    posts = [(path, item["post"]) for path, item in document["paths"].items() if "post" in item]
+    return [(p, o) for p, o in posts if "example" in o.get("requestBody", {}).get("content", {}).get(JSON, {})]
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("name", TABLES)
+def test_it_is_valid(name: str, keys: bool) -> None:
+    made = json.loads(json.dumps(document(TABLES[name], keys=keys)))
+    validate(made)
+    secured = {path for path, item in made["paths"].items() for each in item.values() if "security" in each}
+    assert secured == made["paths"].keys()
+    for item in made["paths"].values():
+        for each in item.values():
+            if isinstance(each, dict):
+                assert bool(each["security"]) == (keys and each["x-access"] != "public")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_route_says_what_it_takes_and_gives(name: str) -> None:
+    """A new one says it with ``@operation``; until then it stands in the document by its path alone."""
+    unsaid = [
+        f"{method} {path}"
+        for path, (_, endpoint, *methods) in TABLES[name].items()
+        if not FILES.fullmatch(path)
+        for method in (methods[0] if methods else "GET").split()
+        if method not in operations_of(endpoint)
+    ]
+    assert unsaid == []
+
+
+def test_examples_work_and_answers_are_as_described(hermes: Server, told: dict[str, Any]) -> None:
+    assert len(bodies(told)) >= 9
+    for path, each in bodies(told):
+        content = each["requestBody"]["content"][JSON]
+        check(told, content["schema"], content["example"])
+        answer = httpx.post(hermes.url + path, json=content["example"], timeout=60)
+        assert answer.status_code == 200, (path, answer.text)
+        code = str(answer.status_code)
+        check(told, resolved(told, each["responses"][code])["content"][JSON]["schema"], answer.json())
+
+
+def test_events_are_as_described(hermes: Server, told: dict[str, Any]) -> None:
+    streams = [(p, o, o["responses"]["200"]["content"].get("text/event-stream")) for p, o in bodies(told)]
+    seen = set()
+    for path, each, stream in streams:
+        if stream is None:
+            continue
+        seen.add(path)
+        example = each["requestBody"]["content"][JSON]["example"] | {"stream": True}
+        text = httpx.post(hermes.url + path, json=example, timeout=60).text
+        shapes = stream["schema"]["properties"]["data"]["anyOf"]
+        events = [event.rpartition("data: ")[2] for event in text.strip().split("\n\n")]
+        assert len(events) > 3 and (events[-1] == DONE) == ({"const": DONE} in shapes)
+        for event in events:
+            if event != DONE:
+                check(told, shapes[0]["contentSchema"], json.loads(event))
+    assert seen == {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"}
+
+
+def test_refusals_are_as_described(hermes: Server, told: dict[str, Any]) -> None:
+    for path, each in bodies(told):
+        for answer in (httpx.post(hermes.url + path, json={}), httpx.post(hermes.url + path, content=b"{}")):
+            if answer.status_code != 200:
+                described = resolved(told, each["responses"][str(answer.status_code)])
+                check(told, described["content"][JSON]["schema"], answer.json())
+                assert answer.headers["x-request-id"]
+
+
+def test_bounds_and_what_must_ask_nothing_are_told(told: dict[str, Any]) -> None:
+    fields = told["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"type": "number", "minimum": 0.0, "maximum": 1e4} in fields["temperature"]["anyOf"]
+    assert {"type": "number", "exclusiveMinimum": 0.0, "maximum": 1.0} in fields["top_p"]["anyOf"]
+    assert {"type": "integer", "minimum": 0, "maximum": 20} in fields["top_logprobs"]["anyOf"]
+    assert fields["echo"]["enum"] == [False, None]
+
+
+def test_flags_that_must_be_false_are_not_numbers(hermes: Server) -> None:
+    """To Python, 0 is false."""
+    for path, base, field in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "store"),
+        ("/v1/completions", {"prompt": "a"}, "use_beam_search"),
+    ):
+        for value, expected in ((False, 200), (None, 200), (0, 400), (True, 400)):
+            answer = httpx.post(hermes.url + path, json=base | {"max_tokens": 1, field: value})
+            assert answer.status_code == expected, answer.text
+    wrong = httpx.post(f"{hermes.url}/tokenize", json={"messages": [{"role": "wizard", "content": "a"}]})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "messages[0].role"
