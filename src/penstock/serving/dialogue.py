@@ -15,7 +15,7 @@ from penstock.serving.schemas import CompletionTokensDetails, Usage
 from penstock.serving.tools import Offer
 from penstock.spec import SamplingParams
 from penstock.text import ChatTemplate, Delta
-from penstock.text.parsers import CallEnd, Event, Parser, Thoughts
+from penstock.text.parsers import CallEnd, Event, Parser
 
 Message = Mapping[str, Any]
 
@@ -104,10 +104,10 @@ class Dialogue:
     def _read(self, index: int, delta: Delta) -> Said:
         if (parser := self._parsers.get(index)) is None:
             formats = self.generation.context.llm.engine.formats
-            parser = self._parsers[index] = formats.parser(self.offer.names, opened=self.opened)
-        before = isinstance(parser, Thoughts) and parser.thinking
+            parser = self._parsers[index] = formats.parser(self.offer.schemas, opened=self.opened)
+        before = parser.thinking
         events = parser.feed(delta.text)
-        if isinstance(parser, Thoughts) and (before or parser.thinking):
+        if before or parser.thinking:
             self.reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             events += parser.finish()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from penstock.base.registry import Registry
 from penstock.spec.tools import CallShape
-from penstock.text.parsers import anyjson, granite, hermes, llama3, mistral
+from penstock.text.parsers import anyjson, granite, harmony, hermes, llama3, mistral, tagged
 from penstock.text.parsers.events import Parser
 from penstock.text.parsers.output import Machine, Output, Steps
 from penstock.text.parsers.reasoning import PlainText, Thoughts, ThoughtTags, thought_tags
@@ -55,6 +55,10 @@ _call("granite")(CallFormat(granite.granite, granite.SHAPE, (granite.TAG, "<tool
 _MISTRAL_MARKS = (mistral.CALLS, mistral.ARGS, mistral.ID)
 _call("mistral")(CallFormat(mistral.mistral, mistral.SHAPE, _MISTRAL_MARKS, mistral_id))
 _call("mistral_args")(CallFormat(mistral.mistral, mistral.NEW_SHAPE, _MISTRAL_MARKS, mistral_id))
+_call("qwen3_coder")(CallFormat(tagged.qwen3_coder, tagged.QWEN3_CODER, (tagged.OPEN, tagged.CLOSE)))
+_GLM_MARKS = (tagged.OPEN, tagged.CLOSE, tagged.KEY, tagged.END_KEY, tagged.VALUE, tagged.END_VALUE)
+_call("glm")(CallFormat(tagged.glm, tagged.GLM, _GLM_MARKS))
+_call("harmony")(CallFormat(harmony.harmony, harmony.SHAPE, harmony.MARKS))
 _call("json")(CallFormat(anyjson.any_json, anyjson.SHAPE))
 
 _thoughts("think")(thought_tags(TAGS[0]))
@@ -67,6 +71,7 @@ _GRANITE = [
     ("Here's my thought process:", "Here's my response:"),
 ]
 _thoughts("granite")(thought_tags(*_GRANITE))
+_thoughts("harmony")(ThoughtTags((harmony.ANALYSIS,), (harmony.NEXT,), channels=harmony.MARKS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,14 @@ class Formats:
     thoughts: ThoughtTags | None = None
 
     def parser(self, tools: Collection[str], *, opened: bool = False) -> Parser:
-        """For one completion; ``tools``: names that may be called; ``opened``: it starts inside thoughts."""
+        """For one completion.
+
+        Args:
+            tools: names that may be called, perhaps with the JSON schema of each, as text.
+            opened: it starts inside thoughts.
+        """
+        if self.thoughts is not None and self.thoughts.channels:
+            return Machine(harmony.harmony, Output(tools if self.calls else (), openai_id))
         rest: Parser = PlainText()
         if self.calls is not None and tools:
             rest = Machine(self.calls.steps, Output(tools, self.calls.make_id))
@@ -86,7 +98,7 @@ class Formats:
     def shown_ids(self, tokenizer: Tokenizer, *, calls: bool) -> tuple[int, ...]:
         """Special tokens that a parser must see."""
         marks = list(self.calls.marks) if calls and self.calls else []
-        marks += (*self.thoughts.starts, *self.thoughts.ends) if self.thoughts else ()
+        marks += (*self.thoughts.starts, *self.thoughts.ends, *self.thoughts.channels) if self.thoughts else ()
         return tuple(sorted({tokenizer.special_tokens[mark] for mark in marks if mark in tokenizer.special_tokens}))
 
 
@@ -120,9 +132,13 @@ def formats_of(
 
 
 def _calls_by(signs: _Signs) -> str:
-    """Of a template that reads tools. Formats of others, such as XML, are not read: their calls stay content."""
-    if "<arg_key>" in signs.template or "<function=" in signs.template:  # GLM 4.5, Qwen3-Coder
-        return NONE
+    """Of a template that reads tools."""
+    if "<arg_key>" in signs.template:
+        return "glm"
+    if "<function=" in signs.template:
+        return "qwen3_coder"
+    if signs("<|channel|>"):
+        return "harmony"
     if signs("<|tool_call|>"):
         return "granite"
     if signs("[TOOL_CALLS]"):
@@ -133,6 +149,8 @@ def _calls_by(signs: _Signs) -> str:
 
 
 def _thoughts_by(signs: _Signs) -> str:
+    if signs("<|channel|>"):
+        return "harmony"
     if signs("[THINK]"):
         return "mistral"
     if signs("<seed:think>"):
