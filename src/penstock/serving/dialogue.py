@@ -10,6 +10,7 @@ from typing import Any
 
 from penstock.serving.context import Context, Generation
 from penstock.serving.errors import HTTPError, invalid, unsupported
+from penstock.serving.gate import current
 from penstock.serving.limits import MAX_TEMPLATE_VARIABLE, MAX_TEMPLATE_VARIABLES
 from penstock.serving.schemas import CompletionTokensDetails, Usage
 from penstock.serving.tools import Offer
@@ -103,8 +104,10 @@ class Dialogue:
 
     def _read(self, index: int, delta: Delta) -> Said:
         if (parser := self._parsers.get(index)) is None:
-            formats = self.generation.context.llm.engine.formats
-            parser = self._parsers[index] = formats.parser(self.offer.schemas, opened=self.opened)
+            formats, caller = self.generation.context.llm.engine.formats, current.get()
+            source = self.generation.id if caller.booked else caller.id  # a line of a batch has the same calls again
+            parser = formats.parser(self.offer.schemas, opened=self.opened, source=f"{source}:{index}")
+            self._parsers[index] = parser
         before = parser.thinking
         events = parser.feed(delta.text)
         if before or parser.thinking:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import count
 
 from penstock.base.registry import Registry
 from penstock.spec.tools import CallShape
@@ -20,13 +22,13 @@ NONE = "none"
 """The name of no format: everything is content."""
 
 
-def openai_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
+def openai_id(digits: str) -> str:
+    return f"call_{digits[:24]}"
 
 
-def mistral_id() -> str:
+def mistral_id(digits: str) -> str:
     """Nine letters or digits: its templates refuse anything else."""
-    return secrets.token_hex(5)[:9]
+    return digits[:9]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,13 @@ class CallFormat:
         steps: reads them.
         shape: what a grammar has it write.
         marks: texts that may be special tokens and must be seen.
+        make_id: of a call, from hexadecimal digits that no other has.
     """
 
     steps: Callable[[Output], Steps]
     shape: CallShape
     marks: tuple[str, ...] = ()
-    make_id: Callable[[], str] = openai_id
+    make_id: Callable[[str], str] = openai_id
 
 
 CALL_FORMATS: Registry[CallFormat] = Registry("tool parser")
@@ -81,18 +84,20 @@ class Formats:
     calls: CallFormat | None = None
     thoughts: ThoughtTags | None = None
 
-    def parser(self, tools: Collection[str], *, opened: bool = False) -> Parser:
+    def parser(self, tools: Collection[str], *, opened: bool = False, source: str | None = None) -> Parser:
         """For one completion.
 
         Args:
             tools: names that may be called, perhaps with the JSON schema of each, as text.
             opened: it starts inside thoughts.
+            source: what ids of calls are made of; by default they are random.
         """
+        ids = _ids(source or secrets.token_hex(16), openai_id if self.calls is None else self.calls.make_id)
         if self.thoughts is not None and self.thoughts.channels:
-            return Machine(harmony.harmony, Output(tools if self.calls else (), openai_id))
+            return Machine(harmony.harmony, Output(tools if self.calls else (), ids))
         rest: Parser = PlainText()
         if self.calls is not None and tools:
-            rest = Machine(self.calls.steps, Output(tools, self.calls.make_id))
+            rest = Machine(self.calls.steps, Output(tools, ids))
         return rest if self.thoughts is None else Thoughts(self.thoughts, rest, opened=opened)
 
     def shown_ids(self, tokenizer: Tokenizer, *, calls: bool) -> tuple[int, ...]:
@@ -100,6 +105,11 @@ class Formats:
         marks = list(self.calls.marks) if calls and self.calls else []
         marks += (*self.thoughts.starts, *self.thoughts.ends, *self.thoughts.channels) if self.thoughts else ()
         return tuple(sorted({tokenizer.special_tokens[mark] for mark in marks if mark in tokenizer.special_tokens}))
+
+
+def _ids(source: str, make_id: Callable[[str], str]) -> Callable[[], str]:
+    number = count()
+    return lambda: make_id(blake2b(f"{source}:{next(number)}".encode()).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
