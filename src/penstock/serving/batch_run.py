@@ -142,8 +142,9 @@ class Run:
         """The same file gets the same answers whenever it is sent, so that a line's seed and ids are made of both."""
         digest = blake2b(f"{sha256}:{line.number}".encode(), digest_size=16).digest()
         seed, name = int.from_bytes(digest[:8], "little") >> 1, digest.hex()
-        current.set(Caller(self.context.gate, name, tenant=self.batch.tenant, booked=False))
         while True:
+            caller = Caller(self.context.gate, name, tenant=self.batch.tenant, booked=False)
+            current.set(caller)
             try:
                 body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
                 asked = await off_loop(len(body), partial(self.answerer.decode, body))
@@ -151,13 +152,16 @@ class Run:
             except PenstockError as error:
                 # not the line's fault: it comes again, in this process or the next
                 if error.status in (429, 503) or error.code in ("engine_dead", "engine_closed"):
-                    await asyncio.sleep(RETRY_SECONDS)
+                    caller.leave()
+                    await asyncio.sleep(max(RETRY_SECONDS, getattr(error, "retry_after", 0.0)))
                     continue
                 log_fault(error)
                 return self._done(line, name, error.status, body_of(error))
             except Exception:
                 _log.exception("line %d of batch %s failed", line.number, self.batch.id)
                 return self._done(line, name, 500, body_of(internal_error()))
+            finally:
+                caller.leave()
 
     def _behind(self, asked: ModelRequest, seed: int) -> ModelRequest:
         if isinstance(asked, GenerationRequest):

@@ -67,7 +67,7 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = message["status"]
-                own = [(b"x-request-id", request_id.encode("ascii"))]
+                own = [(b"x-request-id", request_id.encode("ascii")), *caller.allowances()]
                 if self.context.draining:  # a client shall not come back on a connection that is about to end
                     own.append((b"connection", b"close"))
                 message["headers"] = [*message["headers"], *own]
