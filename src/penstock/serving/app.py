@@ -41,6 +41,7 @@ from penstock.serving.history import finished
 from penstock.serving.limits import MAX_SHOWN
 from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens
 from penstock.serving.metrics import Metrics, QueueCollector
+from penstock.serving.other_apis import other_apis
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.responses import ResponsesRequest, ResponseTask
 from penstock.serving.schemas import (
@@ -231,6 +232,7 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     current.get().enter()
     body = await read_body(request)
     asked = await off_loop(len(body), functools.partial(_decode, body, shape))
+    asked.model = request.path_params.get("model", asked.model)
     context.admit(asked.model)
     current.get().model = context.name
     return context, asked
@@ -355,5 +357,6 @@ ROUTES: Routes = {
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
     "/requests": ("inference", finished),
+    **other_apis(_generate, _vectors),
     **PAGES,
 }

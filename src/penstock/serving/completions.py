@@ -37,11 +37,12 @@ class CompletionTask:
         special = request.add_special_tokens is not False
         prompts = []
         for prompt in request.prompts():
-            prompts.append(
-                await _with_gap(prompt, request, context)
-                if request.suffix
-                else await context.llm.tokenize(prompt, add_special_tokens=special)
-            )
+            if not request.suffix:
+                prompts.append(await context.llm.tokenize(prompt, add_special_tokens=special))
+            elif not isinstance(prompt, str) or request.reports:
+                raise unsupported("suffix", what="suffix goes with prompts of text, and not with echo and logprobs")
+            else:
+                prompts.append(await with_gap(prompt, request.suffix, context, special=special))
             await asyncio.sleep(0)  # a short prompt is tokenized here and now: let others have a turn
         identifier = f"cmpl-{uuid.uuid4().hex}"
         return cls(request, Generation(context, identifier, prompts, params, request.priority or 0, kept))
@@ -131,17 +132,16 @@ def _shown(prompt: TokensPrompt, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(prompt["prompt_token_ids"]) if text is None else text
 
 
-async def _with_gap(prompt: str | list[int], request: CompletionRequest, context: Context) -> TokensPrompt:
+async def with_gap(prompt: str, suffix: str, context: Context, *, special: bool = True) -> TokensPrompt:
     """What comes before a gap, and what after it, as the model has learned to read them.
 
+    Args:
+        special: with what the tokenizer puts around a text.
+
     Raises:
-        HTTPError: (unsupported_parameter) it has not; the prompt is no text, or its log-probabilities are asked for.
+        HTTPError: (unsupported_parameter) it has not learned that.
     """
-    llm, suffix = context.llm, request.suffix or ""
-    if not isinstance(prompt, str):
-        raise unsupported("suffix", what="suffix goes together with a prompt of text only")
-    if request.reports:
-        raise unsupported("suffix", what="suffix does not go together with echo and logprobs")
+    llm = context.llm
     if (gap := gap_tokens(llm.engine.tokenizer)) is None:
         raise HTTPError(
             "unsupported_parameter",
@@ -153,7 +153,7 @@ async def _with_gap(prompt: str | list[int], request: CompletionRequest, context
     before, after = [
         (await llm.tokenize(text, add_special_tokens=False))["prompt_token_ids"] for text in (prompt, suffix)
     ]
-    start = llm.engine.tokenizer.encode("", add_special_tokens=request.add_special_tokens is not False)
+    start = llm.engine.tokenizer.encode("", add_special_tokens=special)
     return TokensPrompt(prompt_token_ids=[*start, *gap.around(before, after)], prompt=prompt)
 
 

@@ -95,7 +95,7 @@ class Edge:
         line = line_of(caller, path, status)
         if caller.visit is not None:
             self.context.history.add(line)
-        probe = path == "/" or not PROBES.isdisjoint(path.split("/", 2)[1:2])
+        probe = path == "/" or path.startswith("/v2/health/") or not PROBES.isdisjoint(path.split("/", 2)[1:2])
         if self.context.log is not None and (not probe or status in (401, 403)):
             self.context.log.add(line)
 

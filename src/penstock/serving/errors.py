@@ -28,6 +28,7 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_PLAIN = ("/api/", "/v2/")
 _log = logging.getLogger(__name__)
 _PARAMETER = re.compile(r"(\w+) = ")
 
@@ -85,6 +86,12 @@ def anthropic_body(error: PenstockError) -> dict[str, object]:
     return {"type": "error", "error": {"type": kind, "message": body_of(error).error.message}}
 
 
+def plain_body(error: PenstockError) -> dict[str, object]:
+    """As clients of Ollama and of the Open Inference Protocol expect it: a text. What is beside it is for people."""
+    fault = body_of(error).error
+    return {"error": fault.message, "code": fault.code, "param": fault.param}
+
+
 def log_fault(error: PenstockError) -> None:
     if _is_ours(error):
         _log.error("%s", error)
@@ -109,6 +116,8 @@ def error_response(error: PenstockError, path: str) -> Response:
     elif error.status == 401:
         headers["www-authenticate"] = "Bearer"
     body = anthropic_body(error) if f"{path}/".startswith(f"{_ANTHROPIC}/") else body_of(error)
+    if f"{path}/".startswith(_PLAIN):
+        body = plain_body(error)
     return Response(msgspec.json.encode(body), error.status, headers, "application/json")
 
 
