@@ -89,7 +89,7 @@ def code(response: httpx.Response) -> tuple[int, str]:
 
 def test_nothing_but_live_and_the_page_without_a_key(keyed: Keyed) -> None:
     """The whole table of routes, by every method."""
-    public = {"/live", *PAGES}
+    public = {"/live", "/v2/health/live", *PAGES}
     assert set(ROUTES) > {COMPLETIONS, "/metrics", "/requests", "/page/app.js"} | public
     for path in [*ROUTES, "/nowhere", "/docs", "/openapi.json", "/v1", "/page", "/page/", "/page/../app.py"]:
         for method in ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH"):
