@@ -104,6 +104,8 @@ def test_generate(server: Server) -> None:
         ("infer", {"inputs": [text("a")], "parameters": {"stream": True}}, "stream"),
         ("infer", {"inputs": [text("a")], "outputs": [{"name": "x"}]}, "outputs"),
         ("generate", {"text_input": "a", "stream": True}, "stream"),
+        ("generate", {"text_input": "a", "parameters": {"stream": True}}, "stream"),
+        ("generate", {"text_input": "a", "sampling_parameters": '{"max_tokens": NaN}'}, "sampling_parameters"),
         ("generate", {"text_input": "a", "sampling_parameters": "[" * 9000}, "sampling_parameters"),
         ("generate", {}, "text_input"),
         ("generate_stream", {"text_input": "a", "parameters": {"best_of": 2}}, "best_of"),

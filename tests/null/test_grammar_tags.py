@@ -155,6 +155,13 @@ def test_a_schema_that_cannot_be_held_is_refused(schema: Any, code: str) -> None
         {"properties": {"a": {"type": "string", "pattern": "x"}}},
         {"properties": {"a": {"enum": ["x", 1]}}},
         {"properties": {"a": {"const": "</v>\n"}}},
+        {"properties": {"a": {"enum": 1}}},
+        {"properties": {"a": {"type": {}}}},
+        {"properties": {"a": {"type": "string", "maxLength": 10**9}}},
+        {"properties": {"a": {"type": "string", "minLength": "1"}}},
+        {"properties": {"a": False}, "required": ["a"]},
+        {"properties": []},
+        {"required": 1},
         False,
     ],
 )

@@ -417,6 +417,29 @@ def test_a_value_is_of_the_kind_that_its_schema_says(name: str, key: str, writte
         assert calls(events) == [("add", f'{{"{key}": {told}}}')]
 
 
+SCHEMAS: Any = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 3) | st.sampled_from(["string", "integer", "null", "#/$defs/a", "#"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "enum", "const", "anyOf", "$ref", "properties", "a", "$defs"]), inner
+        )
+    ),
+)
+
+
+@given(schema=SCHEMAS, written=st.sampled_from(["1", "a", "null", "[1]", '"x"', ""]))
+def test_a_schema_that_is_none_says_nothing(schema: Any, written: str) -> None:
+    twice = [{"$ref": f"#/$defs/{other}"} for other in "ab"] * 20  # as a tree it would have no end
+    root = {"properties": {"a": schema, "b": {"anyOf": twice}}, "$defs": {"a": schema, "b": {"anyOf": twice}}}
+    for whole in (root, schema):
+        text = f"<function=add><parameter=a>{written}</parameter><parameter=b>{written}</parameter></function>"
+        reader = Formats(CALL_FORMATS.get("qwen3_coder")).parser({"add": json.dumps(whole)})
+        events = merged(reader.feed(text) + reader.finish())
+        [(_, arguments)] = calls(events)
+        assert set(json.loads(arguments)) == {"a", "b"}
+
+
 def test_channels() -> None:
     found = Formats(CALL_FORMATS.get("harmony"), THOUGHT_FORMATS.get("harmony"))
     text = (

@@ -12,6 +12,7 @@ _SAID = {"title", "description", "default", "examples", "$schema", "$id", "$comm
 """What a schema says without demanding anything."""
 _OBJECT = _SAID | {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
 _DEFINITIONS = ("$defs", "definitions")
+MAX_LENGTH = 100_000
 ANY_FIELDS = 64
 """Arguments of a tool whose schema names none."""
 
@@ -37,14 +38,18 @@ class FieldWriter:
         if not isinstance(schema, Mapping) or set(schema) - _OBJECT:
             beyond = sorted(set(schema) - _OBJECT) if isinstance(schema, Mapping) else ["false"]
             raise ValueError(f"arguments that are written one by one cannot be held to {', '.join(beyond)}")
-        properties, required = schema.get("properties") or {}, schema.get("required") or ()
-        if missing := [name for name in required if name not in properties]:
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            raise ValueError("properties must be an object, and required a list")
+        if missing := [name for name in required if name not in properties or properties[name] is False]:
             raise ValueError(f"{missing[0]!r} is required, but not among the properties")
         if not properties and schema.get("additionalProperties") is not False:
             return self._any()
         parts = []
         for i, (key, part) in enumerate(properties.items()):
-            definitions = {name: schema[name] for name in _DEFINITIONS if name in schema}
+            definitions = {name: schema[name] for name in _DEFINITIONS if isinstance(schema.get(name), Mapping)}
+            if part is False:
+                continue
             field = self._field(i, key, part, definitions)
             parts.append(field if key in required else f"({field})?")
         return " ".join(parts)
@@ -80,7 +85,9 @@ class FieldWriter:
         """The terminal of a value that may be any string, or one of some length."""
         demands = set(part) - _SAID - {"type"} if isinstance(part, Mapping) else set()
         if demands and demands <= {"minLength", "maxLength"} and _types(part) == {"string"}:
-            least, most = part.get("minLength", 0), part.get("maxLength", "")
+            least, most = part.get("minLength", 0), part.get("maxLength", MAX_LENGTH)
+            if not all(type(number) is int and 0 <= number <= MAX_LENGTH for number in (least, most)) or least > most:
+                raise ValueError(f"the length of {key[:64]!r} must be within 0 and {MAX_LENGTH}")
             end = "".join(char if char.isalnum() else f"\\x{{{ord(char):x}}}" for char in self._end)
             self.rules.append(f"{name.upper()}: /(.|\\n){{{least},{most}}}/ & ~/(.|\\n)*{end}(.|\\n)*/")
             return name.upper()
@@ -109,11 +116,22 @@ def _followed(part: Any, definitions: Mapping[str, Any]) -> Any:
 
 
 def _types(part: Any) -> set[str] | None:
-    """Of what the schema says at its top; None if it leaves them open, or some are strings and have bounds."""
+    """Of what the schema says at its top; None if it leaves them open, or some are strings and have bounds.
+
+    Raises ValueError: it is no schema.
+    """
     if not isinstance(part, Mapping):
         return None
     if "enum" in part or "const" in part:
-        strings = {isinstance(value, str) for value in part.get("enum", [part.get("const")])}
-        return {True: {"string"}, False: {"constant"}}[strings.pop()] if len(strings) == 1 else None
+        values = part.get("enum", [part.get("const")])
+        strings = {isinstance(value, str) for value in values} if isinstance(values, list) else set()
+        if not strings:
+            raise ValueError("enum must be a list of values")
+        return ({"string"} if strings.pop() else {"constant"}) if len(strings) == 1 else None
     types = part.get("type")
-    return None if types is None else set(types) if isinstance(types, list) else {types}
+    named = types if isinstance(types, list) else [types]
+    if not all(isinstance(kind, str) for kind in named):
+        if types is None:
+            return None
+        raise ValueError("type must be a text, or a list of texts")
+    return set(named)

@@ -7,7 +7,6 @@ vectors gives ``embedding``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from importlib import metadata
@@ -73,7 +72,7 @@ class GenerateRequest(ModelRequest, kw_only=True):
 
     def check(self) -> None:
         if self.stream:
-            raise invalid("stream", "streams are at generate_stream")
+            raise invalid(STREAM, "streams are at generate_stream")
 
     def completion(self) -> CompletionRequest:
         """Raises HTTPError: as a request to /v1/completions."""
@@ -82,6 +81,8 @@ class GenerateRequest(ModelRequest, kw_only=True):
         given = _object(sampling, SAMPLING) if isinstance(sampling, str) else sampling
         fields = own | given | (self.parameters or {})
         excluded = fields.pop(EXCLUDE, self.exclude_input_in_output)
+        if fields.pop(STREAM, False) and not self.stream:
+            raise invalid(STREAM, "streams are at generate_stream")
         echo = not self.stream and not excluded
         return _completion([self.text_input], {"echo": echo, **fields, "stream": bool(self.stream)})
 
@@ -191,8 +192,8 @@ def _texts(inputs: dict[str, list[Any]], name: str) -> list[str]:
 
 def _object(text: str, name: str) -> Body:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise invalid(name, "it must be the JSON text of an object")

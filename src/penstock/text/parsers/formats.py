@@ -93,7 +93,8 @@ class Formats:
             source: what ids of calls are made of; by default they are random.
         """
         ids = _ids(source or secrets.token_hex(16), openai_id if self.calls is None else self.calls.make_id)
-        if self.thoughts is not None and self.thoughts.channels:
+        channels = self.thoughts is not None and self.thoughts.channels
+        if channels and (self.calls is None or self.calls.steps is harmony.harmony):
             return Machine(harmony.harmony, Output(tools if self.calls else (), ids))
         rest: Parser = PlainText()
         if self.calls is not None and tools:

@@ -35,6 +35,7 @@ class Output:
     def __init__(self, tools: Collection[str], make_id: Callable[[], str]) -> None:
         self.tools, self._make_id = frozenset(tools), make_id
         self._schemas = tools if isinstance(tools, Mapping) else {}
+        self._values: dict[str, Values] = {}
         self.thinking = False
         self.again = ""
         self.plain: str | None = None
@@ -82,7 +83,9 @@ class Output:
 
     def values(self, name: str) -> Values:
         """What the arguments of a tool may be."""
-        return Values(self._schemas.get(name))
+        if name not in self._values:
+            self._values[name] = Values(self._schemas.get(name))
+        return self._values[name]
 
     def say(self, text: str) -> None:
         """Content."""

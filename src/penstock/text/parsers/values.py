@@ -11,7 +11,7 @@ from penstock.text.parsers.jsontext import JsonText
 
 ALL = frozenset({"string", "number", "boolean", "null", "array", "object"})
 STRING = frozenset({"string"})
-MAX_REFERENCES = 16
+_KINDS = {"integer": "number"}
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _FIRST = {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}
 _PYTHON = {"True": "true", "False": "false", "None": "null"}  # which some chat templates show
@@ -24,28 +24,34 @@ class Values:
         self._schema: Any = json.loads(schema) if schema else {}
 
     def kinds(self, name: str) -> frozenset[str]:
-        """Of JSON that the argument may be, as far as its schema says at its top."""
+        """Of JSON that the argument may be, as far as its schema says at its top; all if that is nothing."""
         properties = self._schema.get("properties") if isinstance(self._schema, Mapping) else None
-        return kinds_of((properties or {}).get(name), self._schema)
+        part = properties.get(name) if isinstance(properties, Mapping) else None
+        return kinds_of(part, self._schema, set()) or ALL
 
 
-def kinds_of(part: Any, root: Any, references: int = 0) -> frozenset[str]:
-    """Of a schema within another one."""
+def kinds_of(part: Any, root: Any, met: set[str]) -> frozenset[str]:
+    """Of a schema within another one; ``met``: references that were followed, which are not followed again.
+
+    The schema is a client's and may be none at all: what makes no sense says nothing.
+    """
     if not isinstance(part, Mapping):
         return ALL
     kinds = ALL
-    if isinstance(ref := part.get("$ref"), str) and references < MAX_REFERENCES:
-        kinds &= kinds_of(_target(root, ref), root, references + 1)
+    if isinstance(ref := part.get("$ref"), str):
+        if ref in met:
+            return frozenset()
+        met.add(ref)
+        kinds &= kinds_of(_target(root, ref), root, met)
     if types := part.get("type"):
-        named = types if isinstance(types, list) else [types]
-        kinds &= {"number" if kind == "integer" else str(kind) for kind in named}
-    if "enum" in part or "const" in part:
-        values = part.get("enum", [part.get("const")])
-        kinds &= {str(kind_of(json.dumps(value))) for value in values if isinstance(values, list)}
-    for word in ("anyOf", "oneOf"):
-        if isinstance(options := part.get(word), list):
-            kinds &= frozenset().union(*(kinds_of(option, root, references + 1) for option in options))
-    return kinds if references <= MAX_REFERENCES else ALL
+        kinds &= {_KINDS.get(str(kind), str(kind)) for kind in (types if isinstance(types, list) else [types])}
+    for values in (part.get("enum"), [part["const"]] if "const" in part else None):
+        if isinstance(values, list):
+            kinds &= {str(kind_of(json.dumps(value))) for value in values}
+    for options in (part.get("anyOf"), part.get("oneOf")):
+        if isinstance(options, list):
+            kinds &= frozenset[str]().union(*(kinds_of(option, root, met) for option in options))
+    return kinds
 
 
 def _target(root: Any, ref: str) -> Any:
