@@ -201,17 +201,23 @@ def damaged(name: str, rng: random.Random) -> str:
     return " ".join(rng.choice([*WORDS, text]) for _ in range(rng.randrange(1, 5)))
 
 
-def all_texts(name: str) -> list[str]:
+def all_texts(name: str, count: int = TEXTS) -> list[str]:
     rng = random.Random(name)
-    return [good(name, rng)[0] if i % 2 else damaged(name, rng) for i in range(TEXTS)]
+    return [good(name, rng)[0] if i % 2 else damaged(name, rng) for i in range(count)]
 
 
 # -- what holds ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(CALL_FORMATS))
-def test_wherever_the_text_is_cut_in_two(name: str) -> None:
-    for text in all_texts(name):
+LONG = (*TAGGED, "harmony")
+CUTS = [(name, TEXTS // 5 if name in LONG else TEXTS) for name in CALL_FORMATS]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [*CUTS, *(pytest.param(name, TEXTS, marks=pytest.mark.slow) for name in LONG)]
+)
+def test_wherever_the_text_is_cut_in_two(name: str, count: int) -> None:
+    for text in all_texts(name, count):
         whole = read(lambda: parser(name), [text])
         for at in range(1, len(text)):
             assert read(lambda: parser(name), [text[:at], text[at:]]) == whole, (text, at)
@@ -221,7 +227,7 @@ def test_wherever_the_text_is_cut_in_two(name: str) -> None:
 @pytest.mark.parametrize("thinks", list(THOUGHT_FORMATS))
 def test_wherever_thoughts_are_cut_in_two(thinks: str) -> None:
     rng, tags = random.Random(thinks), THOUGHT_FORMATS.get(thinks)
-    for i in range(TEXTS):
+    for i in range(TEXTS // 4 if tags.channels else TEXTS):
         start, end = (
             (tags.starts[0], tags.ends[0]) if i % 3 else (rng.choice(["", "\n"]), rng.choice(["", tags.ends[-1]]))
         )

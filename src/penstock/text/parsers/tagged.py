@@ -120,8 +120,12 @@ def _value(output: Output, kinds: frozenset[str], *ends: str) -> Generator[None,
         if char != "\n":
             output.unread()
     parts: list[str] = []
+    firsts = {end[0] for end in ends}
     while True:
         char = yield
+        if not text and char not in firsts:
+            parts.append(char) if not told else output.arguments(json.dumps(char, ensure_ascii=False)[1:-1])
+            continue
         text += char
         found = seen.feed(char)
         cut = len(text) - (len(found[0]) if found else seen.held)
