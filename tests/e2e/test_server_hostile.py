@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock import AsyncLLM
-from penstock.serving import build_app, kserve, limits, ollama, schemas, vectors
+from penstock.serving import build_app, kserve, limits, ollama_schemas, schemas, vectors
 from penstock.serving import server as serving
 from penstock.serving.edge import nested_too_deeply
 from penstock.serving.limits import MAX_JSON_DEPTH
@@ -98,9 +98,9 @@ REQUESTS = {
     "/v1/embeddings": vectors.EmbeddingRequest,
     "/v1/score": vectors.ScoreRequest,
     "/v1/rerank": vectors.RerankRequest,
-    "/api/chat": ollama.OllamaChat,
-    "/api/generate": ollama.OllamaGenerate,
-    "/api/embed": ollama.OllamaEmbed,
+    "/api/chat": ollama_schemas.OllamaChat,
+    "/api/generate": ollama_schemas.OllamaGenerate,
+    "/api/embed": ollama_schemas.OllamaEmbed,
     f"/v2/models/{MODEL}/generate": kserve.GenerateRequest,
     f"/v2/models/{MODEL}/infer": kserve.InferRequest,
 }

@@ -5,21 +5,19 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from hashlib import blake2b
 from importlib import metadata
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
-from penstock.serving.ollama import LATEST
+from penstock.serving.ollama_schemas import LATEST, Body
 from penstock.serving.schemas import ModelRequest, Name
 from penstock.spec import ModelSpec
 from penstock.spec.encoder import encoder_parameters, encoder_weight_bytes
 from penstock.spec.sizing import parameters, weight_bytes
 from penstock.text import gap_tokens
 
-Body = dict[str, Any]
 NEVER = "9999-12-31T23:59:59Z"
 """When a model leaves that stays."""
 

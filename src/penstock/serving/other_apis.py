@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from penstock.serving import kserve, ollama, ollama_models
+from penstock.serving import kserve, ollama, ollama_models, ollama_schemas
 from penstock.serving.gate import Access
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]
@@ -31,10 +31,10 @@ def other_apis(generate: Generate, answer: Answer) -> dict[str, Entry]:
     generated = kserve.GenerateTask.prepare
     of_model = "/v2/models/{model:path}"
     return {
-        "/api/chat": post(generate, ollama.OllamaChat, ollama.OllamaTask.chat, ollama.LINES),
-        "/api/generate": post(generate, ollama.OllamaGenerate, ollama.OllamaTask.generate, ollama.LINES),
-        "/api/embed": post(answer, ollama.OllamaEmbed, ollama.embed),
-        "/api/embeddings": post(answer, ollama.OllamaEmbedding, ollama.embedding),
+        "/api/chat": post(generate, ollama_schemas.OllamaChat, ollama.OllamaTask.chat, ollama.LINES),
+        "/api/generate": post(generate, ollama_schemas.OllamaGenerate, ollama.OllamaTask.generate, ollama.LINES),
+        "/api/embed": post(answer, ollama_schemas.OllamaEmbed, ollama.embed),
+        "/api/embeddings": post(answer, ollama_schemas.OllamaEmbedding, ollama.embedding),
         "/api/show": post(answer, ollama_models.ShowRequest, ollama_models.show),
         "/api/tags": ("inference", ollama_models.tags),
         "/api/ps": ("inference", ollama_models.running),
