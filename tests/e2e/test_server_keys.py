@@ -281,17 +281,27 @@ def test_uploads_and_batches_count_as_requests(keyed: Keyed) -> None:
 def test_a_batch_waits_for_its_tenant_s_tokens(keyed: Keyed) -> None:
     """600 a minute are 10 a second: six lines take what there is, the seventh comes two seconds later."""
     client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=keyed.keys["patient"], max_retries=0)
-    lines = []
-    for i, tokens in enumerate([99] * 6 + [25]):
-        body = {"prompt": [5], "max_tokens": tokens, "ignore_eos": True}
-        lines.append(json.dumps({"custom_id": str(i), "method": "POST", "url": COMPLETIONS, "body": body}))
-    file = client.files.create(file=("x", "\n".join(lines).encode()), purpose="batch").id
+
+    def begin(client: openai.OpenAI, *lengths: int) -> str:
+        lines = []
+        for i, tokens in enumerate(lengths):
+            body = {"prompt": [5], "max_tokens": tokens, "ignore_eos": True}
+            lines.append(json.dumps({"custom_id": str(i), "method": "POST", "url": COMPLETIONS, "body": body}))
+        file = client.files.create(file=("x", "\n".join(lines).encode()), purpose="batch").id
+        return client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h").id
+
     began = time.monotonic()
-    batch = client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h").id
+    batch = begin(client, *[99] * 6, 25)
     wait_until(lambda: client.batches.retrieve(batch).status == "completed")
     counts = client.batches.retrieve(batch).request_counts
     assert counts is not None and (counts.completed, counts.failed) == (7, 0)
     assert time.monotonic() - began > 2
+    resting = begin(client, 500, 500)  # for three quarters of a minute
+    other = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=keyed.keys["acme"], max_retries=0)
+    quick = begin(other, 4)
+    wait_until(lambda: other.batches.retrieve(quick).status == "completed")
+    assert client.batches.cancel(resting).status == "cancelling"
+    wait_until(lambda: client.batches.retrieve(resting).status == "cancelled")
 
 
 def test_anthropic_s_routes_refuse_in_its_own_form(keyed: Keyed) -> None:
