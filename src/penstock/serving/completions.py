@@ -7,9 +7,11 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 from penstock.llm import TokensPrompt
 from penstock.serving.context import Context, Generation
+from penstock.serving.edge import off_loop
 from penstock.serving.errors import HTTPError, unsupported
 from penstock.serving.logprobs import completion_logprobs, prompt_logprobs
 from penstock.serving.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
@@ -86,7 +88,7 @@ class CompletionTask:
                 if first:
                     text = before + text
                     if logprobs is not None and self.request.echo:
-                        logprobs = _join(self._of_prompt(index), logprobs)
+                        logprobs = _join(await self._of_prompt(index), logprobs)
                 if text or logprobs or delta.finish_reason:
                     yield CompletionChoice(index, text, logprobs, delta.finish_reason, delta.stop_reason)
 
@@ -114,11 +116,12 @@ class CompletionTask:
         """What is shown of the prompt before a choice."""
         return self._echoed[index // self.generation.choices] if self._echoed else ""
 
-    def _of_prompt(self, index: int) -> CompletionLogprobs:
+    async def _of_prompt(self, index: int) -> CompletionLogprobs:
         prompt = index // self.generation.choices
         tokens = self.generation.prompts[prompt]["prompt_token_ids"]
         tokenizer = self.generation.context.llm.engine.tokenizer
-        return prompt_logprobs(tokens, self._reported[prompt], self._echoed[prompt], tokenizer)
+        told = partial(prompt_logprobs, tokens, self._reported[prompt], self._echoed[prompt], tokenizer)
+        return await off_loop(64 * len(tokens), told)
 
     def _completion(self, choices: list[CompletionChoice], *usage: Usage | None) -> Completion:
         generation = self.generation
