@@ -154,17 +154,17 @@ def test_llm_chooses_among_samples(llm: LLM) -> None:
 
 
 def test_prompt_logprobs_are_refused_where_nobody_would_see_them(llm: LLM) -> None:
-    params = SamplingParams(prompt_logprobs=1, max_tokens=2)
-    for ask in (lambda: list(llm.stream(START, params)), lambda: llm.best_of(START, params)):
-        with pytest.raises(InvalidRequest, match="Ask for them with generate") as error:
-            ask()
-        assert error.value.code == "unsupported_parameter"
+    with pytest.raises(InvalidRequest, match="Ask for them with generate") as error:
+        llm.best_of(START, SamplingParams(prompt_logprobs=1, max_tokens=2))
+    assert error.value.code == "unsupported_parameter"
 
-    async def piece() -> object:
-        return await anext(AsyncLLM(llm.engine).stream(START, params))
 
-    with pytest.raises(InvalidRequest, match="Ask for them with generate"):
-        asyncio.run(piece())
+def test_prompt_logprobs_come_in_a_stream(llm: LLM) -> None:
+    params = SamplingParams(prompt_logprobs=1, max_tokens=2, temperature=0, n=2)
+    whole = llm.generate(START, params)[0].prompt_logprobs
+    assert whole is not None
+    streamed = [entry for delta in llm.stream(START, params) for entry in delta.prompt_logprobs]
+    assert [None, *streamed] == whole and len(whole) > 3
 
 
 def test_an_id_in_use_is_refused_and_goes_on(llm: LLM) -> None:

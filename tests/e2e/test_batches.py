@@ -85,6 +85,21 @@ def content(client: openai.OpenAI, id: str | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in client.files.content(id).text.splitlines()]
 
 
+def test_a_file_has_the_same_answers_whenever_it_is_sent(shared: Server) -> None:
+    """Ids of calls too."""
+    now = {"type": "function", "function": {"name": "now"}}
+    body = {"messages": [{"role": "user", "content": "Tell me"}], "max_tokens": 60, "temperature": 1.0}
+    asked = body | {"tools": [now], "tool_choice": "required", "n": 2}
+    data = jsonl([{"custom_id": str(i), "method": "POST", "url": CHAT, "body": asked} for i in range(2)])
+    answers = []
+    for _ in range(2):
+        batch = ended(shared.client, submit(shared.client, data, CHAT))
+        answers.append([line["response"]["body"]["choices"] for line in content(shared.client, batch.output_file_id)])
+    assert answers[0] == answers[1]
+    calls = [choice["message"]["tool_calls"][0]["id"] for choices in answers[0] for choice in choices]
+    assert len(set(calls)) == 4
+
+
 def test_files_come_and_go(begin: Callable[[], Server]) -> None:
     client = begin().client
     data = jsonl([request(1)])
@@ -250,12 +265,13 @@ def test_lists_refuse_what_they_cannot_do(shared: Server) -> None:
         assert answer.json()["error"]["code"] == "invalid_parameter", query
 
 
-def test_one_store_has_one_server(begin: Callable[[], Server]) -> None:
+def test_one_store_has_one_server(begin: Callable[[], Server], tmp_path: Path, capfd: Any) -> None:
     first, second = begin(), begin()
     assert list(first.client.files.list()) == []
     with pytest.raises(openai.InternalServerError) as caught:
         second.client.files.list()
-    assert caught.value.code == "store_in_use"
+    assert caught.value.code == "store_in_use" and str(tmp_path) not in str(caught.value)
+    assert f"another server uses the store {tmp_path}" in capfd.readouterr().err
     assert second.client.completions.create(model=MODEL, prompt="A", max_tokens=1).choices
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from penstock import AsyncLLM
 from penstock.core.trace import Trace
-from penstock.serving import build_app, limits, schemas, vectors
+from penstock.serving import build_app, kserve, limits, ollama_schemas, schemas, vectors
 from penstock.serving import server as serving
 from penstock.serving.chrome import STALLED, chrome_trace
 from penstock.serving.edge import nested_too_deeply
@@ -100,6 +100,11 @@ REQUESTS = {
     "/v1/embeddings": vectors.EmbeddingRequest,
     "/v1/score": vectors.ScoreRequest,
     "/v1/rerank": vectors.RerankRequest,
+    "/api/chat": ollama_schemas.OllamaChat,
+    "/api/generate": ollama_schemas.OllamaGenerate,
+    "/api/embed": ollama_schemas.OllamaEmbed,
+    f"/v2/models/{MODEL}/generate": kserve.GenerateRequest,
+    f"/v2/models/{MODEL}/infer": kserve.InferRequest,
 }
 BASE = {
     COMPLETIONS: {"prompt": "a", "max_tokens": 1},
@@ -107,6 +112,14 @@ BASE = {
     "/v1/embeddings": {"input": "a"},
     "/v1/score": {"text_1": "a", "text_2": "b"},
     "/v1/rerank": {"query": "a", "documents": ["b"]},
+    "/api/chat": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "stream": False},
+    "/api/generate": {"prompt": "a", "max_tokens": 1, "stream": False},
+    "/api/embed": {"input": "a"},
+    f"/v2/models/{MODEL}/generate": {"text_input": "a", "max_tokens": 1},
+    f"/v2/models/{MODEL}/infer": {
+        "inputs": [{"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["a"]}],
+        "parameters": {"max_tokens": 1},
+    },
 }
 NUMBERS = [(path, *number) for path, shape in REQUESTS.items() for number in numbers_of(shape)]
 
@@ -126,7 +139,8 @@ def test_numbers_at_their_limits_and_one_beyond(
     past = (10 ** (20 * beyond) if far else beyond) if kind is int else beyond * 0.5
     value = kind(edge + past if above else edge - past)
     response = CLIENT.post(server.url + path, json=BASE[path] | {name: value})
-    error = {} if response.status_code == 200 else response.json()["error"]
+    body = {} if response.status_code == 200 else response.json()
+    error = body if "code" in body else body.get("error", {})
     if value != edge:
         assert response.status_code == 400 and error["code"] == "invalid_parameter" and error["param"] == name, error
     elif response.status_code != 200:  # in range, and at odds with the model or with another field

@@ -65,6 +65,7 @@ def keyed(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[K
         "acme": add(file, "--tenant", "acme"),
         "birch": add(file, "--tenant", "birch"),
         "slow": add(file, "--tenant", "slow", "--requests-per-minute", "3", "--tokens-per-minute", "120"),
+        "patient": add(file, "--tenant", "patient", "--tokens-per-minute", "600"),
         "uploader": add(file, "--tenant", "uploader", "--requests-per-minute", "3"),
         "single": add(file, "--tenant", "single", "--concurrency", "1"),
         "admin": add(file, "--role", "admin"),
@@ -88,7 +89,7 @@ def code(response: httpx.Response) -> tuple[int, str]:
 
 def test_nothing_but_live_and_the_page_without_a_key(keyed: Keyed) -> None:
     """The whole table of routes, by every method."""
-    public = {"/live", *PAGES}
+    public = {"/live", "/v2/health/live", *PAGES}
     assert set(ROUTES) > {COMPLETIONS, "/metrics", "/requests", "/page/app.js"} | public
     for path in [*ROUTES, "/nowhere", "/docs", "/openapi.json", "/v1", "/page", "/page/", "/page/../app.py"]:
         for method in ("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH"):
@@ -180,7 +181,13 @@ def test_no_host_and_no_path_changes_the_verdict(keyed: Keyed) -> None:
 def test_rates_are_of_a_tenant_and_say_when_to_come_again(keyed: Keyed) -> None:
     answers = [keyed.ask("slow", max_tokens=30, ignore_eos=True) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 200]
+    told = answers[0].headers
+    assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("3", "2")
+    assert told["x-ratelimit-limit-tokens"] == "120" and 80 <= int(told["x-ratelimit-remaining-tokens"]) < 120
+    assert 0 < float(told["x-ratelimit-reset-requests"].removesuffix("s")) <= 20
+    assert not [name for name in keyed.ask("acme", max_tokens=1).headers if name.startswith("x-ratelimit")]
     refused = keyed.ask("slow", max_tokens=30)
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     assert code(refused) == (429, "requests_over_rate")
     assert 1 <= int(refused.headers["retry-after"]) <= 26
     assert "acme" not in refused.text and "3 a minute" in refused.json()["error"]["message"]
@@ -269,6 +276,32 @@ def test_uploads_and_batches_count_as_requests(keyed: Keyed) -> None:
         client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h")
     assert client.files.retrieve(file).id == file  # to look costs nothing
     assert keyed.status()["requests"] == []
+
+
+def test_a_batch_waits_for_its_tenant_s_tokens(keyed: Keyed) -> None:
+    """600 a minute are 10 a second: six lines take what there is, the seventh comes two seconds later."""
+    client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=keyed.keys["patient"], max_retries=0)
+
+    def begin(client: openai.OpenAI, *lengths: int) -> str:
+        lines = []
+        for i, tokens in enumerate(lengths):
+            body = {"prompt": [5], "max_tokens": tokens, "ignore_eos": True}
+            lines.append(json.dumps({"custom_id": str(i), "method": "POST", "url": COMPLETIONS, "body": body}))
+        file = client.files.create(file=("x", "\n".join(lines).encode()), purpose="batch").id
+        return client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h").id
+
+    began = time.monotonic()
+    batch = begin(client, *[99] * 6, 25)
+    wait_until(lambda: client.batches.retrieve(batch).status == "completed")
+    counts = client.batches.retrieve(batch).request_counts
+    assert counts is not None and (counts.completed, counts.failed) == (7, 0)
+    assert time.monotonic() - began > 2
+    resting = begin(client, 500, 500)  # for three quarters of a minute
+    other = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=keyed.keys["acme"], max_retries=0)
+    quick = begin(other, 4)
+    wait_until(lambda: other.batches.retrieve(quick).status == "completed")
+    assert client.batches.cancel(resting).status == "cancelling"
+    wait_until(lambda: client.batches.retrieve(resting).status == "cancelled")
 
 
 def test_anthropic_s_routes_refuse_in_its_own_form(keyed: Keyed) -> None:

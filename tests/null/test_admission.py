@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.base import OverLimit, Unavailable
-from penstock.fleet import Admission, Bucket, Rates, Visit
+from penstock.fleet import Admission, Allowance, Bucket, Rates, Visit
 
 TENANTS = ("acme", "birch", "cedar")
 LIMIT = st.none() | st.integers(1, 50)
@@ -190,6 +190,25 @@ def test_refusals_tell_a_tenant_of_itself_alone() -> None:
     for error in (many.value, fast.value):
         assert error.status == 429 and "other" not in str(error)
     admission.enter("other", Rates(), 0.0)  # nobody else is slowed down
+
+
+def test_a_line_of_a_batch_counts_by_its_tokens_alone() -> None:
+    admission, rates = Admission(100), Rates(tokens_per_minute=600, requests_per_minute=1, concurrency=1)
+    lines = [admission.stand_behind("a", rates, 0.0) for _ in range(3)]
+    for line in lines[:2]:
+        admission.charge(line, 300, 0.0)
+    assert (admission.held, admission.running) == (0, 0)
+    with pytest.raises(OverLimit) as refused:
+        admission.charge(lines[2], 300, 0.0)
+    assert (refused.value.code, refused.value.retry_after) == ("tokens_over_rate", 30.0)
+    admission.leave(lines[0], 0.0, used=100)
+    assert admission.allowances("a", 0.0) == {"requests": Allowance(1, 1, 0.0), "tokens": Allowance(600, 200, 40.0)}
+    admission.forget(set())
+    admission.charge(lines[2], 300, 10.0)  # the account was kept
+    admission.charge(admission.enter("a", rates, 10.0), 0, 10.0)
+    for line in lines:
+        admission.leave(line, 10.0, used=300)
+    assert admission.held_by() == {"a": 1}
 
 
 def test_limits_can_change_while_a_tenant_is_known() -> None:

@@ -14,6 +14,7 @@ from penstock.spec import SamplingParams, StructuredOutputs
 from penstock.text import Completion
 from penstock.text.parsers.described import described, write_calls
 from penstock.text.parsers.hermes import SHAPE
+from penstock.text.parsers.tagged import GLM
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 HERMES = [{"begin": '<tool_call>\n{"name": "f", "arguments": ', "schema": SCHEMA, "end": "}\n</tool_call>"}]
@@ -24,6 +25,30 @@ THOUGHTS = {"start": ["<think>"], "end": ["</think>"]}
 FREE = {"structures": HERMES, "triggers": ["<tool_call>"]}
 FORCED = FREE | {"at_least": 1}
 ANSWER = {"type": "object", "required": ["x"]}
+FIELDS = {
+    "type": "object",
+    "properties": {
+        "s": {"type": "string"},
+        "n": {"$ref": "#/$defs/n"},
+        "e": {"enum": ["x", "y"]},
+        "l": {"type": "string", "minLength": 2, "maxLength": 3},
+        "o": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    },
+    "required": ["s", "n"],
+    "$defs": {"n": {"type": "integer"}},
+}
+TAGGED = {
+    "structures": [
+        {"begin": "<tool_call>f\n", "schema": FIELDS, "end": "</tool_call>", "field": ["<@{key}>", "</v>\n"]}
+    ],
+    "triggers": ["<tool_call>"],
+}
+
+
+def tagged(inner: str) -> str:
+    return f"<tool_call>f\n<@s>a<b</v>\n<@n>3</v>\n{inner}</tool_call>"
+
+
 LIST = {"structures": BARE, "triggers": ["[INST]"], "first": "[INST][", "between": ", ", "last": "]"}
 """[INST] is a special token."""
 
@@ -57,6 +82,38 @@ def admits(tags: dict[str, Any], text: str) -> bool:
             [ONE, "hm</think>hi"],
         ),
         (LIST, ["hi", f"a[INST][{PLAIN}, {PLAIN}]", f"[INST][{PLAIN}]b"], ["[INST]", f"[INST]{PLAIN}", "[INST][]"]),
+        (
+            TAGGED | {"at_least": 1},
+            [
+                tagged(""),
+                tagged("<@e>y</v>\n"),
+                tagged("<@l>abc</v>\n"),
+                tagged("<@o>\n</v>\n"),
+                tagged("<@e>x</v>\n<@l></v</v>\n"),
+            ],
+            [
+                "",
+                tagged("<@e>z</v>\n"),
+                tagged("<@l>a</v>\n"),
+                tagged("<@l>abcd</v>\n"),
+                tagged("x"),
+                tagged("").replace("3", "a"),
+                tagged("<@o>a</v>\n<@e>x</v>\n"),
+                tagged("").replace("<@s>a<b</v>\n", ""),
+            ],
+        ),
+        (TAGGED, ["hi", f"hi{tagged('')} there"], ["<tool_call>no"]),
+        (
+            {"structures": [TAGGED["structures"][0] | {"schema": {"type": "object"}}], "at_least": 1},
+            ["<tool_call>f\n</tool_call>", "<tool_call>f\n<@a>b</v>\n<@c>d</v>\n</tool_call>"],
+            ["<tool_call>f\n<@a>b</tool_call>"],
+        ),
+        (FREE | {"triggers": [], "says": "[INST]"}, [ONE, "[INST]hi"], ["hi", "", f"[INST]{BAD}[INST]"]),
+        (
+            FREE | {"triggers": [], "says": "[INST]", "answer": ANSWER},
+            [ONE, '[INST]{"x": 1}'],
+            ['{"x": 1}', "[INST]hi"],
+        ),
         ({"structures": BARE}, ["", "hi", PLAIN, PLAIN * 2, "a {}"], ['{"x": 1}', "[1]", " hi"]),
         ({"structures": BARE, "between": "; "}, [f"{PLAIN}; {PLAIN}"], [PLAIN * 2]),
         (
@@ -87,6 +144,32 @@ def test_a_schema_that_cannot_be_held_is_refused(schema: Any, code: str) -> None
     with pytest.raises(InvalidRequest) as refused:
         grammars().compile(StructuredOutputs(structural_tag=tags))
     assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": []},
+        {"required": ["a"]},
+        {"properties": {"a>\n": {}}},
+        {"properties": {"a": {"type": "string", "pattern": "x"}}},
+        {"properties": {"a": {"enum": ["x", 1]}}},
+        {"properties": {"a": {"const": "</v>\n"}}},
+        {"properties": {"a": {"enum": 1}}},
+        {"properties": {"a": {"type": {}}}},
+        {"properties": {"a": {"type": "string", "maxLength": 10**9}}},
+        {"properties": {"a": {"type": "string", "minLength": "1"}}},
+        {"properties": {"a": False}, "required": ["a"]},
+        {"properties": []},
+        {"required": 1},
+        False,
+    ],
+)
+def test_what_a_plain_text_cannot_be_held_to_is_refused(schema: Any) -> None:
+    tags = {"structures": [TAGGED["structures"][0] | {"schema": schema}], "at_least": 1}
+    with pytest.raises(InvalidRequest, match="A schema of these tools cannot be compiled") as refused:
+        grammars().compile(StructuredOutputs(structural_tag=tags))
+    assert refused.value.code == "unsupported_schema"
 
 
 def test_references_cannot_be_moved() -> None:
@@ -127,3 +210,7 @@ def test_tools_are_told_to_templates_that_do_not_read_them() -> None:
     assert described(history[1:2], [tool], SHAPE)[0]["role"] == "system"
     assert described(history[:2], [], SHAPE) == history[:2]
     assert write_calls(SHAPE, [("f", {"a": 3})]) == ONE
+    assert write_calls(GLM, [("f", '{"a": 3, "b": "c"}'), ("g", None)]) == (
+        "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>3</arg_value>\n"
+        "<arg_key>b</arg_key>\n<arg_value>c</arg_value>\n</tool_call>\n<tool_call>g\n</tool_call>"
+    )

@@ -103,6 +103,41 @@ def row(between: str, key: str) -> Written:
     return lambda rng, made: between.join(body(rng, call, key) for call in made)
 
 
+def fields(begin: str, end: str, *, newline: str = "\n") -> Callable[[Call], str]:
+    """Arguments on their own."""
+
+    def text(value: object) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    def written(call: Call) -> str:
+        given = json.loads(call[1]).items()
+        return "".join(f"{begin.format(key=key)}{text(value)}{end}{newline}" for key, value in given)
+
+    return written
+
+
+def qwen3_coder(rng: random.Random, made: list[Call]) -> str:
+    opened, closed = rng.choice([("<tool_call>\n", "\n</tool_call>"), ("", ""), ("", "\n</tool_call>")])
+    inner = fields("<parameter={key}>\n", "\n</parameter>", newline=rng.choice(["\n", ""]))
+    return "\n".join(f"{opened}<function={call[0]}>\n{inner(call)}</function>{closed}" for call in made)
+
+
+def glm(rng: random.Random, made: list[Call]) -> str:
+    gap = rng.choice(["\n", ""])
+    inner = fields("<arg_key>{key}</arg_key>" + gap + "<arg_value>", "</arg_value>", newline=gap)
+    return gap.join(f"<tool_call>{call[0]}{gap}{inner(call)}</tool_call>" for call in made)
+
+
+def harmony(rng: random.Random, made: list[Call]) -> str:
+    heads = [
+        "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>",
+        " to=functions.{}<|channel|>commentary json<|message|>",
+        "<|channel|>analysis to=functions.{}<|message|>",
+    ]
+    written = [rng.choice(heads).format(name) + arguments for name, arguments in made]
+    return f"{rng.choice(['<|call|>', '<|end|>'])}<|start|>assistant".join(written) + rng.choice(["<|call|>", ""])
+
+
 WRITTEN: dict[str, list[Written]] = {
     "hermes": [hermes],
     "llama3": [row("; ", "parameters"), lambda rng, made: "<|python_tag|>" + row(";", "parameters")(rng, made)],
@@ -117,14 +152,19 @@ WRITTEN: dict[str, list[Written]] = {
         lambda rng, made: "".join(f"[TOOL_CALLS]{name}[CALL_ID]a1b2c3d4e[ARGS]{args}" for name, args in made),
     ],
     "json": [row("\n", "arguments"), row("", "parameters"), listed],
+    "qwen3_coder": [qwen3_coder],
+    "glm": [glm],
+    "harmony": [harmony],
 }
 WRITTEN["mistral_args"] = WRITTEN["mistral"]
-ANYWHERE = ("hermes", "granite", "mistral", "mistral_args")
+TAGGED = ("qwen3_coder", "glm")
+ANYWHERE = ("hermes", "granite", "mistral", "mistral_args", *TAGGED)
 """Formats whose calls may come after content."""
 
 WORDS = [
     "I will look.", "x < y", "<tool", "</tool_call>", "<|", "[TOOL", "{", "}", '{"name"', "[ARGS]", "null",
     "naïve 日本 🙂", "a\n\nb", '"', "\\", "<", "[", "\t", '{"name": "add"}', "<think>", "; ,",
+    "<function=", "</parameter>", "<arg_key>", "<|start|>", "<|channel|>", "<|message|>", "to=",
 ]  # fmt: skip
 VALUES: list[object] = [{}, {"city": "Paris"}, {"a": [1, -2.5e3, None]}, {"s": 'q"\\\n é🙂 </tool_call>]}'},
                         {"o": {"p": [[], {}]}}, {"name": "add", "arguments": {"a": "}"}}]  # fmt: skip
@@ -140,6 +180,8 @@ def some_calls(rng: random.Random) -> list[Call]:
 def good(name: str, rng: random.Random) -> tuple[str, str, list[Call]]:
     """A text with calls, its content, and they."""
     made = some_calls(rng)
+    if name in TAGGED:  # there is one way to write a value
+        made = [(tool, json.dumps(json.loads(given), ensure_ascii=False)) for tool, given in made]
     before = rng.choice(["", "Let me see.", "Let me see: é"]) if name in ANYWHERE else ""
     gap = rng.choice(["", "\n", " \n\n"])
     return before + gap + rng.choice(WRITTEN[name])(rng, made) + rng.choice(["", "\n"]), before, made
@@ -159,17 +201,23 @@ def damaged(name: str, rng: random.Random) -> str:
     return " ".join(rng.choice([*WORDS, text]) for _ in range(rng.randrange(1, 5)))
 
 
-def all_texts(name: str) -> list[str]:
+def all_texts(name: str, count: int = TEXTS) -> list[str]:
     rng = random.Random(name)
-    return [good(name, rng)[0] if i % 2 else damaged(name, rng) for i in range(TEXTS)]
+    return [good(name, rng)[0] if i % 2 else damaged(name, rng) for i in range(count)]
 
 
 # -- what holds ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(CALL_FORMATS))
-def test_wherever_the_text_is_cut_in_two(name: str) -> None:
-    for text in all_texts(name):
+LONG = (*TAGGED, "harmony")
+CUTS = [(name, TEXTS // 5 if name in LONG else TEXTS) for name in CALL_FORMATS]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [*CUTS, *(pytest.param(name, TEXTS, marks=pytest.mark.slow) for name in LONG)]
+)
+def test_wherever_the_text_is_cut_in_two(name: str, count: int) -> None:
+    for text in all_texts(name, count):
         whole = read(lambda: parser(name), [text])
         for at in range(1, len(text)):
             assert read(lambda: parser(name), [text[:at], text[at:]]) == whole, (text, at)
@@ -179,7 +227,7 @@ def test_wherever_the_text_is_cut_in_two(name: str) -> None:
 @pytest.mark.parametrize("thinks", list(THOUGHT_FORMATS))
 def test_wherever_thoughts_are_cut_in_two(thinks: str) -> None:
     rng, tags = random.Random(thinks), THOUGHT_FORMATS.get(thinks)
-    for i in range(TEXTS):
+    for i in range(TEXTS // 4 if tags.channels else TEXTS):
         start, end = (
             (tags.starts[0], tags.ends[0]) if i % 3 else (rng.choice(["", "\n"]), rng.choice(["", tags.ends[-1]]))
         )
@@ -231,7 +279,7 @@ def test_what_is_told_as_a_call_is_one(name: str) -> None:
         found += bool(calls(events))
         if not calls(events):
             lost += 1
-            assert content(events) == text
+            assert content(events) == text or (name == "harmony" and "<|message|>" in text)  # a head is no content
     assert found > TEXTS and lost > TEXTS
 
 
@@ -240,6 +288,12 @@ BROKEN = {
     "llama3": ['{"name": "add", "parameters": {"a": 1}} is the call', '<|python_tag|>print(1)', '{"name": "add"}'],
     "granite": ['<|tool_call|>[{"name": "add", "arguments": {"a": 01}}]', "<|tool_call|> none"],
     "mistral": ["[TOOL_CALLS]add[ARGS]{a}", "[TOOL_CALLS]unknown{}", "[TOOL_CALLS]add[CALL_ID]-[ARGS]{}"],
+    "qwen3_coder": ["<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\nx", "<tool_call> x",
+                    "<function=no></function>", "<function=add>\n<parameter=a>\n1", "a </tool_call>"],
+    "glm": ["<tool_call>add\n<arg_key>a</arg_key>1</tool_call>", "<tool_call>no\n</tool_call>", "<tool_call>add"],
+    "harmony": ["<|channel|>commentary to=browser.search<|message|>{}<|call|>", "<|channel|>final", "a <|end|>",
+                "<|channel|>commentary to=functions.add<|message|>{} x", "today",
+                "<|channel|>commentary to=functions.no<|message|>{}"],
     "json": ['{"answer": 42}', '[{"name": "add", "arguments": 3}]', '[1, 2]', '{"name": "Bob", "arguments": {}}'],
 }  # fmt: skip
 
@@ -331,6 +385,88 @@ def test_thoughts() -> None:
     assert split("Here's my thought process: a\nHere is my response: b", "granite") == ("a", " b", [])
 
 
+VALUES_OF = json.dumps(
+    {
+        "properties": {
+            "s": {"type": "string"},
+            "n": {"type": "integer"},
+            "b": {"type": "boolean"},
+            "o": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "e": {"$ref": "#/$defs/e"},
+            "a": {"type": "array"},
+        },
+        "$defs": {"e": {"enum": ["1", "2"]}},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "told"),
+    [
+        ("s", "12", '"12"'), ("s", "a\n\"b\"</p\n", '"a\\n\\"b\\"</p\\n"'), ("s", "", '""'),
+        ("n", "12", "12"), ("n", " 12 ", "12"), ("n", "twelve", '"twelve"'), ("n", "1" * 5000, "1" * 5000),
+        ("b", "True", "true"), ("b", "false", "false"), ("o", "null", "null"), ("o", "3", '"3"'),
+        ("o", "None", '"None"'),
+        ("e", "1", '"1"'), ("a", "[1, {}]", "[1, {}]"), ("a", "[1,", '"[1,"'),
+        ("undeclared", "1", "1"), ("undeclared", '"a"', '"\\"a\\""'), ("undeclared", "{}, {}", '"{}, {}"'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", TAGGED)
+def test_a_value_is_of_the_kind_that_its_schema_says(name: str, key: str, written: str, told: str) -> None:
+    texts = {
+        "qwen3_coder": f"<function=add><parameter={key}>\n{written}\n</parameter></function>",
+        "glm": f"<tool_call>add<arg_key>{key}</arg_key><arg_value>{written}</arg_value></tool_call>",
+    }
+    for size in (1, 1000):
+        pieces = [texts[name][i : i + size] for i in range(0, len(texts[name]), size)]
+        events = read(lambda: Formats(CALL_FORMATS.get(name)).parser({"add": VALUES_OF}), pieces)
+        assert calls(events) == [("add", f'{{"{key}": {told}}}')]
+
+
+SCHEMAS: Any = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 3) | st.sampled_from(["string", "integer", "null", "#/$defs/a", "#"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "enum", "const", "anyOf", "$ref", "properties", "a", "$defs"]), inner
+        )
+    ),
+)
+
+
+@given(schema=SCHEMAS, written=st.sampled_from(["1", "a", "null", "[1]", '"x"', ""]))
+def test_a_schema_that_is_none_says_nothing(schema: Any, written: str) -> None:
+    twice = [{"$ref": f"#/$defs/{other}"} for other in "ab"] * 20  # as a tree it would have no end
+    root = {"properties": {"a": schema, "b": {"anyOf": twice}}, "$defs": {"a": schema, "b": {"anyOf": twice}}}
+    for whole in (root, schema):
+        text = f"<function=add><parameter=a>{written}</parameter><parameter=b>{written}</parameter></function>"
+        reader = Formats(CALL_FORMATS.get("qwen3_coder")).parser({"add": json.dumps(whole)})
+        events = merged(reader.feed(text) + reader.finish())
+        [(_, arguments)] = calls(events)
+        assert set(json.loads(arguments)) == {"a", "b"}
+
+
+def test_channels() -> None:
+    found = Formats(CALL_FORMATS.get("harmony"), THOUGHT_FORMATS.get("harmony"))
+    text = (
+        "<|channel|>analysis<|message|>Hm <|e.<|end|><|start|>assistant<|channel|>commentary<|message|>I will look."
+        "<|end|><|start|>assistant<|channel|>analysis<|message|>So.<|end|>"
+        '<|start|>assistant<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}<|call|>'
+        "<|start|>assistant<|channel|>final<|message|>Done.<|return|>"
+    )
+    for pieces in ([text], list(text)):
+        events = read(lambda: found.parser(TOOLS), pieces)
+        assert (thoughts(events), content(events)) == ("Hm <|e.So.", "I will look.Done.")
+        assert calls(events) == [("add", '{"a": 1}')]
+    assert content(read(lambda: found.parser(()), [text])).count("functions.add") == 1  # nothing may be called
+    assert read(lambda: found.parser(()), ["<|channel|>analysis<|message|>a"]) == [Reasoning("a")]
+    reader = found.parser(())
+    reader.feed("<|channel|>analysis<|message|>a")
+    assert reader.thinking
+    reader.feed("<|end|>")
+    assert not reader.thinking
+
+
 def lines_run(work: Callable[[], object]) -> int:
     """Of Python: what a slow machine does not change."""
     count = 0
@@ -359,7 +495,13 @@ def test_work_is_linear() -> None:
         " ",
         '"\\u00',
     ]
-    for name, unit in itertools.product(CALL_FORMATS, hostile):
+    own = [
+        ("qwen3_coder", "<function=add>"),
+        ("glm", "<tool_call>add<arg_key>a</arg_key><arg_value>"),
+        ("harmony", "<|channel|>analysis<|message|>"),
+        ("harmony", "<|start|>"),
+    ]
+    for name, unit in [*itertools.product(CALL_FORMATS, hostile), *own]:
 
         def lines(times: int, name: str = name, unit: str = unit) -> int:
             return lines_run(lambda: read(lambda: parser(name, "think"), [unit * times]))
@@ -415,7 +557,9 @@ TOOLS_READ = "{% for tool in tools %}{{ tool }}{% endfor %}"
         ("{{ messages }}", "json", None),
         (TOOLS_READ, "json", None),
         (TOOLS_READ + "<tool_call>{{ enable_thinking }}</think>", "hermes", "think"),
-        (TOOLS_READ + "<tool_call><function=x>", None, None),
+        (TOOLS_READ + "<tool_call><function=x>", "qwen3_coder", None),
+        (TOOLS_READ + "<tool_call><arg_key></think>", "glm", "think"),
+        (TOOLS_READ + "<|channel|>commentary", "harmony", "harmony"),
         (TOOLS_READ + "<|tool_call|>Here is my thought process:", "granite", "granite"),
         (TOOLS_READ + "[TOOL_CALLS]", "mistral", None),
         (TOOLS_READ + "[TOOL_CALLS]x[ARGS][THINK]", "mistral_args", "mistral"),

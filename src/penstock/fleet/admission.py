@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil, log
 
 from penstock.base import OverLimit, Unavailable
-from penstock.fleet.bucket import Bucket
+from penstock.fleet.bucket import Allowance, Bucket
 
 FIRST_GUESS = 256
 """Tokens of a completion without a limit, before any has ended."""
@@ -43,6 +43,7 @@ class _Tenant:
     requests: Bucket | None = None
     tokens: Bucket | None = None
     running: int = 0
+    behind: int = 0
 
     def adjust(self, rates: Rates, now: float) -> None:
         self.rates = rates
@@ -66,12 +67,14 @@ class Visit:
         entered: when.
         charged: tokens of the budget that it holds.
         taken: tokens that its tenant's bucket gave for it so far.
+        behind: it is one of a batch.
     """
 
     tenant: str
     entered: float
     charged: int = 0
     taken: int = 0
+    behind: bool = False
     left: bool = False
 
 
@@ -100,10 +103,7 @@ class Admission:
         Raises:
             OverLimit: (requests_over_rate, too_many_at_once).
         """
-        account = self._tenants.get(tenant)
-        if account is None:
-            account = self._tenants[tenant] = _Tenant(rates)
-        account.adjust(rates, now)
+        account = self._account(tenant, rates, now)
         if account.requests is not None:
             if (wait := account.requests.wait(1, now)) > _EPSILON:
                 raise OverLimit(
@@ -127,6 +127,16 @@ class Admission:
         self.running += 1
         return Visit(tenant, now)
 
+    def stand_behind(self, tenant: str, rates: Rates, now: float) -> Visit:
+        """For a line of a batch: its tokens count at its tenant's rate, but it is no request, nor in the budget."""
+        self._account(tenant, rates, now).behind += 1
+        return Visit(tenant, now, behind=True)
+
+    def _account(self, tenant: str, rates: Rates, now: float) -> _Tenant:
+        account = self._tenants.setdefault(tenant, _Tenant(rates))
+        account.adjust(rates, now)
+        return account
+
     def charge(self, visit: Visit, tokens: int, now: float) -> None:
         """Takes room for what the request can grow to (``size``). Several charges add up.
 
@@ -135,7 +145,7 @@ class Admission:
             Unavailable: (queue_full).
         """
         account = self._tenants[visit.tenant]
-        again = self._next_request(account, now)
+        again = 0.0 if visit.behind else self._next_request(account, now)
         if (bucket := account.tokens) is not None and (wait := bucket.wait(tokens, now)) > _EPSILON:
             raise OverLimit(
                 "tokens_over_rate",
@@ -144,7 +154,7 @@ class Admission:
                 fix=f"lower max_tokens, or {_again(max(wait, again))}",
                 retry_after=max(wait, again),
             )
-        asked = min(tokens, self.budget - visit.charged)
+        asked = 0 if visit.behind else min(tokens, self.budget - visit.charged)
         if self.held + asked > self.budget:
             wait = max(again, self._until_free(self.held + asked - self.budget, asked, now))
             raise Unavailable(
@@ -185,8 +195,11 @@ class Admission:
             return
         visit.left = True
         account = self._tenants[visit.tenant]
-        account.running -= 1
-        self.running -= 1
+        if visit.behind:
+            account.behind -= 1
+        else:
+            account.running -= 1
+            self.running -= 1
         self.held -= visit.charged
         if account.tokens is not None:
             account.tokens.take(used - visit.taken, now)
@@ -195,9 +208,16 @@ class Admission:
             self._seconds += (now - visit.entered - self._seconds) / self._visits
             self._note_speed(visit.charged, now)
 
+    def allowances(self, tenant: str, now: float) -> dict[str, Allowance]:
+        """What is left of a tenant's rates: of "requests" and of "tokens", where there is such a rate."""
+        account = self._tenants.get(tenant)
+        buckets = {} if account is None else {"requests": account.requests, "tokens": account.tokens}
+        return {name: bucket.allowance(now) for name, bucket in buckets.items() if bucket is not None}
+
     def forget(self, known: set[str]) -> None:
         """Drops the accounts of tenants that are gone, once nothing of theirs runs."""
-        for tenant in [t for t, account in self._tenants.items() if t not in known and not account.running]:
+        idle = [tenant for tenant, account in self._tenants.items() if not account.running and not account.behind]
+        for tenant in set(idle) - known:
             del self._tenants[tenant]
 
     def held_by(self) -> dict[str, int]:

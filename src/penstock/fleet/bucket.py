@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a bucket holds at a moment.
+
+    Attributes:
+        limit: what it can hold.
+        remaining: whole ones that can be taken.
+        full_after: seconds until it is full again.
+    """
+
+    limit: int
+    remaining: int
+    full_after: float
+
 
 class Bucket:
     """Holds a minute's worth and fills evenly. It may hold less than nothing, if more was used than was foreseen.
@@ -31,6 +48,11 @@ class Bucket:
         self._fill(now)
         self.level += per_minute - self.per_minute
         self.per_minute = per_minute
+
+    def allowance(self, now: float) -> Allowance:
+        self._fill(now)
+        missing = self.per_minute - self.level
+        return Allowance(self.per_minute, max(0, int(self.level)), missing * 60.0 / self.per_minute)
 
     def _fill(self, now: float) -> None:
         if now > self._at:  # clocks of several threads may be read out of order

@@ -9,6 +9,10 @@ with which one starts. What a call of a tool needs beyond that is said by furthe
 | ``at_least``, ``at_most`` | how many; with at least one there is no free text |
 | ``thoughts`` | ``start`` and ``end``, lists of texts: thoughts may come first; ``opened``: they have begun already |
 | ``answer`` | a JSON schema, which the text is an instance of if there is no structure |
+| ``says`` | with what a text starts that has no structure |
+
+A structure may have a ``field``: its arguments are then written one by one as plain text, in the order of the schema,
+each between these two texts, in the first of which ``{key}`` is its name.
 
 Without triggers only the start of a text tells whether it is a structure: a free text does not start like JSON.
 """
@@ -20,10 +24,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from penstock.grammar.fields import FieldWriter
 from penstock.grammar.schema import exact, references
 from penstock.grammar.tokens import TokenTable
 
 TEXT = "TEXT: /(.|\\n)*/"
+KEY = "KEY: /[^<>\\n]+/"
 PLAIN = "PLAIN: /([^ \\t\\r\\n{\\[](.|\\n)*)?/"
 
 
@@ -49,13 +55,15 @@ class _Writer:
             options = [_whole(structure) for structure in structures]
             body = _json({"anyOf": [*options, tags["answer"]]})
         elif "answer" in tags:
-            body = f"{self._group(structures, '')} | {_json(tags['answer'])}"
+            body = f"{self._group(structures, '')} | {self._literal(tags.get('says') or '')} {_json(tags['answer'])}"
+        elif tags.get("says"):
+            body = f"{self._group(structures, '')} | {self._literal(tags['says'])} TEXT"
         elif triggers:
             body = self._in_text(structures, triggers)
         else:
             body = f"{self._group(structures, '')} | PLAIN"
         self._rules.append(f"body: {body}")
-        return "\n".join([f"start: {self._thoughts()}", *self._rules, TEXT, PLAIN, ""])
+        return "\n".join([f"start: {self._thoughts()}", *self._rules, TEXT, KEY, PLAIN, ""])
 
     def _thoughts(self) -> str:
         thoughts = self._tags.get("thoughts")
@@ -79,11 +87,11 @@ class _Writer:
         self._rules.append(f"tagged: {' | '.join(groups)}")
         return "TEXT | tagged" if self._tags.get("at_most") == 1 else "tagged* TEXT"
 
-    def _head(self, name: str, mark: str) -> str:
+    def _head(self, name: str, mark: str, text: str = "TEXT") -> str:
         """Free text up to a mark."""
-        if mark in self._special:
-            return f"{name}: TEXT {self._literal(mark)}"
-        return f"{name}[lazy]: TEXT {json.dumps(mark)}"
+        if self._split.match(mark):
+            return f"{name}: {text} {self._literal(mark)}"
+        return f"{name}[lazy]: {text} {json.dumps(mark)}"
 
     def _group(self, structures: Sequence[Mapping[str, Any]], read: str) -> str:
         """One or more structures, of which ``read`` has been read."""
@@ -93,7 +101,8 @@ class _Writer:
         for i, structure in enumerate(structures):
             begin = structure["begin"] if first else structure["begin"].removeprefix(read)
             end = self._literal(structure["end"])
-            self._rules.append(f"one_{number}_{i}: {self._literal(begin)} {_json(structure['schema'])} {end}")
+            inner = self._inner(f"{number}_{i}", structure)
+            self._rules.append(f"one_{number}_{i}: {self._literal(begin)} {inner} {end}")
             options.append(f"one_{number}_{i}")
         self._rules.append(f"any_{number}: {' | '.join(options)}")
         more = (
@@ -102,6 +111,15 @@ class _Writer:
             else f"({self._literal(between)} any_{number})*"
         )
         return f"({self._literal(first.removeprefix(read))} any_{number} {more} {self._literal(last)})"
+
+    def _inner(self, name: str, structure: Mapping[str, Any]) -> str:
+        if "field" not in structure:
+            return _json(structure["schema"])
+        begin, end = structure["field"]
+        writer = FieldWriter(name, begin, end, self._literal, self._head)
+        fields = writer.fields(structure["schema"])
+        self._rules += writer.rules
+        return fields
 
     def _literal(self, text: str) -> str:
         """With special tokens as such."""

@@ -28,7 +28,6 @@ from penstock.llm.requests import (
     Requests,
     TokensPrompt,
     not_a_prompt,
-    refuse_prompt_logprobs,
     wrong_type,
 )
 from penstock.llm.searches import beams_of, run_searches, samples_of
@@ -154,7 +153,6 @@ class LLM:
         """
         tokenized = self._requests.tokenize(prompt, parse_special=parse_special)
         params = self._requests.default_params() if sampling_params is None else sampling_params
-        refuse_prompt_logprobs(params)
         job = self._requests.job(tokenized, params, priority=priority)
         for _, delta in self._follow([job]):
             if job.error is not None:

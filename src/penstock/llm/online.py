@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from penstock.assemble import Assembled, build_engine
 from penstock.core.service import Update
 from penstock.llm.embedding import VectorJob, Vectors
-from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt, refuse_prompt_logprobs
+from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt
 from penstock.llm.searches import beams_of, samples_of
 from penstock.search import (
     BeamSearchParams,
@@ -105,8 +105,6 @@ class AsyncLLM:
         Raises:
             PenstockError: the request was refused (before the first delta) or failed.
         """
-        if sampling_params is not None:
-            refuse_prompt_logprobs(sampling_params)
         async with aclosing(self._follow(prompt, sampling_params, request_id, priority)) as news:
             async for _, delta in news:
                 yield delta

@@ -85,10 +85,12 @@ class Job:
         A sample that failed ends with finish_reason "error", and ``error`` is set.
         """
         self._running -= update.finish_reason is not None
+        of_prompt: list[dict[int, Logprob]] = []
         if update.prompt_logprobs and self._prompt_logprobs is not None:
             told = len(self._prompt_logprobs)
             tokens = self.submission.tokens[told : told + len(update.prompt_logprobs)]
-            self._prompt_logprobs += prompt_logprob_entries(tokens, update.prompt_logprobs, self._tokenizer)
+            of_prompt = prompt_logprob_entries(tokens, update.prompt_logprobs, self._tokenizer)
+            self._prompt_logprobs += of_prompt
         completion = self._completions[update.sample]
         if completion.finished:
             return None
@@ -100,6 +102,7 @@ class Job:
         delta = completion.extend(update.tokens, update.logprobs, update.finish_reason, update.stop_reason)
         delta.num_cached_tokens = self._cached_tokens
         delta.timing = update.timing
+        delta.prompt_logprobs = of_prompt
         if self.finished and self._metrics.finished_time is None:
             self._metrics.finished_time = now
         return delta
@@ -300,7 +303,7 @@ def wrong_type(name: str, value: object, wanted: str) -> InvalidRequest:
 def refuse_prompt_logprobs(params: SamplingParams) -> None:
     """Raises InvalidRequest: unsupported_parameter, where the answer has no place for them."""
     if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
-        what = "prompt_logprobs have no place in a stream or a search"
+        what = "prompt_logprobs have no place in a search"
         raise InvalidRequest("unsupported_parameter", what, fix="ask for them with generate")
 
 

@@ -54,6 +54,7 @@ from penstock.serving.messages import (
 from penstock.serving.metrics import Metrics, QueueCollector
 from penstock.serving.openapi import openapi
 from penstock.serving.operations import Endpoint, Routes, operation
+from penstock.serving.other_apis import other_apis
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.response_items import DeletedResponse, ItemList, ResponseEvent, ResponseObject
 from penstock.serving.responses import ResponsesRequest, ResponseTask
@@ -276,6 +277,7 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     current.get().enter()
     body = await read_body(request)
     asked = await off_loop(len(body), functools.partial(decode, body, shape))
+    asked.model = request.path_params.get("model", asked.model)
     context.admit(asked.model)
     current.get().model = context.name
     return context, asked
@@ -355,5 +357,6 @@ ROUTES: Routes = {
     "/requests": ("inference", finished),
     "/debug/engine": ("admin", engine_view),
     "/debug/trace": ("admin", trace_file),
+    **other_apis(_generate, _vectors),
     **PAGES,
 }

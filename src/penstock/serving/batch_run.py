@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from penstock.base import PenstockError
+from penstock.base import OverLimit, PenstockError
 from penstock.core.service import MAX_PRIORITY
 from penstock.serving.batch_table import Batch, Complaint, Done, Line, Status
 from penstock.serving.context import Context
@@ -62,10 +62,15 @@ class BatchLine(msgspec.Struct, kw_only=True):
 
 
 class Run:
-    """One batch, from the state in which it is found to its end."""
+    """One batch, from the state in which it is found to its end, or until its tenant has no tokens left for a while.
+
+    Attributes:
+        resume_at: when it has some again, by ``time.monotonic``; None if it went on to the end.
+    """
 
     def __init__(self, store: Store, batch: Batch, context: Context, answerer: Answerer) -> None:
         self.store, self.batch, self.context, self.answerer = store, batch, context, answerer
+        self.resume_at: float | None = None
 
     async def all(self) -> None:
         try:
@@ -80,6 +85,8 @@ class Run:
             await self._validate(path)
         if self.batch.status == "in_progress":
             await self._answer(path, file.sha256)
+        if self.batch.status == "in_progress" and self.batch.expired_at is None and self.resume_at is not None:
+            return
         if self.batch.status in ("in_progress", "finalizing", "cancelling"):
             await asyncio.to_thread(self._finish)
 
@@ -94,16 +101,16 @@ class Run:
             self.batch = await asyncio.to_thread(self.store.batches.start_lines, self.batch.id, lines)
 
     async def _answer(self, path: Path, sha256: str) -> None:
-        """Answers lines until none is left, the batch is cancelled or its time is over."""
+        """Answers lines until none is left, the batch is cancelled or its time is over, or one has to wait."""
         window = AT_ONCE * self.context.llm.engine.config.max_num_seqs
-        waiting, running = self._waiting(path), set[asyncio.Task[Done]]()
+        waiting, running = self._waiting(path), set[asyncio.Task[Done | None]]()
         done: list[Done] = []
         committed, exhausted = time.monotonic(), False
         deadline = committed + self.batch.expires_at - time.time()  # whatever is done to the clock from now on
         try:
             while True:
                 over = self.batch.status != "in_progress" or time.monotonic() >= deadline
-                while not exhausted and not over and len(running) < window:
+                while not exhausted and not over and self.resume_at is None and len(running) < window:
                     following = await anext(waiting, None)
                     exhausted = following is None
                     if following is not None:
@@ -113,7 +120,7 @@ class Run:
                 finished, running = await asyncio.wait(
                     running, timeout=COMMIT_SECONDS, return_when=asyncio.FIRST_COMPLETED
                 )
-                done += [task.result() for task in finished]
+                done += filter(None, [task.result() for task in finished])
                 if len(done) >= COMMIT_LINES or time.monotonic() - committed >= COMMIT_SECONDS or not running:
                     self.batch = await asyncio.to_thread(self.store.batches.finish_lines, self.batch.id, done)
                     committed, done = time.monotonic(), []
@@ -138,19 +145,28 @@ class Run:
         with path.open("rb") as file:
             return [(line, os.pread(file.fileno(), line.length, line.start)) for line in lines]
 
-    async def _line(self, line: Line, raw: bytes, sha256: str) -> Done:
-        """The same file gets the same answers whenever it is sent, so that a line's seed and ids are made of both."""
+    async def _line(self, line: Line, raw: bytes, sha256: str) -> Done | None:
+        """None if it has to wait for its tenant's tokens.
+
+        The same file gets the same answers whenever it is sent, so that a line's seed and ids are made of both.
+        """
         digest = blake2b(f"{sha256}:{line.number}".encode(), digest_size=16).digest()
         seed, name = int.from_bytes(digest[:8], "little") >> 1, digest.hex()
-        current.set(Caller(self.context.gate, name, tenant=self.batch.tenant, booked=False))
         while True:
+            caller = Caller(self.context.gate, name, tenant=self.batch.tenant, booked=False)
+            current.set(caller)
             try:
                 body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
                 asked = await off_loop(len(body), partial(self.answerer.decode, body))
                 return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), self.context))
+            except OverLimit as error:
+                resume_at = time.monotonic() + max(RETRY_SECONDS, error.retry_after)
+                self.resume_at = min(resume_at, self.resume_at or resume_at)
+                return None
             except PenstockError as error:
                 # not the line's fault: it comes again, in this process or the next
-                if error.status in (429, 503) or error.code in ("engine_dead", "engine_closed"):
+                if error.status == 503 or error.code in ("engine_dead", "engine_closed"):
+                    caller.leave()
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
                 log_fault(error)
@@ -158,6 +174,8 @@ class Run:
             except Exception:
                 _log.exception("line %d of batch %s failed", line.number, self.batch.id)
                 return self._done(line, name, 500, body_of(internal_error()))
+            finally:
+                caller.leave()
 
     def _behind(self, asked: ModelRequest, seed: int) -> ModelRequest:
         if isinstance(asked, GenerationRequest):

@@ -102,6 +102,8 @@ def shown(batch: Batch) -> BatchObject:
 class Batches:
     """Carries out the batches of one store, one after another; tenants take turns, and so do batches that cannot go on.
 
+    One whose tenant has no tokens left rests, and the others go on.
+
     Args:
         folder: of the store; made when the first file comes, so that a server that never sees one writes nothing.
         answerers: by path.
@@ -112,6 +114,7 @@ class Batches:
         self._store: Store | None = None
         self._wake = asyncio.Event()
         self._turns: dict[str, int] = {}  # the last one of each tenant and of each unfinished batch
+        self._resting: dict[str, float] = {}  # until when, by time.monotonic
         self._worker: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
 
@@ -190,16 +193,27 @@ class Batches:
             self._wake.clear()
             try:
                 batches = await asyncio.to_thread(self._store.batches.unfinished, self.context.name)
-                if not batches:
-                    await self._wake.wait()
+                rests = {batch.id: self._rest(batch) for batch in batches}
+                if not (ready := [batch for batch in batches if rests[batch.id] <= 0]):
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._wake.wait(), min(rests.values(), default=None))
                     continue
-                batch = min(batches, key=self._last_turn)
+                batch = min(ready, key=self._last_turn)
                 self._turns[batch.tenant] = self._turns[batch.id] = max(self._turns.values(), default=0) + 1
-                await Run(self._store, batch, self.context, self.answerers[batch.endpoint]).all()
-                del self._turns[batch.id]
+                run = Run(self._store, batch, self.context, self.answerers[batch.endpoint])
+                await run.all()
+                if run.resume_at is not None:
+                    self._resting[batch.id] = run.resume_at
+                else:
+                    self._resting.pop(batch.id, None)
+                    del self._turns[batch.id]
             except Exception:  # a full disk, say: the batch is tried again
                 _log.exception("the batches cannot go on")
                 await asyncio.sleep(RETRY_SECONDS)
+
+    def _rest(self, batch: Batch) -> float:
+        """Seconds that it rests from now on; one that is cancelled does not."""
+        return self._resting.get(batch.id, 0.0) - time.monotonic() if batch.status == "in_progress" else 0.0
 
     def _last_turn(self, batch: Batch) -> tuple[int, int]:
         return self._turns.get(batch.tenant, 0), self._turns.get(batch.id, 0)

@@ -110,11 +110,12 @@ class Database:
             fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._claim.close()
+            _log.error("another server uses the store %s: start this one with a --store of its own", folder)
             raise Unavailable(
                 "store_in_use",
                 "Files and batches are not to be had here",
-                why=f"another server uses {folder}",
-                fix="ask that one, or start this one with a --store of its own",
+                why="another server uses the same store",
+                fix="ask that one, or have this one started with a --store of its own",
             ) from None
         except OSError as error:
             raise _unusable(folder, error) from error
@@ -211,11 +212,13 @@ _PLURAL = {"file": "files", "batch": "batches"}
 
 
 def _unusable(folder: Path, error: Exception) -> PenstockError:
+    """What the disk said is for the log, as it is in ``unwritable``."""
+    _log.error("the store %s cannot be used: %s; mend or remove it, or start with another --store", folder, error)
     return Unavailable(
         "store_unusable",
         "Files and batches are not to be had here",
-        why=f"{folder}: {error}",
-        fix="mend or remove that folder, or start the server with another --store",
+        why="their store cannot be read",
+        fix="have it mended, or the server started with another --store; its log says what is wrong",
     )
 
 

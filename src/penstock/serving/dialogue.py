@@ -10,12 +10,13 @@ from typing import Any
 
 from penstock.serving.context import Context, Generation
 from penstock.serving.errors import HTTPError, invalid, unsupported
+from penstock.serving.gate import current
 from penstock.serving.limits import MAX_TEMPLATE_VARIABLE, MAX_TEMPLATE_VARIABLES
 from penstock.serving.schemas import CompletionTokensDetails, Usage
 from penstock.serving.tools import Offer
 from penstock.spec import SamplingParams
 from penstock.text import ChatTemplate, Delta
-from penstock.text.parsers import CallEnd, Event, Parser, Thoughts
+from penstock.text.parsers import CallEnd, Event, Parser
 
 Message = Mapping[str, Any]
 
@@ -103,11 +104,13 @@ class Dialogue:
 
     def _read(self, index: int, delta: Delta) -> Said:
         if (parser := self._parsers.get(index)) is None:
-            formats = self.generation.context.llm.engine.formats
-            parser = self._parsers[index] = formats.parser(self.offer.names, opened=self.opened)
-        before = isinstance(parser, Thoughts) and parser.thinking
+            formats, caller = self.generation.context.llm.engine.formats, current.get()
+            source = self.generation.id if caller.booked else caller.id  # a line of a batch has the same calls again
+            parser = formats.parser(self.offer.schemas, opened=self.opened, source=f"{source}:{index}")
+            self._parsers[index] = parser
+        before = parser.thinking
         events = parser.feed(delta.text)
-        if isinstance(parser, Thoughts) and (before or parser.thinking):
+        if before or parser.thinking:
             self.reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             events += parser.finish()

@@ -70,7 +70,7 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = message["status"]
-                own = [(b"x-request-id", request_id.encode("ascii"))]
+                own = [(b"x-request-id", request_id.encode("ascii")), *caller.allowances()]
                 if self.context.draining:  # a client shall not come back on a connection that is about to end
                     own.append((b"connection", b"close"))
                 message["headers"] = [*message["headers"], *own]
@@ -103,7 +103,7 @@ class Edge:
                 self.context.metrics.spent(line)
             if self.context.spans is not None:
                 self.context.spans.add(visit, headers)
-        probe = path == "/" or not PROBES.isdisjoint(path.split("/", 2)[1:2])
+        probe = path == "/" or path.startswith("/v2/health/") or not PROBES.isdisjoint(path.split("/", 2)[1:2])
         if self.context.log is not None and (not probe or status in (401, 403)):
             self.context.log.add(line)
 

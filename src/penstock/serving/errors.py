@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import random
 import re
+from collections.abc import Callable
 from math import ceil
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -29,6 +30,7 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_PLAIN = ("/api/", "/v2/")
 _log = logging.getLogger(__name__)
 _PARAMETER = re.compile(r"(\w+) = ")
 
@@ -57,6 +59,14 @@ class ErrorBody(msgspec.Struct):
 class AnthropicFault(TypedDict):
     type: str
     message: str
+
+
+class PlainErrorBody(TypedDict):
+    """As clients of Ollama and of the Open Inference Protocol expect it: a text. What is beside it is for people."""
+
+    error: str
+    code: str
+    param: str | None
 
 
 class AnthropicErrorBody(TypedDict):
@@ -98,7 +108,17 @@ def anthropic_body(error: PenstockError) -> AnthropicErrorBody:
 
 def shape_of_errors(path: str) -> type:
     """Of the body that ``error_response`` makes."""
+    if f"{path}/".startswith(_PLAIN):
+        return PlainErrorBody
     return AnthropicErrorBody if f"{path}/".startswith(f"{_ANTHROPIC}/") else ErrorBody
+
+
+def plain_body(error: PenstockError) -> PlainErrorBody:
+    fault = body_of(error).error
+    return {"error": fault.message, "code": fault.code, "param": fault.param}
+
+
+_BODIES: dict[type, Callable[[PenstockError], Any]] = {AnthropicErrorBody: anthropic_body, PlainErrorBody: plain_body}
 
 
 def log_fault(error: PenstockError) -> None:
@@ -124,7 +144,7 @@ def error_response(error: PenstockError, path: str) -> Response:
         headers["retry-after"] = str(max(1, ceil(error.retry_after * random.uniform(1.0, 1.25))))
     elif error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = anthropic_body(error) if shape_of_errors(path) is AnthropicErrorBody else body_of(error)
+    body = _BODIES.get(shape_of_errors(path), body_of)(error)
     return Response(msgspec.json.encode(body), error.status, headers, "application/json")
 
 

@@ -45,7 +45,8 @@ class Caller:
         key: that it came with; None if it brought none that is good, or if this server asks for none.
         refusal: why it may use nothing but what is public.
         tenant: whose request it is.
-        booked: False for a line of a batch, which is bounded where it comes from and stands behind all others.
+        booked: False for a line of a batch, which is bounded where it comes from and stands behind all others; only its
+            tokens count at its tenant's rate.
         ahead: requests under way when it came.
         model, ..., stalls: what became of it, for the log; times in seconds of ``time.monotonic``.
         starved_first: how much of ``starved`` was before its first token.
@@ -98,16 +99,17 @@ class Caller:
 
     def enter(self) -> None:
         """Counts it among its tenant's requests. Raises OverLimit, as ``Admission.enter``."""
-        ring = self.gate.ring
+        ring, admission = self.gate.ring, self.gate.admission
         rates = Rates() if ring is None else ring.rates(self.tenant)
-        self.visit = self.gate.admission.enter(self.tenant, rates, time.monotonic())
+        if not self.booked:
+            self.visit = admission.stand_behind(self.tenant, rates, time.monotonic())
+            return
+        self.visit = admission.enter(self.tenant, rates, time.monotonic())
         self.ahead = len(self.gate.live)
         self.gate.live.add(self)
 
     def charge(self, prompt: int, completions: int = 0, longest: int = 0, max_tokens: int | None = None) -> None:
         """As ``Admission.size`` and ``Admission.charge``, whose errors it raises."""
-        if not self.booked:
-            return
         if self.visit is None:
             self.enter()
         assert self.visit is not None
@@ -129,6 +131,16 @@ class Caller:
         """Of several samples the one that waited most speaks for all: they run at the same time."""
         self.preempted = max(self.preempted, timing.preempted)
         self.starved = max(self.starved, timing.starved)
+
+    def allowances(self) -> list[tuple[bytes, bytes]]:
+        """What its tenant has left, as headers (OpenAI's API reference, "Rate limits"), of what is limited."""
+        if self.key is None:
+            return []
+        headers = []
+        for name, left in self.gate.admission.allowances(self.tenant, time.monotonic()).items():
+            values = {"limit": left.limit, "remaining": left.remaining, "reset": f"{left.full_after:.3f}s"}
+            headers += [(f"x-ratelimit-{what}-{name}".encode(), str(value).encode()) for what, value in values.items()]
+        return headers
 
     def leave(self) -> None:
         if self.visit is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from penstock.serving.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 from penstock.spec import Logprob
 from penstock.text import Delta, Tokenizer
@@ -14,13 +16,31 @@ def completion_logprobs(delta: Delta, tokenizer: Tokenizer, offset: int) -> Comp
     """Of the new tokens, with the drawn one among the likeliest. ``offset``: characters before them."""
     result = CompletionLogprobs([], [], [], [])
     for token, entry in zip(delta.token_ids, delta.logprobs or (), strict=True):
-        name = _name(token, tokenizer)
-        result.text_offset.append(offset)
-        result.token_logprobs.append(_finite(entry[token]))
-        result.tokens.append(name)
-        result.top_logprobs.append({_name(other, tokenizer): _finite(value) for other, value in entry.items()})
-        offset += len(name)
+        _add(result, token, entry, tokenizer, offset)
+        offset += len(result.tokens[-1])
     return result
+
+
+def prompt_logprobs(
+    tokens: Sequence[int], entries: Sequence[Mapping[int, Logprob]], text: str, tokenizer: Tokenizer
+) -> CompletionLogprobs:
+    """Of a prompt that is shown as ``text``: its first token has none, ``entries`` are those of the others."""
+    result, offset = CompletionLogprobs([], [], [], []), 0
+    special = set(tokenizer.special_tokens.values())
+    for token, entry in zip(tokens, [None, *entries], strict=True):
+        _add(result, token, entry, tokenizer, min(offset, len(text)))
+        offset += 0 if token in special else len(result.tokens[-1])
+    return result
+
+
+def _add(
+    result: CompletionLogprobs, token: int, entry: Mapping[int, Logprob] | None, tokenizer: Tokenizer, offset: int
+) -> None:
+    result.text_offset.append(offset)
+    result.tokens.append(_name(token, tokenizer))
+    result.token_logprobs.append(None if entry is None else _finite(entry[token]))
+    likeliest = None if entry is None else {_name(other, tokenizer): _finite(v) for other, v in entry.items()}
+    result.top_logprobs.append(likeliest)
 
 
 def chat_logprobs(delta: Delta, tokenizer: Tokenizer, top: int) -> ChatLogprobs:

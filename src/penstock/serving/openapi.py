@@ -163,7 +163,9 @@ def _answer(refs: Refs, said: Operation) -> dict[str, Any]:
         content[said.gives] = {"schema": {"type": "string"}}
     elif said is not UNSAID:
         content[JSON] = {"schema": refs[said.gives]}
-    if said.streams:
+    if said.lines:
+        content["application/x-ndjson"] = {"schema": {"anyOf": [refs[given] for given in said.streams]}}
+    elif said.streams:
         data = [
             {"const": given} if isinstance(given, str) else {"contentMediaType": JSON, "contentSchema": refs[given]}
             for given in said.streams

@@ -33,6 +33,7 @@ class Operation:
         query: shape of the query, all of it optional.
         gives: shape of the JSON that answers, or the media type of an answer that is none.
         streams: shapes of the JSON that an event may hold where the body says ``stream``; a text stands for itself.
+        lines: the stream is of lines of JSON, and not of events.
         example: a body that works.
         once: a client may send it again under the same Idempotency-Key.
     """
@@ -43,6 +44,7 @@ class Operation:
     query: type | None = None
     gives: Any = None
     streams: tuple[Any, ...] = ()
+    lines: bool = False
     example: Mapping[str, Any] | None = None
     once: bool = False
 

@@ -140,12 +140,12 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     HARMLESS: ClassVar[Harmless] = _HARMLESS | {
         "prompt_embeds": (),
-        "suffix": ("",),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
     }
 
     prompt: Texts
+    suffix: str | None = None
     logprobs: int | None = None
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
@@ -161,13 +161,30 @@ class CompletionRequest(GenerationRequest, kw_only=True):
             why = "which are the best is known only at the end, so they cannot be streamed"
         if why:
             raise HTTPError("invalid_parameter", f"best_of = {self.best_of} cannot be used", why=why, param="best_of")
+        if self.best_of is not None and self.best_of > n and self.reports:
+            raise unsupported("best_of", what="best_of does not go together with echo and logprobs")
+
+    @property
+    def reports(self) -> bool:
+        """Log-probabilities of the prompt are asked for."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def silent(self) -> bool:
+        """Nothing is to be generated: the prompt is only to be looked at."""
+        return bool(self.echo) and self.max_tokens == 0
 
     def prompts(self) -> list[str] | list[list[int]]:
         return each_of("prompt", self.prompt, MAX_PROMPTS)
 
     def sampling_params(self, recommended: Mapping[str, Any]) -> SamplingParams:
         """``recommended``: by the model, for what the request leaves open; where it says nothing, 16 tokens."""
-        return self.params({"max_tokens": 16, **recommended}, max_tokens=self.max_tokens, logprobs=self.logprobs)
+        return self.params(
+            {"max_tokens": 16, **recommended},
+            max_tokens=1 if self.silent else self.max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+        )
 
 
 _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
@@ -307,9 +324,9 @@ class Usage(msgspec.Struct):
 
 class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class CompletionChoice(msgspec.Struct):

@@ -18,7 +18,6 @@ from penstock.serving.errors import body_of, internal_error, log_fault
 
 T = TypeVar("T")
 _HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
@@ -55,6 +54,7 @@ class Dialect:
     encode: Callable[[object], bytes]
     last: bytes
     fault: Callable[[PenstockError], bytes]
+    content_type: str = "text/event-stream; charset=utf-8"
 
 
 DONE = "[DONE]"
@@ -77,7 +77,8 @@ class EventStream:
                 await unless_disconnected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        headers = [(b"content-type", self.dialect.content_type.encode()), *_HEADERS]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         last = self.dialect.last
         try:
             await send({"type": "http.response.body", "body": self.dialect.encode(self.first), "more_body": True})

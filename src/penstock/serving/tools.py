@@ -49,8 +49,9 @@ class Offer:
     single: bool = False
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(tool.name for tool in self.tools)
+    def schemas(self) -> dict[str, str]:
+        """Of the arguments of what may be called, by name."""
+        return {tool.name: tool.parameters for tool in self.tools}
 
     def form(self, formats: Formats, wanted: StructuredOutputs | None, *, opened: bool) -> StructuredOutputs | None:
         """What the text must be: ``wanted`` without tools; else what keeps calls to their schemas, None if nothing.
@@ -76,6 +77,7 @@ class Offer:
             "first": shape.first,
             "between": shape.between,
             "last": shape.last,
+            "says": shape.says,
             "at_least": int(self.forced),
         }
         if self.single:
@@ -91,11 +93,12 @@ class Offer:
     def _structure(self, tool: Tool, shape: CallShape) -> dict[str, Any]:
         exact = self.forced or tool.strict
         begin = shape.begin.format(name=json.dumps(tool.name), bare_name=tool.name)
-        return {
+        structure = {
             "begin": begin,
             "schema": json.loads(tool.parameters) if exact else {"type": "object"},
             "end": shape.end,
         }
+        return structure if shape.field is None else structure | {"field": [shape.field.begin, shape.field.end]}
 
 
 def offer_of(tools: Sequence[ToolSpec] | None, choice: Any, parallel: bool | None) -> Offer:

@@ -133,7 +133,10 @@ def _tags_text(value: object) -> str:
         whole = isinstance(structure, dict) and isinstance(structure.get("schema"), (dict, bool))
         texts = whole and all(isinstance(structure.get(name), str) for name in ("begin", "end"))
         _expect("structural_tag", texts, structure, "a structure has begin and end, texts, and a schema")
-    for name in ("first", "between", "last"):
+        field = structure.get("field", ["", "e"])
+        texts = isinstance(field, list) and len(field) == 2 and all(isinstance(part, str) for part in field)
+        _expect("structural_tag", texts and bool(field[1]), field, "field must be two texts, the second not empty")
+    for name in ("first", "between", "last", "says"):
         _expect("structural_tag", isinstance(tags.get(name, ""), str), tags.get(name), f"{name} must be a text")
     thoughts = tags.get("thoughts") or {"start": ["a"], "end": ["a"]}
     lists = [tags.get("triggers", []), *(isinstance(thoughts, dict) and thoughts.get(key) for key in ("start", "end"))]

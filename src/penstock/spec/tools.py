@@ -19,6 +19,14 @@ class Tool:
     strict: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Field:
+    """How a format writes one argument, as plain text: what stands before it, a format string of ``key``; and after."""
+
+    begin: str
+    end: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallShape:
     """How a model writes calls, which a grammar makes it keep to: ``first``, calls with ``between``, ``last``.
@@ -28,6 +36,8 @@ class CallShape:
         end: what stands after them.
         trigger: with what ``first`` or ``begin`` starts and nothing else that is said; None if calls are plain JSON,
             which only the start of the text shows to be calls.
+        field: how each argument is written, where they are not one JSON object.
+        says: with what a text starts that calls nothing.
     """
 
     first: str
@@ -36,3 +46,5 @@ class CallShape:
     between: str
     last: str
     trigger: str | None
+    field: Field | None = None
+    says: str = ""

@@ -2,6 +2,7 @@
 
 from penstock.text.completion import Completion, Delta, StopStrings, prompt_logprob_entries
 from penstock.text.detokenize import Detokenizer
+from penstock.text.gap import Gap, gap_tokens
 from penstock.text.rule_ids import with_rule_ids
 from penstock.text.template import ChatTemplate, RenderedChat, load_chat_template
 from penstock.text.thinking import with_thinking_ids
@@ -12,9 +13,11 @@ __all__ = [
     "Completion",
     "Delta",
     "Detokenizer",
+    "Gap",
     "RenderedChat",
     "StopStrings",
     "Tokenizer",
+    "gap_tokens",
     "load_chat_template",
     "load_tokenizer",
     "prompt_logprob_entries",

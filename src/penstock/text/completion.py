@@ -21,6 +21,7 @@ class Delta:
         finish_reason, stop_reason: set in the last delta of the index.
         num_cached_tokens: prompt tokens found in the prefix cache, as known so far.
         timing: what it waited for in the engine so far, where that is news.
+        prompt_logprobs: entries of further tokens of the prompt, from the second one on; sample 0 alone brings them.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Delta:
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
     timing: Timing | None = None
+    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
 
 
 class StopStrings:

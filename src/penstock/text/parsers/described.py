@@ -46,8 +46,25 @@ def described(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], s
 
 def write_calls(shape: CallShape, calls: Sequence[tuple[Any, Any]]) -> str:
     """Calls as the model writes them, from names and arguments, as JSON text or as an object."""
-    written = [f"{_begin(shape, str(name))}{_json(arguments)}{shape.end}" for name, arguments in calls]
+    written = [f"{_begin(shape, str(name))}{_written(shape, arguments)}{shape.end}" for name, arguments in calls]
     return f"{shape.first}{shape.between.join(written)}{shape.last}"
+
+
+def _written(shape: CallShape, arguments: Any) -> str:
+    """Arguments as one JSON object, or each on its own."""
+    text = _json(arguments)
+    if (field := shape.field) is None:
+        return text
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):  # nothing of the kind was ever called
+        return text
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in given.items()
+    }
+    return "".join(f"{field.begin.format(key=key)}{value}{field.end}" for key, value in texts.items())
 
 
 def _json(arguments: Any) -> str:

@@ -75,6 +75,11 @@ def merged(events: Iterable[Event]) -> list[Event]:
 class Parser(Protocol):
     """Reads one text in pieces. However it is cut, the merged events are the same."""
 
+    @property
+    def thinking(self) -> bool:
+        """What is being read are thoughts."""
+        ...
+
     def feed(self, text: str) -> list[Event]:
         """What is certain after this much of the text."""
         ...

@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import count
 
 from penstock.base.registry import Registry
 from penstock.spec.tools import CallShape
-from penstock.text.parsers import anyjson, granite, hermes, llama3, mistral
+from penstock.text.parsers import anyjson, granite, harmony, hermes, llama3, mistral, tagged
 from penstock.text.parsers.events import Parser
 from penstock.text.parsers.output import Machine, Output, Steps
 from penstock.text.parsers.reasoning import PlainText, Thoughts, ThoughtTags, thought_tags
@@ -20,13 +22,13 @@ NONE = "none"
 """The name of no format: everything is content."""
 
 
-def openai_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
+def openai_id(digits: str) -> str:
+    return f"call_{digits[:24]}"
 
 
-def mistral_id() -> str:
+def mistral_id(digits: str) -> str:
     """Nine letters or digits: its templates refuse anything else."""
-    return secrets.token_hex(5)[:9]
+    return digits[:9]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,13 @@ class CallFormat:
         steps: reads them.
         shape: what a grammar has it write.
         marks: texts that may be special tokens and must be seen.
+        make_id: of a call, from hexadecimal digits that no other has.
     """
 
     steps: Callable[[Output], Steps]
     shape: CallShape
     marks: tuple[str, ...] = ()
-    make_id: Callable[[], str] = openai_id
+    make_id: Callable[[str], str] = openai_id
 
 
 CALL_FORMATS: Registry[CallFormat] = Registry("tool parser")
@@ -55,6 +58,10 @@ _call("granite")(CallFormat(granite.granite, granite.SHAPE, (granite.TAG, "<tool
 _MISTRAL_MARKS = (mistral.CALLS, mistral.ARGS, mistral.ID)
 _call("mistral")(CallFormat(mistral.mistral, mistral.SHAPE, _MISTRAL_MARKS, mistral_id))
 _call("mistral_args")(CallFormat(mistral.mistral, mistral.NEW_SHAPE, _MISTRAL_MARKS, mistral_id))
+_call("qwen3_coder")(CallFormat(tagged.qwen3_coder, tagged.QWEN3_CODER, (tagged.OPEN, tagged.CLOSE)))
+_GLM_MARKS = (tagged.OPEN, tagged.CLOSE, tagged.KEY, tagged.END_KEY, tagged.VALUE, tagged.END_VALUE)
+_call("glm")(CallFormat(tagged.glm, tagged.GLM, _GLM_MARKS))
+_call("harmony")(CallFormat(harmony.harmony, harmony.SHAPE, harmony.MARKS))
 _call("json")(CallFormat(anyjson.any_json, anyjson.SHAPE))
 
 _thoughts("think")(thought_tags(TAGS[0]))
@@ -67,6 +74,7 @@ _GRANITE = [
     ("Here's my thought process:", "Here's my response:"),
 ]
 _thoughts("granite")(thought_tags(*_GRANITE))
+_thoughts("harmony")(ThoughtTags((harmony.ANALYSIS,), (harmony.NEXT,), channels=harmony.MARKS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +84,33 @@ class Formats:
     calls: CallFormat | None = None
     thoughts: ThoughtTags | None = None
 
-    def parser(self, tools: Collection[str], *, opened: bool = False) -> Parser:
-        """For one completion; ``tools``: names that may be called; ``opened``: it starts inside thoughts."""
+    def parser(self, tools: Collection[str], *, opened: bool = False, source: str | None = None) -> Parser:
+        """For one completion.
+
+        Args:
+            tools: names that may be called, perhaps with the JSON schema of each, as text.
+            opened: it starts inside thoughts.
+            source: what ids of calls are made of; by default they are random.
+        """
+        ids = _ids(source or secrets.token_hex(16), openai_id if self.calls is None else self.calls.make_id)
+        channels = self.thoughts is not None and self.thoughts.channels
+        if channels and (self.calls is None or self.calls.steps is harmony.harmony):
+            return Machine(harmony.harmony, Output(tools if self.calls else (), ids))
         rest: Parser = PlainText()
         if self.calls is not None and tools:
-            rest = Machine(self.calls.steps, Output(tools, self.calls.make_id))
+            rest = Machine(self.calls.steps, Output(tools, ids))
         return rest if self.thoughts is None else Thoughts(self.thoughts, rest, opened=opened)
 
     def shown_ids(self, tokenizer: Tokenizer, *, calls: bool) -> tuple[int, ...]:
         """Special tokens that a parser must see."""
         marks = list(self.calls.marks) if calls and self.calls else []
-        marks += (*self.thoughts.starts, *self.thoughts.ends) if self.thoughts else ()
+        marks += (*self.thoughts.starts, *self.thoughts.ends, *self.thoughts.channels) if self.thoughts else ()
         return tuple(sorted({tokenizer.special_tokens[mark] for mark in marks if mark in tokenizer.special_tokens}))
+
+
+def _ids(source: str, make_id: Callable[[str], str]) -> Callable[[], str]:
+    number = count()
+    return lambda: make_id(blake2b(f"{source}:{next(number)}".encode()).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +143,13 @@ def formats_of(
 
 
 def _calls_by(signs: _Signs) -> str:
-    """Of a template that reads tools. Formats of others, such as XML, are not read: their calls stay content."""
-    if "<arg_key>" in signs.template or "<function=" in signs.template:  # GLM 4.5, Qwen3-Coder
-        return NONE
+    """Of a template that reads tools."""
+    if "<arg_key>" in signs.template:
+        return "glm"
+    if "<function=" in signs.template:
+        return "qwen3_coder"
+    if signs("<|channel|>"):
+        return "harmony"
     if signs("<|tool_call|>"):
         return "granite"
     if signs("[TOOL_CALLS]"):
@@ -133,6 +160,8 @@ def _calls_by(signs: _Signs) -> str:
 
 
 def _thoughts_by(signs: _Signs) -> str:
+    if signs("<|channel|>"):
+        return "harmony"
     if signs("[THINK]"):
         return "mistral"
     if signs("<seed:think>"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import suppress
 
-from penstock.text.parsers.events import Arguments, CallDropped, CallEnd, CallStart, Content, Event
+from penstock.text.parsers.events import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
+from penstock.text.parsers.values import Values
 
 Steps = Generator[None, str, None]
 """A parser of a format: it is sent the text character by character, and never returns before the text ends."""
@@ -22,22 +23,27 @@ class Output:
     Blanks at the end of content are kept back too: next to a call they belong to neither.
 
     Args:
-        tools: names that a call may have; what calls anything else is content.
+        tools: names that a call may have; what calls anything else is content. Perhaps with the JSON schema of each.
         make_id: ids of calls.
 
     Attributes:
         plain: while nothing is withheld: characters other than these are content, and need not be sent.
+        thinking: what is being read are thoughts.
+        after_call: nothing has been said since a call.
     """
 
     def __init__(self, tools: Collection[str], make_id: Callable[[], str]) -> None:
         self.tools, self._make_id = frozenset(tools), make_id
+        self._schemas = tools if isinstance(tools, Mapping) else {}
+        self._values: dict[str, Values] = {}
+        self.thinking = False
         self.again = ""
         self.plain: str | None = None
         self._events: list[Event] = []
         self._arguments: list[str] = []
         self._withheld: list[str] = []
         self._blank = ""
-        self._after_call = False
+        self.after_call = False
         self._started = False
         self._calls = 0
 
@@ -65,6 +71,22 @@ class Output:
             self.say("".join(self._withheld[:cut]))
             del self._withheld[:cut]
 
+    def forget(self) -> None:
+        """What is withheld is syntax."""
+        self._withheld.clear()
+
+    def think(self, keep: int = 0) -> None:
+        """What is withheld are thoughts, but for its last ``keep`` characters."""
+        if cut := len(self._withheld) - keep:
+            self._events.append(Reasoning("".join(self._withheld[:cut])))
+            del self._withheld[:cut]
+
+    def values(self, name: str) -> Values:
+        """What the arguments of a tool may be."""
+        if name not in self._values:
+            self._values[name] = Values(self._schemas.get(name))
+        return self._values[name]
+
     def say(self, text: str) -> None:
         """Content."""
         text = self._blank + text
@@ -72,7 +94,7 @@ class Output:
         self._blank = text[len(said) :]
         if said:
             self._events.append(Content(said))
-            self._after_call = False
+            self.after_call = False
 
     def start(self, name: str) -> None:
         self._events.append(CallStart(self._calls, self._make_id(), name))
@@ -86,7 +108,7 @@ class Output:
         self._tell_arguments()
         self._events.append(CallEnd(self._calls))
         self._calls += 1
-        self._started, self._after_call, self._blank = False, True, ""
+        self._started, self.after_call, self._blank = False, True, ""
         del self._withheld[: len(self._withheld) - keep]
 
     def drop(self) -> None:
@@ -101,7 +123,7 @@ class Output:
     def close(self) -> None:
         """The text has ended."""
         self.drop()
-        if self._blank and not self._after_call:
+        if self._blank and not self.after_call:
             self._events.append(Content(self._blank))
         self._blank = ""
 
@@ -112,6 +134,10 @@ class Machine:
     def __init__(self, steps: Callable[[Output], Steps], output: Output) -> None:
         self._output, self._steps = output, steps(output)
         next(self._steps)
+
+    @property
+    def thinking(self) -> bool:
+        return self._output.thinking
 
     def feed(self, text: str) -> list[Event]:
         output, at = self._output, 0

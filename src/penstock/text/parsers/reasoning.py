@@ -19,11 +19,14 @@ class ThoughtTags:
     Attributes:
         starts, ends: texts of which any one does.
         opened: the model never writes the start.
+        channels: special tokens of a format in which every message says of what kind it is, so that the parser of its
+            calls reads thoughts too.
     """
 
     starts: tuple[str, ...]
     ends: tuple[str, ...]
     opened: bool = False
+    channels: tuple[str, ...] = ()
 
     def left_open(self, text: str) -> bool:
         """A prompt ends with the start of thoughts."""
@@ -36,6 +39,8 @@ class ThoughtTags:
 
 class PlainText:
     """A parser that finds nothing: all is content."""
+
+    thinking = False
 
     def feed(self, text: str) -> list[Event]:
         return [Content(text)] if text else []

@@ -45,15 +45,44 @@ def exactly(output: Output, text: str) -> Read:
     return True
 
 
-def up_to(output: Output, text: str) -> Read:
-    """Blanks, then ``text``. A call that is whole ends if the text ends first."""
+def either(output: Output, *texts: str) -> Generator[None, str, str | None]:
+    """Blanks, then one of some texts of which none begins another; None if it is something else."""
+    read = yield from nonblank(output)
+    while read not in texts:
+        if not any(text.startswith(read) for text in texts):
+            output.unread()
+            return None
+        read += yield
+    return read
+
+
+def blanks_then(output: Output, text: str) -> Read:
+    return (yield from either(output, text)) is not None
+
+
+def either_or_end(output: Output, *texts: str) -> Generator[None, str, str | None]:
+    """As ``either``. A call that is whole ends if the text ends first."""
     try:
-        yield from nonblank(output)
-        output.unread()
-        return (yield from exactly(output, text))
+        return (yield from either(output, *texts))
     except Ended:
         output.end()
         raise
+
+
+def up_to(output: Output, text: str) -> Read:
+    """Blanks, then ``text``. A call that is whole ends if the text ends first."""
+    return (yield from either_or_end(output, text)) is not None
+
+
+def taken(output: Output, mark: str, most: int) -> Generator[None, str, str | None]:
+    """The text before a mark, which is read too; None if it has more than ``most`` characters."""
+    seen, text = StopStrings((mark,)), ""
+    while len(text) <= most + len(mark):
+        char = yield
+        text += char
+        if seen.feed(char):
+            return text.removesuffix(mark)
+    return None
 
 
 def arguments(output: Output, name: str) -> Read:

@@ -1,0 +1,56 @@
+"""Routes of Ollama's API, of the Open Inference Protocol, and of Triton's generate extension."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from penstock.serving import kserve, ollama, ollama_models
+from penstock.serving.gate import Access
+from penstock.serving.ollama_schemas import OllamaChat, OllamaEmbed, OllamaEmbedding, OllamaGenerate
+from penstock.serving.operations import Endpoint, operation
+
+Generate = Callable[..., Awaitable[ASGIApp]]
+"""(request, shape, prepare, dialect): answers with what the model generates, whole or in a stream."""
+Answer = Callable[..., Awaitable[ASGIApp]]
+"""(request, shape, answer): answers with one value."""
+Entry = tuple[Access, Endpoint] | tuple[Access, Endpoint, str]
+
+
+def other_apis(generate: Generate, answer: Answer) -> dict[str, Entry]:
+    """By path, as the table of routes has them."""
+
+    def post(says: str, how: Callable[..., Awaitable[ASGIApp]], shape: type, *rest: Any, **said: Any) -> Entry:
+        @operation(says, takes=shape, gives=dict[str, Any], **said)
+        async def endpoint(request: Request) -> ASGIApp:
+            return await how(request, shape, *rest)
+
+        return "inference", endpoint, "POST"
+
+    task, events = ollama.OllamaTask, {"streams": (dict[str, Any],)}
+    lines = {**events, "lines": True}
+    generated = kserve.GenerateTask.prepare
+    of_model = "/v2/models/{model:path}"
+    return {
+        "/api/chat": post("Ollama: answer a conversation.", generate, OllamaChat, task.chat, ollama.LINES, **lines),
+        "/api/generate": post("Ollama: complete.", generate, OllamaGenerate, task.generate, ollama.LINES, **lines),
+        "/api/embed": post("Ollama: embed texts.", answer, OllamaEmbed, ollama.embed),
+        "/api/embeddings": post("Ollama: embed a text.", answer, OllamaEmbedding, ollama.embedding),
+        "/api/show": post("Ollama: describe a model.", answer, ollama_models.ShowRequest, ollama_models.show),
+        "/api/tags": ("inference", ollama_models.tags),
+        "/api/ps": ("inference", ollama_models.running),
+        "/api/version": ("inference", ollama_models.version),
+        "/v2": ("inference", kserve.server),
+        "/v2/health/live": ("public", kserve.live),
+        "/v2/health/ready": ("inference", kserve.ready),
+        of_model + "/infer": post("Tensors to tensors.", answer, kserve.InferRequest, kserve.infer),
+        of_model + "/generate": post("Complete.", generate, kserve.GenerateRequest, generated, kserve.EVENTS, **events),
+        of_model + "/generate_stream": post(
+            "Complete, in a stream.", generate, kserve.GenerateStreamRequest, generated, kserve.EVENTS, **events
+        ),
+        of_model + "/ready": ("inference", kserve.model_ready),
+        of_model: ("inference", kserve.model),
+    }
