@@ -19,6 +19,9 @@ STALL_SECONDS = 60.0
 BODY_SECONDS = 30.0
 """A body must have arrived whole after this long."""
 
+JOINED_BYTES = 64 << 10
+"""Answers are written once a turn of the event loop, or when there is more than this."""
+
 INLINE_BYTES = 32 << 10
 """Bodies up to this size are parsed on the event loop; larger ones in a thread, so that nobody else waits."""
 
@@ -67,6 +70,12 @@ DRAIN_SECONDS = 30.0
 
 CLOSE_SECONDS = 5
 """And then clients this long to read what was written for them."""
+
+STILL_SECONDS = 5
+"""An event loop that has run nothing for so long is reported, with what it is at."""
+
+STUCK_SECONDS = 60
+"""And ends its process after so long, so that whoever supervises it starts another."""
 
 MAX_CONNECTIONS = 4096
 """More are answered 503 at once."""
