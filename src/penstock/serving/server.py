@@ -24,6 +24,7 @@ from penstock.serving.edge import LOOPBACK
 from penstock.serving.gate import Gate
 from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
 from penstock.serving.protocol import Connection
+from penstock.serving.pulse import Pulse
 from penstock.serving.requestlog import RequestLog
 
 DEFAULT_PORT = 8000
@@ -146,12 +147,15 @@ def serve(
     server = uvicorn.Server(_settings(app))
     ending = _Ending(server, context)
 
+    pulse = Pulse(context.metrics.registry, lambda: bool(context.gate.live))
+
     async def run() -> None:
-        companion = asyncio.create_task(ending.accompany(announce))
+        companions = [asyncio.create_task(ending.accompany(announce)), asyncio.create_task(pulse.beat())]
         try:
             await server.serve(sockets=sockets)
         finally:
-            companion.cancel()
+            for companion in companions:
+                companion.cancel()
             await context.batches.close()
 
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that went away
