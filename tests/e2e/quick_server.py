@@ -85,6 +85,8 @@ if __name__ == "__main__":
     else:
         limits.STILL_SECONDS, limits.STUCK_SECONDS = 1, 3
         signal.signal(signal.SIGUSR1, spin)
-        penstock.wire.python = lambda module: [sys.executable, str(Path(__file__)), "engine"]
+        as_module = penstock.wire.python
+        own = [sys.executable, str(Path(__file__)), "engine"]
+        penstock.wire.python = lambda module: own if module == "penstock.host" else as_module(module)
         sys.argv[0:1] = ["penstock", "serve"]
         command_line()

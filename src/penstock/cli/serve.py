@@ -15,10 +15,12 @@ import typer
 from penstock.cli.complete import complete_model
 from penstock.cli.config import ConfigOption
 from penstock.cli.options import MODEL_HELP, engine_options
+from penstock.cli.serve_options import AdminPort, LogFile, QueueTokens, TokenizerWorkers
 from penstock.spec import EngineConfig
 
 if TYPE_CHECKING:
     from penstock.assemble import Assembled
+    from penstock.llm import AsyncLLM
     from penstock.serving.gate import Gate
 
 
@@ -44,15 +46,10 @@ def serve(
     allow_anyone: Annotated[
         bool, typer.Option("--allow-anyone", help="let others than this machine reach it without a key")
     ] = False,
-    admin_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="status, reload and drain, on loopback, for admin keys")
-    ] = None,
-    queue_tokens: Annotated[
-        int | None, typer.Option(min=1, help="most tokens admitted at a time, prompts and completions; 8 KV pools")
-    ] = None,
-    log_file: Annotated[
-        Path | None, typer.Option(help="append a line of JSON for each request (penstock logs); SIGHUP opens it anew")
-    ] = None,
+    admin_port: AdminPort = None,
+    queue_tokens: QueueTokens = None,
+    log_file: LogFile = None,
+    tokenizer_workers: TokenizerWorkers = 1,
     engine: dict[str, Any],
 ) -> None:
     """Serve MODEL over HTTP, with the API of OpenAI."""
@@ -63,7 +60,6 @@ def serve(
 
     from penstock.assemble import front_of
     from penstock.fleet import Admission
-    from penstock.llm import AsyncLLM
     from penstock.serving import server
     from penstock.serving.gate import Gate, queue_budget
     from penstock.serving.requestlog import RequestLog
@@ -75,13 +71,20 @@ def serve(
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
         log = None if log_file is None else RequestLog(log_file)
-        llm = AsyncLLM(front_of(service, wanted))
+        llm = _with_workers(front_of(service, wanted), tokenizer_workers)
         gate.admission.budget = queue_tokens or queue_budget(llm.engine)
         url, admin_url = server.url_of(bound), None if admin is None else server.url_of(admin)
         stack.enter_context(_present(llm.engine, url, admin_url, gate))
 
         greeting = _greeting(llm.engine, url, admin_url, public=public, keyed=gate.ring is not None)
         server.serve(llm, bound, partial(print, greeting, flush=True), store, gate=gate, admin=admin, log=log)
+
+
+def _with_workers(front: Assembled, count: int) -> AsyncLLM:
+    from penstock.llm import AsyncLLM
+    from penstock.wire import TextWorkers, python
+
+    return AsyncLLM(front, texts=TextWorkers(python("penstock.texthost"), front.config, count) if count else None)
 
 
 def _present(engine: Assembled, url: str, admin_url: str | None, gate: Gate) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import msgspec
@@ -21,6 +22,7 @@ from penstock.serving.gate import Caller, current
 from penstock.serving.limits import (
     BODY_SECONDS,
     INLINE_BYTES,
+    LONG_BYTES,
     MAX_BODY_BYTES,
     MAX_HEADER_BYTES,
     MAX_HEADERS,
@@ -36,6 +38,7 @@ PROBES = frozenset({"page", "requests", "live", "ready", "health", "metrics", "s
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _PORT = re.compile(r":\d{0,5}$")
+_LONG = ThreadPoolExecutor(1, "penstock-long")
 _log = logging.getLogger(__name__)
 
 
@@ -183,8 +186,13 @@ def as_json(value: object) -> Response:
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """Runs work on ``size`` bytes here if that is quick, else in a thread."""
-    return work() if size <= INLINE_BYTES else await asyncio.to_thread(work)
+    """Runs work on ``size`` bytes here if that is quick, else in a thread; what is long in one and the same, so that
+    the loop has only one to wait for when it wants the interpreter back."""
+    if size <= INLINE_BYTES:
+        return work()
+    if size <= LONG_BYTES:
+        return await asyncio.to_thread(work)
+    return await asyncio.get_running_loop().run_in_executor(_LONG, work)
 
 
 def nested_too_deeply(body: bytes) -> bool:

@@ -25,6 +25,9 @@ JOINED_BYTES = 64 << 10
 INLINE_BYTES = 32 << 10
 """Bodies up to this size are parsed on the event loop; larger ones in a thread, so that nobody else waits."""
 
+LONG_BYTES = 256 << 10
+"""Bodies above this size are parsed one at a time."""
+
 MAX_JSON_DEPTH = 160
 """Brackets within brackets. A schema may have 128 levels of its own."""
 

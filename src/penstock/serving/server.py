@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ from penstock.serving.requestlog import RequestLog
 
 DEFAULT_PORT = 8000
 _PORTS_TRIED = 100
+SWITCH_SECONDS = 0.0005
+"""After which a thread that tokenizes or renders gives way to the event loop; Python's own 5 ms add up, by thread."""
 
 
 def listen(host: str, port: int | None) -> socket.socket:
@@ -158,6 +161,7 @@ def serve(
                 companion.cancel()
             await context.batches.close()
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that went away
     # uvicorn raises the signal that ended it once more when it is done: SIGTERM shall then end nothing else.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)

@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import Meta
 
 from penstock.serving.context import Context
+from penstock.serving.edge import off_loop
 from penstock.serving.gate import current
 from penstock.serving.limits import MAX_TEXTS
 from penstock.serving.schemas import Harmless, ModelRequest, Texts, each_of
@@ -20,6 +21,7 @@ from penstock.spec import EmbeddingRequestOutput, PoolingParams, ScoringRequestO
 from penstock.spec.ranges import MAX_ID
 
 Truncation = Annotated[int, Meta(ge=-1, le=MAX_ID)]
+_encode = msgspec.json.Encoder().encode
 Several = Annotated[list[str], Meta(min_length=1, max_length=MAX_TEXTS)]
 
 
@@ -81,7 +83,7 @@ class VectorList(msgspec.Struct):
     id: str
     created: int
     model: str
-    data: list[Embedding] | list[Score]
+    data: list[msgspec.Raw] | list[Score]
     usage: VectorUsage
     object: str = "list"
 
@@ -113,8 +115,13 @@ async def embeddings(request: EmbeddingRequest, context: Context) -> VectorList:
     admit = current.get().charge
     outputs = await context.own_llm.embed_all(request.inputs(), params, request.priority or 0, admit=admit)
     packed = request.encoding_format == "base64"
-    vectors = [output.outputs.embedding for output in outputs]
-    data = [Embedding(i, base64_of(vector) if packed else vector) for i, vector in enumerate(vectors)]
+
+    def encoded() -> list[msgspec.Raw]:
+        """One by one: thousands of vectors in one go hold up the interpreter for as long as it takes."""
+        vectors = enumerate(output.outputs.embedding for output in outputs)
+        return [msgspec.Raw(_encode(Embedding(i, base64_of(v) if packed else v))) for i, v in vectors]
+
+    data = await off_loop(8 * sum(len(output.outputs.embedding) for output in outputs), encoded)
     return VectorList(_id("embd"), int(time.time()), context.name, data, _usage(outputs))
 
 

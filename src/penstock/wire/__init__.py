@@ -3,38 +3,53 @@
 from penstock.wire.frames import MAX_FRAME, Connection, WireError
 from penstock.wire.messages import (
     Cancel,
+    Chat,
     FromEngine,
     News,
+    Opening,
     Ready,
     Refused,
     Start,
     Submit,
+    Text,
     ToEngine,
+    Tokens,
     decode_from_engine,
+    decode_from_texts,
     decode_to_engine,
+    decode_to_texts,
     encode,
 )
 from penstock.wire.process import EngineProcess, python
 from penstock.wire.remote import RemoteService
+from penstock.wire.texts import TextWorkers, Tokenized
 from penstock.wire.under_way import UnderWay
 
 __all__ = [
-    "MAX_FRAME",
     "Cancel",
+    "Chat",
     "Connection",
     "EngineProcess",
     "FromEngine",
+    "MAX_FRAME",
     "News",
+    "Opening",
     "Ready",
     "Refused",
     "RemoteService",
     "Start",
     "Submit",
+    "Text",
+    "TextWorkers",
     "ToEngine",
+    "Tokenized",
+    "Tokens",
     "UnderWay",
     "WireError",
     "decode_from_engine",
+    "decode_from_texts",
     "decode_to_engine",
+    "decode_to_texts",
     "encode",
     "python",
 ]
