@@ -12,16 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from penstock.base import ConfigError
 from penstock.cli.complete import complete_model
 from penstock.cli.config import ConfigOption
 from penstock.cli.options import MODEL_HELP, engine_options
-from penstock.cli.serve_options import AdminPort, LogFile, QueueTokens, TokenizerWorkers
+from penstock.cli.serve_options import (
+    AdminPort,
+    CorsOrigin,
+    LogFile,
+    QueueTokens,
+    Store,
+    TlsCert,
+    TlsKey,
+    TokenizerWorkers,
+)
 from penstock.spec import EngineConfig
 
 if TYPE_CHECKING:
     from penstock.assemble import Assembled
     from penstock.llm import AsyncLLM
     from penstock.serving.gate import Gate
+    from penstock.serving.transport import Certificate
 
 
 @engine_options
@@ -36,9 +47,7 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="8000, or the next free one, unless given; 0 takes any")
     ] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="folder of uploaded files and batches; by default in ~/.local/share/penstock")
-    ] = None,
+    store: Store = None,
     config: ConfigOption = None,
     keys: Annotated[
         Path | None, typer.Option(help="file of the keys that may use it (penstock keys); SIGHUP reads it again")
@@ -50,6 +59,9 @@ def serve(
     queue_tokens: QueueTokens = None,
     log_file: LogFile = None,
     tokenizer_workers: TokenizerWorkers = 1,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    cors_origin: CorsOrigin = None,
     engine: dict[str, Any],
 ) -> None:
     """Serve MODEL over HTTP, with the API of OpenAI."""
@@ -63,6 +75,7 @@ def serve(
     from penstock.serving import server
     from penstock.serving.gate import Gate, queue_budget
     from penstock.serving.requestlog import RequestLog
+    from penstock.serving.transport import origins_of
 
     with ExitStack() as stack:  # what can be wrong with the options is noticed before the model is loaded
         stack.enter_context(closing(service))
@@ -70,14 +83,19 @@ def serve(
         public, gate = not server.is_loopback(bound), Gate(Admission(queue_tokens or 1), keys)
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
+        certificate, origins = _certificate(tls_cert, tls_key), origins_of(cors_origin) if cors_origin else ()
         log = None if log_file is None else RequestLog(log_file)
         llm = _with_workers(front_of(service, wanted), tokenizer_workers)
         gate.admission.budget = queue_tokens or queue_budget(llm.engine)
-        url, admin_url = server.url_of(bound), None if admin is None else server.url_of(admin)
-        stack.enter_context(_present(llm.engine, url, admin_url, gate))
+        scheme = "http" if certificate is None else "https"
+        url, admin_url = server.url_of(bound, scheme), None if admin is None else server.url_of(admin, scheme)
+        stack.enter_context(_present(llm.engine, url, admin_url, gate, certificate))
 
         greeting = _greeting(llm.engine, url, admin_url, public=public, keyed=gate.ring is not None)
-        server.serve(llm, bound, partial(print, greeting, flush=True), store, gate=gate, admin=admin, log=log)
+        announce = partial(print, greeting, flush=True)
+        server.serve(
+            llm, bound, announce, store, gate=gate, admin=admin, log=log, certificate=certificate, origins=origins
+        )
 
 
 def _with_workers(front: Assembled, count: int) -> AsyncLLM:
@@ -87,13 +105,30 @@ def _with_workers(front: Assembled, count: int) -> AsyncLLM:
     return AsyncLLM(front, texts=TextWorkers(python("penstock.texthost"), front.config, count) if count else None)
 
 
-def _present(engine: Assembled, url: str, admin_url: str | None, gate: Gate) -> AbstractContextManager[None]:
+def _certificate(path: Path | None, key: Path | None) -> Certificate | None:
+    """Raises ConfigError: tls_unusable."""
+    from penstock.serving.transport import Certificate
+
+    if path is None and key is not None:
+        raise ConfigError("tls_unusable", "--tls-key is of no use", why="there is no --tls-cert", fix="give both")
+    return None if path is None else Certificate(path, key)
+
+
+def _present(
+    engine: Assembled, url: str, admin_url: str | None, gate: Gate, certificate: Certificate | None
+) -> AbstractContextManager[None]:
     """So that ``penstock ps`` finds it."""
     from penstock.serving.presence import Presence, began, present
 
     pid = os.getpid()
     here = Presence(
-        pid=pid, began=began(pid) or 0, model=engine.name, url=url, admin=admin_url or url, token=gate.own_key()
+        pid=pid,
+        began=began(pid) or 0,
+        model=engine.name,
+        url=url,
+        admin=admin_url or url,
+        token=gate.own_key(),
+        certificate=None if certificate is None else str(certificate.path.absolute()),
     )
     return present(here)
 

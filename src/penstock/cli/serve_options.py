@@ -17,6 +17,9 @@ TlsKey = Annotated[Path | None, typer.Option(help="their private key, if it is n
 CorsOrigin = Annotated[
     str | None, typer.Option(help="web pages that may use it, such as https://chat.example; several with commas")
 ]
+Store = Annotated[
+    Path | None, typer.Option(help="folder of uploaded files and batches; by default in ~/.local/share/penstock")
+]
 AdminPort = Annotated[
     int | None, typer.Option(min=0, max=65535, help="status, reload and drain, on loopback, for admin keys")
 ]

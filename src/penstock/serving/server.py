@@ -27,6 +27,7 @@ from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTION
 from penstock.serving.protocol import Connection
 from penstock.serving.pulse import Pulse
 from penstock.serving.requestlog import RequestLog
+from penstock.serving.transport import Certificate, shared_with
 
 DEFAULT_PORT = 8000
 _PORTS_TRIED = 100
@@ -83,13 +84,13 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
-def url_of(bound: socket.socket) -> str:
+def url_of(bound: socket.socket, scheme: str = "http") -> str:
     """An address a client on this machine can use."""
     host, port = bound.getsockname()[:2]
     address = ipaddress.ip_address(host)
     if address.is_unspecified:
         host = "127.0.0.1" if address.version == 4 else "::1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def check_access(gate: Gate, *, public: bool, admin: bool) -> None:
@@ -127,28 +128,32 @@ def serve(
     gate: Gate | None = None,
     admin: socket.socket | None = None,
     log: RequestLog | None = None,
+    certificate: Certificate | None = None,
+    origins: tuple[str, ...] = (),
 ) -> None:
     """Answers until SIGTERM or Ctrl-C; calls ``announce`` once it does.
 
     Then new requests are refused, running ones have DRAIN_SECONDS to finish, and what is left is aborted and told so.
-    A second signal ends it at once. SIGHUP reads the keys again and opens the log anew.
+    A second signal ends it at once. SIGHUP reads the keys and the certificate again and opens the log anew.
 
     Args:
         store: as for ``build_app``. Batches that an earlier process left go on.
         gate: who may use it; anybody by default.
         admin: where administration is spoken to.
         log: has a line for each request.
+        certificate, origins: HTTPS, and web pages whose scripts may read its answers, if it is to have any.
 
     Raises:
         KeyboardInterrupt: it was Ctrl-C.
     """
     app, context = build_app(llm, store, hosts=_own_names(bound), gate=gate, log=log)
+    app = shared_with(app, origins)
     sockets = [bound]
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
         sockets.append(admin)
-    server = uvicorn.Server(_settings(app))
-    ending = _Ending(server, context)
+    server = uvicorn.Server(_settings(app, certificate))
+    ending = _Ending(server, context, certificate)
 
     pulse = Pulse(context.metrics.registry, lambda: bool(context.gate.live))
 
@@ -181,8 +186,8 @@ class _Ending:
     that it is about to end.
     """
 
-    def __init__(self, server: uvicorn.Server, context: Context) -> None:
-        self.server, self.context = server, context
+    def __init__(self, server: uvicorn.Server, context: Context, certificate: Certificate | None) -> None:
+        self.server, self.context, self.certificate = server, context, certificate
         self.signals: list[int] = []
         self._hurry = asyncio.Event()
 
@@ -192,7 +197,7 @@ class _Ending:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)
-        if self.context.gate.path is not None or self.context.log is not None:
+        if any((self.context.gate.path, self.context.log, self.certificate)):
             loop.add_signal_handler(signal.SIGHUP, self._renew)
         await self.context.batches.resume()
         with suppress(BrokenPipeError):  # whoever read it has read enough
@@ -211,6 +216,8 @@ class _Ending:
 
     def _renew(self) -> None:
         self.context.gate.reload_or_log()
+        if self.certificate is not None:
+            self.certificate.reload_or_log()
         if self.context.log is not None:
             self.context.log.reopen()
 
@@ -221,8 +228,8 @@ class _Ending:
         self.context.stop.set()
 
 
-def _settings(app: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
+def _settings(app: ASGIApp, certificate: Certificate | None = None) -> uvicorn.Config:
+    settings = uvicorn.Config(
         app,
         http=Connection,
         ws="none",
@@ -237,6 +244,10 @@ def _settings(app: ASGIApp) -> uvicorn.Config:
         timeout_graceful_shutdown=CLOSE_SECONDS,
         h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,  # what is in memory; the edge checks exactly
     )
+    if certificate is not None:
+        settings.load()
+        settings.ssl = certificate.context
+    return settings
 
 
 def _own_names(bound: socket.socket) -> frozenset[str] | None:
