@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from penstock.bench.load.checks import ClientLoad
 from penstock.bench.load.cost import Prices, costs
 from penstock.bench.load.cost import table as cost_table
 from penstock.bench.load.html import page
+from penstock.bench.load.machine import growth, resident_bytes
 from penstock.bench.load.metrics import Figures
 from penstock.bench.load.options import Load, LoadOptions
 from penstock.bench.load.report import SCHEMA, Report, as_json
@@ -273,3 +275,20 @@ def test_the_commands_refuse_what_they_cannot_use(tmp_path: Path) -> None:
 
 def test_a_load_has_a_name() -> None:
     assert str(Load("trace", 0.0)) == "as recorded"
+
+
+def test_answers_are_asked_for_again_alone() -> None:
+    """Six at a time; of the second six the server gives one another answer than it gives to the same request alone."""
+    for options, expected in (({"verify": 4}, (4, 0)), ({"verify": 99, "swapped": True}, (6, 1))):
+        odd = options.pop("swapped", False)
+        server = Scripted(lambda number, asked, odd=odd: Script(tokens=4 if odd and number == 5 else None))
+        report = measured(server, requests=6, concurrency="6", **options)
+        assert report.points[0].verified == expected
+        assert ("1 DIFFER" in table(report)) == odd
+
+
+def test_memory_that_grows() -> None:
+    assert growth([1]) is None
+    assert growth([50, 100, *[100] * 8]) == 0.0
+    assert growth([100] * 18 + [110] * 2) == pytest.approx(0.1)
+    assert resident_bytes(os.getpid()) > 1 << 20

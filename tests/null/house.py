@@ -176,7 +176,7 @@ def under_type_checking(source: Source, edge: Import) -> bool:
 
 
 TORCH_FREE = set(
-    "penstock base formats spec core cost fleet search text grammar wire host sim planner client apps".split()
+    "penstock base formats spec core cost fleet search text grammar wire host sim planner client apps texthost".split()
 )
 STDLIB_ONLY = {"base", "spec", "core", "cost", "fleet"}
 MSGSPEC = {"wire", "serving"}
@@ -246,6 +246,7 @@ FRAMEWORK_BASES = {
         "TyperGroup",
     ),  # torch, uvicorn, prometheus_client, typer
     *("ImmutableSandboxedEnvironment", "Extension", "NodeTransformer", "TemplateError"),  # jinja2
+    "Handler",  # logging
 }
 """Third-party classes whose API *is* subclassing. One is added with the first class that needs it."""
 

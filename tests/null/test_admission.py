@@ -233,3 +233,41 @@ def test_to_come_again_means_to_have_a_request_left_too() -> None:
         admission.charge(admission.enter("a", rates, 60.0), 600, 60.0)
     assert caught.value.retry_after == pytest.approx(60.0)
     admission.charge(admission.enter("a", rates, 120.0), 600, 120.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from(TENANTS), st.integers(1, 60), st.booleans()), max_size=120))
+def test_who_holds_nothing_finds_room_whatever_others_do(events: list[tuple[str, int, bool]]) -> None:
+    """Requests of at most a sixteenth of the budget: with three tenants a tenth is left to a fourth."""
+    admission, live = Admission(1000, shared=True), list[Visit]()
+    for now, (tenant, tokens, ends) in enumerate(events):
+        if ends and live:
+            admission.leave(live.pop(0), now)
+        visit = admission.enter(tenant, Rates(), now)
+        try:
+            admission.charge(visit, tokens, now)
+            live.append(visit)
+        except Unavailable as error:
+            assert error.code == "share_used" and error.retry_after > 0
+            assert any(other.tenant == tenant for other in live)
+            admission.leave(visit, now)
+        newcomer = admission.enter("new", Rates(), now)
+        admission.charge(newcomer, 40, now)
+        admission.leave(newcomer, now)
+
+
+def test_a_flood_holds_three_quarters_and_one_large_request_all() -> None:
+    admission = Admission(1000, shared=True)
+    flood = []
+    with pytest.raises(Unavailable, match="share_used"):
+        while flood.append(admission.enter("acme", Rates(), 0.0)) is None:
+            admission.charge(flood[-1], 10, 0.0)
+    assert admission.held == 750
+    with pytest.raises(Unavailable, match="queue_full"):
+        admission.charge(admission.enter("birch", Rates(), 0.0), 251, 0.0)
+    admission.charge(admission.enter("birch", Rates(), 0.0), 250, 0.0)
+    for visit in flood:
+        admission.leave(visit, 1.0)
+    alone = Admission(1000)
+    for _ in range(100):
+        alone.charge(alone.enter("acme", Rates(), 0.0), 10, 0.0)
+    assert alone.held == 1000

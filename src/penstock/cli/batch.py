@@ -22,7 +22,8 @@ from penstock.spec import SamplingParams
 
 if TYPE_CHECKING:
     from penstock.core.service import Update
-    from penstock.llm.requests import Job, Prompt, Requests, TokensPrompt
+    from penstock.llm.prompts import Prompt, TokensPrompt
+    from penstock.llm.requests import Job, Requests
 
 AHEAD = 4
 """Lines taken in beyond those written, in steps of ``max_num_seqs``: a slow line holds back what is written, not what

@@ -23,7 +23,7 @@ from penstock.spec import PoolingParams
 
 if TYPE_CHECKING:
     from penstock.llm.embedding import VectorJob, Vectors
-    from penstock.llm.requests import Prompt
+    from penstock.llm.prompts import Prompt
 
 TOGETHER = 256
 """Lines that are computed together. A step holds fewer, and lines are written in order."""

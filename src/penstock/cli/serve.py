@@ -16,12 +16,25 @@ from penstock.base import ConfigError, env
 from penstock.cli.complete import complete_model
 from penstock.cli.config import ConfigOption
 from penstock.cli.options import MODEL_HELP, engine_options
+from penstock.cli.serve_options import (
+    AdminPort,
+    CorsOrigin,
+    LogFile,
+    OtlpEndpoint,
+    QueueTokens,
+    Store,
+    TlsCert,
+    TlsKey,
+    TokenizerWorkers,
+)
 from penstock.spec import EngineConfig
 
 if TYPE_CHECKING:
     from penstock.assemble import Assembled
+    from penstock.llm import AsyncLLM
     from penstock.serving.gate import Gate
     from penstock.serving.spans import Spans
+    from penstock.serving.transport import Certificate
 
 
 @engine_options
@@ -36,9 +49,7 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="8000, or the next free one, unless given; 0 takes any")
     ] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="folder of uploaded files and batches; by default in ~/.local/share/penstock")
-    ] = None,
+    store: Store = None,
     config: ConfigOption = None,
     keys: Annotated[
         Path | None, typer.Option(help="file of the keys that may use it (penstock keys); SIGHUP reads it again")
@@ -46,16 +57,14 @@ def serve(
     allow_anyone: Annotated[
         bool, typer.Option("--allow-anyone", help="let others than this machine reach it without a key")
     ] = False,
-    admin_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="status, reload and drain, on loopback, for admin keys")
-    ] = None,
-    queue_tokens: Annotated[
-        int | None, typer.Option(min=1, help="most tokens admitted at a time, prompts and completions; 8 KV pools")
-    ] = None,
-    log_file: Annotated[
-        Path | None, typer.Option(help="append a line of JSON for each request (penstock logs); SIGHUP opens it anew")
-    ] = None,
-    otlp_endpoint: Annotated[str | None, typer.Option(help="send spans there, OTLP over HTTP (how-to/tracing)")] = None,
+    admin_port: AdminPort = None,
+    queue_tokens: QueueTokens = None,
+    log_file: LogFile = None,
+    otlp_endpoint: OtlpEndpoint = None,
+    tokenizer_workers: TokenizerWorkers = 1,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    cors_origin: CorsOrigin = None,
     engine: dict[str, Any],
 ) -> None:
     """Serve MODEL over HTTP, with the API of OpenAI."""
@@ -66,10 +75,10 @@ def serve(
 
     from penstock.assemble import front_of
     from penstock.fleet import Admission
-    from penstock.llm import AsyncLLM
     from penstock.serving import server
     from penstock.serving.gate import Gate, queue_budget
     from penstock.serving.requestlog import RequestLog
+    from penstock.serving.transport import origins_of
 
     with ExitStack() as stack:  # what can be wrong with the options is noticed before the model is loaded
         stack.enter_context(closing(service))
@@ -77,14 +86,27 @@ def serve(
         public, gate = not server.is_loopback(bound), Gate(Admission(queue_tokens or 1), keys)
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
+        certificate, origins = _certificate(tls_cert, tls_key), origins_of(cors_origin) if cors_origin else ()
         log = None if log_file is None else RequestLog(log_file)
         spans = _spans(otlp_endpoint or env.otlp_endpoint())
-        llm = AsyncLLM(front_of(service, wanted))
+        llm = _with_workers(front_of(service, wanted), tokenizer_workers)
         gate.admission.budget = queue_tokens or queue_budget(llm.engine)
-        url, admin_url = server.url_of(bound), None if admin is None else server.url_of(admin)
-        stack.enter_context(_present(llm.engine, url, admin_url, gate))
+        scheme = "http" if certificate is None else "https"
+        url, admin_url = server.url_of(bound, scheme), None if admin is None else server.url_of(admin, scheme)
+        stack.enter_context(_present(llm.engine, url, admin_url, gate, certificate))
         greet = partial(_greet, llm.engine, url, admin_url, public=public, keyed=gate.ring is not None)
-        server.serve(llm, bound, greet, store, gate=gate, admin=admin, log=log, spans=spans)
+        server.serve(
+            llm,
+            bound,
+            greet,
+            store,
+            gate=gate,
+            admin=admin,
+            log=log,
+            spans=spans,
+            certificate=certificate,
+            origins=origins,
+        )
 
 
 def _spans(endpoint: str | None) -> Spans | None:
@@ -103,13 +125,37 @@ def _spans(endpoint: str | None) -> Spans | None:
     return Spans(endpoint)
 
 
-def _present(engine: Assembled, url: str, admin_url: str | None, gate: Gate) -> AbstractContextManager[None]:
+def _with_workers(front: Assembled, count: int) -> AsyncLLM:
+    from penstock.llm import AsyncLLM
+    from penstock.wire import TextWorkers, python
+
+    return AsyncLLM(front, texts=TextWorkers(python("penstock.texthost"), front.config, count) if count else None)
+
+
+def _certificate(path: Path | None, key: Path | None) -> Certificate | None:
+    """Raises ConfigError: tls_unusable."""
+    from penstock.serving.transport import Certificate
+
+    if path is None and key is not None:
+        raise ConfigError("tls_unusable", "--tls-key is of no use", why="there is no --tls-cert", fix="give both")
+    return None if path is None else Certificate(path, key)
+
+
+def _present(
+    engine: Assembled, url: str, admin_url: str | None, gate: Gate, certificate: Certificate | None
+) -> AbstractContextManager[None]:
     """So that ``penstock ps`` finds it."""
     from penstock.serving.presence import Presence, began, present
 
     pid = os.getpid()
     here = Presence(
-        pid=pid, began=began(pid) or 0, model=engine.name, url=url, admin=admin_url or url, token=gate.own_key()
+        pid=pid,
+        began=began(pid) or 0,
+        model=engine.name,
+        url=url,
+        admin=admin_url or url,
+        token=gate.own_key(),
+        certificate=None if certificate is None else str(certificate.path.absolute()),
     )
     return present(here)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary, 
             why=f"the context holds {limits.max_model_len}, of which at least one is for the completion",
             fix="shorten the prompt or raise max_model_len",
         )
-    if not {int}.issuperset(map(type, tokens)):
+    if not isinstance(tokens, array) and not {int}.issuperset(map(type, tokens)):
         raise InvalidRequest("invalid_prompt", "Token ids must be integers", fix="convert them to int")
     low, high = min(tokens), max(tokens)
     if low < 0 or high >= vocabulary.size:

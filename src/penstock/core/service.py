@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -24,7 +24,7 @@ class Submission:
 
     Attributes:
         id: chosen by the caller, unique among live requests.
-        tokens: the prompt's token ids.
+        tokens: the prompt's token ids: a tuple, or of a long one an ``array``.
         seed: root of the noise; given at the outermost face when the caller brought none.
         priority: from -MAX_PRIORITY to MAX_PRIORITY, lower is served earlier; a level is worth
             ``priority_age_seconds`` of waiting.
@@ -35,7 +35,7 @@ class Submission:
     """
 
     id: str
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     params: SamplingParams
     seed: int
     priority: int = 0

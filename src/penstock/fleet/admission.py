@@ -18,6 +18,10 @@ FIRST_GUESS = 256
 MEMORY = 64
 """Completions that a running mean looks back on, roughly."""
 
+FAIR = 3.0
+"""What a tenant holds may be so many times what is then left: one alone has three quarters of a budget at most, two
+have three sevenths each, and there is always a place for who has none."""
+
 LONGEST_WAIT = 60.0
 """Seconds; the most that a client is asked to wait where the time is an estimate."""
 
@@ -44,6 +48,7 @@ class _Tenant:
     tokens: Bucket | None = None
     running: int = 0
     behind: int = 0
+    held: int = 0
 
     def adjust(self, rates: Rates, now: float) -> None:
         self.rates = rates
@@ -86,10 +91,12 @@ class Admission:
             the whole budget, so it runs when there is nothing else.
         held: tokens charged now.
         running: requests that have entered and not left.
+        shared: several tenants share the budget: none may hold more than FAIR allows (dynamic thresholds of Choudhury
+            and Hahne, 1998), but one that holds nothing may have one request of any size that fits.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, *, shared: bool = False) -> None:
+        self.budget, self.shared = budget, shared
         self.held = 0
         self.running = 0
         self._tenants: dict[str, _Tenant] = {}
@@ -142,7 +149,7 @@ class Admission:
 
         Raises:
             OverLimit: (tokens_over_rate).
-            Unavailable: (queue_full).
+            Unavailable: (queue_full, share_used).
         """
         account = self._tenants[visit.tenant]
         again = 0.0 if visit.behind else self._next_request(account, now)
@@ -164,11 +171,22 @@ class Admission:
                 fix=f"lower max_tokens, or {_again(wait)}",
                 retry_after=wait,
             )
+        left = self.budget - self.held - asked
+        if self.shared and account.held > visit.charged and account.held + asked > FAIR * left:
+            wait = max(again, self._until_free(asked, asked, now))
+            raise Unavailable(
+                "share_used",
+                "Your part of the queue is in use",
+                why=f"your requests hold {account.held} tokens, this one counts as {asked}, and others need room too",
+                fix=f"wait for one to end, or {_again(wait)}",
+                retry_after=wait,
+            )
         if bucket is not None:
             taken = min(tokens, bucket.per_minute)
             bucket.take(taken, now)
             visit.taken += taken
         visit.charged += asked
+        account.held += asked
         self.held += asked
 
     def size(self, prompt: int, completions: int, longest: int, max_tokens: int | None) -> int:
@@ -201,6 +219,7 @@ class Admission:
             account.running -= 1
             self.running -= 1
         self.held -= visit.charged
+        account.held -= visit.charged
         if account.tokens is not None:
             account.tokens.take(used - visit.taken, now)
         if visit.charged:

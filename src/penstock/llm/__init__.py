@@ -10,7 +10,7 @@ a caller waits.
 
 from penstock.llm.offline import LLM
 from penstock.llm.online import AsyncLLM
-from penstock.llm.requests import Message, Prompt, TextPrompt, TokensPrompt
+from penstock.llm.prompts import Message, Prompt, TextPrompt, TokensPrompt
 from penstock.search import BeamSearchParams, Majority, Scorer, SearchOutput, Verifier, choose, mean_logprob
 
 __all__ = [

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from penstock.base import InvalidRequest
 from penstock.core.service import Submission, Update
-from penstock.llm.requests import Prompt, Requests, wrong_type
+from penstock.llm.prompts import Prompt
+from penstock.llm.requests import Requests, wrong_type
 from penstock.spec import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -182,7 +183,7 @@ class Vectors:
             raise _empty()
         if self.pooling.lower and isinstance(text, str):
             prompt = text.lower()
-        ids = self.requests.tokenize(prompt)["prompt_token_ids"]
+        ids = list(self.requests.tokenize(prompt)["prompt_token_ids"])
         longest = self._longest(params)
         if longest is None or len(ids) <= longest:
             return ids
@@ -239,7 +240,7 @@ def _unit(vector_D: Floats) -> Floats:
     return vector_D / length if length > 0 else vector_D
 
 
-def _shorten(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int]]:
+def _shorten(a: Sequence[int], b: Sequence[int], room: int) -> tuple[Sequence[int], Sequence[int]]:
     """Cuts the longer text, then both alike, as ``tokenizers`` does by its rule "longest_first"."""
     if len(a) + len(b) <= room:
         return a, b

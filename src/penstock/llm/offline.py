@@ -21,15 +21,8 @@ from penstock.base import InvalidRequest, PenstockError
 from penstock.core.service import Update
 from penstock.llm.config import engine_config
 from penstock.llm.embedding import VectorJob, Vectors
-from penstock.llm.requests import (
-    Job,
-    Message,
-    Prompt,
-    Requests,
-    TokensPrompt,
-    not_a_prompt,
-    wrong_type,
-)
+from penstock.llm.prompts import Message, Prompt, TokensPrompt, not_a_prompt
+from penstock.llm.requests import Job, Requests, wrong_type
 from penstock.llm.searches import beams_of, run_searches, samples_of
 from penstock.search import BeamSearchParams, Extract, Majority, Scorer, SearchOutput, mean_logprob
 from penstock.spec import EmbeddingRequestOutput, PoolingParams, RequestOutput, SamplingParams, ScoringRequestOutput

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from penstock.assemble import Assembled, build_engine
 from penstock.core.service import Update
 from penstock.llm.embedding import VectorJob, Vectors
-from penstock.llm.requests import Job, Message, Prompt, Requests, TokensPrompt
+from penstock.llm.prompts import Message, Prompt, TokensPrompt, packed
+from penstock.llm.requests import Job, Requests
 from penstock.llm.searches import beams_of, samples_of
 from penstock.search import (
     BeamSearchParams,
@@ -33,6 +34,11 @@ from penstock.spec import (
     ScoringRequestOutput,
 )
 from penstock.text import Delta
+from penstock.wire import Chat, Text, TextWorkers
+
+FAR_CHARS = 32_000
+"""Texts of so many characters are tokenized by another process, if there is one: that is what a thread would hold up
+the interpreter with by more than the way there costs."""
 
 T = TypeVar("T")
 Admit = Callable[[int], None]
@@ -47,12 +53,19 @@ class AsyncLLM:
         engine: a configuration to build from, or an engine that was built; the bundled model by default. Of another
             AsyncLLM, whose event loop then must run, the same engine.
         tenant: whose requests these are; cached prefixes are shared within one.
+        texts: tokenize what is long; by default a thread of this process does.
     """
 
-    def __init__(self, engine: EngineConfig | Assembled | AsyncLLM | None = None, tenant: str = "") -> None:
+    def __init__(
+        self,
+        engine: EngineConfig | Assembled | AsyncLLM | None = None,
+        tenant: str = "",
+        texts: TextWorkers | None = None,
+    ) -> None:
         self._mailbox: _Mailbox | None = None
+        self._texts = texts
         if isinstance(engine, AsyncLLM):
-            self._mailbox, engine = engine._current_mailbox(), engine.engine
+            self._texts, self._mailbox, engine = engine._texts, engine._current_mailbox(), engine.engine
         built = build_engine(engine or EngineConfig()) if engine is None or isinstance(engine, EngineConfig) else engine
         # Ids of 128 random bits: numbers could be ids that callers have chosen for requests of their own.
         self._requests = Requests(built, lambda: secrets.randbits(64), lambda: secrets.token_hex(16), tenant)
@@ -69,10 +82,17 @@ class AsyncLLM:
         Raises:
             InvalidRequest: invalid_prompt, invalid_text, prompt_too_long, token_out_of_range.
         """
-        return await _beside_the_loop(
-            prompt,
-            lambda: self._requests.tokenize(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special),
-        )
+        if self._texts is not None and isinstance(prompt, str) and len(prompt) >= FAR_CHARS:
+            made = await asyncio.wrap_future(self._texts.tokenize(Text(prompt, add_special_tokens, parse_special)))
+            return TokensPrompt(prompt_token_ids=made.ids, prompt=prompt)
+
+        def tokenized() -> TokensPrompt:
+            given = packed(prompt) if isinstance(prompt, list) else prompt
+            made = self._requests.tokenize(given, add_special_tokens=add_special_tokens, parse_special=parse_special)
+            made["prompt_token_ids"] = packed(made["prompt_token_ids"])
+            return made
+
+        return await _beside_the_loop(prompt, tokenized)
 
     async def compile(self, params: SamplingParams) -> None:
         """Compiles the grammar that ``params`` ask for, beside the event loop, so that it is known when it is needed.
@@ -89,6 +109,10 @@ class AsyncLLM:
         Raises:
             InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises.
         """
+        if self._texts is not None and sum(len(message.get("content") or "") for message in messages) >= FAR_CHARS:
+            order = Chat([dict(message) for message in messages], options)
+            made = await asyncio.wrap_future(self._texts.tokenize(order))
+            return TokensPrompt(prompt_token_ids=made.ids, prompt=made.text)
         return await asyncio.to_thread(self._requests.tokenize_chat, messages, **options)
 
     async def stream(
@@ -195,7 +219,7 @@ class AsyncLLM:
             lambda: [vectors.embedding(prompt, pooling_params, priority=priority) for prompt in prompts]
         )
         await self._collect(jobs, admit)
-        return [vectors.embedded(job) for job in jobs]
+        return await asyncio.to_thread(lambda: [vectors.embedded(job) for job in jobs])
 
     async def score(
         self,
@@ -226,6 +250,8 @@ class AsyncLLM:
 
     def close(self) -> None:
         """Ends what is running and frees the model."""
+        if self._texts is not None:
+            self._texts.close()
         self.engine.close()
 
     async def _follow(
@@ -282,9 +308,11 @@ class AsyncLLM:
         mailbox, news = self._current_mailbox(), asyncio.Queue[Update]()
         service, unfinished = self.engine.service, dict[str, VectorJob]()
         try:
-            for job in jobs:
+            for i, job in enumerate(jobs):
                 service.submit(job.submission, lambda update: mailbox.post(news, update))
                 unfinished[job.submission.id] = job
+                if i % 16 == 15:  # there may be thousands: let others have a turn
+                    await asyncio.sleep(0)
             while unfinished:
                 if (update := await news.get()).finish_reason:
                     unfinished.pop(update.id).update = update
@@ -306,17 +334,24 @@ async def _beside_the_loop(prompt: Prompt, work: Callable[[], T], params: Sampli
 LINGER = 0.001
 """Seconds for which a woken loop collects further updates before it delivers them."""
 
+AT_ONCE = 32
+"""Updates delivered in one turn of the loop: a few milliseconds' work of whoever hears them, and then it is others'."""
+
+SORTED_AT_ONCE = 2048
+
 
 class _Mailbox:
     """Carries updates from the engine's thread into an event loop, with few wake-ups.
 
     Waking a loop is a system call, on which the engine's thread also loses the interpreter. So the first update of a
-    step wakes the loop and is delivered at once, and those that follow within LINGER are delivered together.
+    step wakes the loop and is delivered at once, and those that follow within LINGER are delivered together. What waits
+    for the same reader is delivered together too: a loop that is behind then has fewer readers to wake.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._posted: deque[tuple[asyncio.Queue[Update], Update]] = deque()
+        self._sorted: dict[asyncio.Queue[Update], deque[Update]] = {}
         self._awake = False
 
     def post(self, queue: asyncio.Queue[Update], update: Update) -> None:
@@ -327,12 +362,23 @@ class _Mailbox:
                 self.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        if not self._posted:
+        if not self._posted and not self._sorted:
             self._awake = False
             if not self._posted:  # posted before the line above: nobody woke us for it
                 return
             self._awake = True
-        while self._posted:
+        for _ in range(min(len(self._posted), SORTED_AT_ONCE)):
             queue, update = self._posted.popleft()
-            queue.put_nowait(update)
-        self.loop.call_later(LINGER, self._deliver)
+            self._sorted.setdefault(queue, deque()).append(update)
+        room = AT_ONCE
+        while room and self._sorted:
+            queue, updates = next(iter(self._sorted.items()))
+            for _ in range(min(room, len(updates))):
+                queue.put_nowait(updates.popleft())
+                room -= 1
+            if not updates:
+                del self._sorted[queue]
+        if self._sorted or self._posted:
+            self.loop.call_soon(self._deliver)
+        else:
+            self.loop.call_later(LINGER, self._deliver)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence, Sized
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
-from operator import index as as_int
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, cast
 
 from penstock.assemble import Assembled
 from penstock.base import InvalidRequest, PenstockError
 from penstock.core.admission import check_prompt
 from penstock.core.service import Submission, Task, Update
+from penstock.llm.prompts import Message, Prompt, Prompts, TokensPrompt
 from penstock.spec import Logprob, RequestMetrics, RequestOutput, SamplingParams
 from penstock.spec.rule_places import rule_places, unknown_rule
 from penstock.spec.sampling import MAX_LOGPROBS
@@ -25,26 +26,6 @@ from penstock.text import (
     with_rule_ids,
     with_thinking_ids,
 )
-from penstock.text.parsers.described import described
-
-Message = Mapping[str, Any]
-"""{"role": ..., "content": ...} and whatever else the model's chat template reads."""
-
-
-class TokensPrompt(TypedDict):
-    """A prompt as token ids; ``prompt`` is its text, only to be shown again."""
-
-    prompt_token_ids: list[int]
-    prompt: NotRequired[str | None]
-
-
-class TextPrompt(TypedDict):
-    """A prompt as text."""
-
-    prompt: str
-
-
-Prompt = str | TextPrompt | TokensPrompt | Sequence[int]
 
 
 class Job:
@@ -140,43 +121,21 @@ class Requests:
         self._tenant = tenant
         self._next_seed, self._next_id = next_seed, next_id or map(str, count()).__next__
         self._longest = cast(int, engine.config.max_model_len)  # filled in by assemble.resolve
-        self._max_chars = max(1 << 20, 64 * self._longest)
-
-    def default_params(self) -> SamplingParams:
-        """Those of a request that brings none."""
-        return SamplingParams(**self.engine.recommended)
+        self.prompts = Prompts(engine, self._longest)
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = True) -> TokensPrompt:
-        """Raises InvalidRequest: invalid_prompt, and what ``Tokenizer.encode`` raises."""
-        text, ids = _parts(prompt)
-        if ids is None:
-            ids = self.engine.tokenizer.encode(
-                text or "",
-                add_special_tokens=add_special_tokens,
-                parse_special=parse_special,
-                max_chars=self._max_chars,
-            )
-        return TokensPrompt(prompt_token_ids=ids, prompt=text)
+        """As ``Prompts.tokenize``."""
+        return self.prompts.tokenize(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special)
 
     def tokenize_chat(
         self, messages: Sequence[Message], template: ChatTemplate | None = None, **options: Any
     ) -> TokensPrompt:
-        """To a template that has no place for tools they are told in a system message.
+        """As ``Prompts.chat``."""
+        return self.prompts.chat(messages, template, **options)
 
-        Raises:
-            InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises.
-        """
-        template = template or self.engine.chat
-        if template is None:
-            raise InvalidRequest(
-                "no_chat_template",
-                f"The model {self.engine.name} has no chat template",
-                fix="send a plain prompt, or start with chat_template=FILE",
-            )
-        if not template.reads_tools and (calls := self.engine.formats.calls) is not None:
-            messages = described(messages, options.pop("tools", None) or (), calls.shape)
-        chat = template.apply(self.engine.tokenizer, messages, **options)
-        return TokensPrompt(prompt_token_ids=chat.token_ids, prompt=chat.text)
+    def default_params(self) -> SamplingParams:
+        """Those of a request that brings none."""
+        return SamplingParams(**self.engine.recommended)
 
     def job(
         self, prompt: TokensPrompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
@@ -237,7 +196,7 @@ class Requests:
         priority: int = 0,
     ) -> Submission:
         """Raises InvalidRequest: empty_prompt, token_out_of_range, prompt_too_long."""
-        tokens = tuple(ids)
+        tokens = ids if isinstance(ids, array) else tuple(ids)
         check_prompt(tokens, self.engine.setup.limits, self.engine.vocabulary, task)
         return Submission(
             id=request_id or self._next_id(),
@@ -266,34 +225,6 @@ class Requests:
             self.engine.service.abort(job.submission.id)
 
 
-def _parts(prompt: Prompt) -> tuple[str | None, list[int] | None]:
-    """(text, token ids) of a prompt; one of them may be None."""
-    text: Any = prompt if isinstance(prompt, str) else None
-    ids: Any = None if isinstance(prompt, str) else prompt
-    if isinstance(prompt, Mapping):
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    try:
-        if isinstance(text, str | None) and not isinstance(ids, bytes) and (text, ids) != (None, None):
-            if isinstance(prompt, Mapping):
-                _refuse_other_keys(prompt)
-            return text, None if ids is None else [as_int(i) for i in ids]
-    except TypeError:
-        pass
-    raise not_a_prompt(prompt)
-
-
-def _refuse_other_keys(prompt: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest: unsupported_parameter, rather than answering as if a key had not been given."""
-    for key, value in prompt.items():
-        nothing = value is None or value is False or (isinstance(value, Sized) and not len(value))
-        if key not in ("prompt", "prompt_token_ids") and not nothing:
-            raise InvalidRequest(
-                "unsupported_parameter",
-                f"A prompt with {key} is not in this build yet",
-                fix="leave it out; prompt and prompt_token_ids are what is read",
-            )
-
-
 def wrong_type(name: str, value: object, wanted: str) -> InvalidRequest:
     return InvalidRequest(
         "invalid_parameter", f"{name} = {repr(value)[:60]} cannot be used", why=f"it must be {wanted}"
@@ -305,11 +236,3 @@ def refuse_prompt_logprobs(params: SamplingParams) -> None:
     if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
         what = "prompt_logprobs have no place in a search"
         raise InvalidRequest("unsupported_parameter", what, fix="ask for them with generate")
-
-
-def not_a_prompt(prompt: object) -> InvalidRequest:
-    return InvalidRequest(
-        "invalid_prompt",
-        f"A prompt cannot be a {type(prompt).__name__} like {repr(prompt)[:60]}",
-        fix='pass text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}',
-    )

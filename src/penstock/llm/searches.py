@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 
 from penstock.core.service import Update
-from penstock.llm.requests import Requests, TokensPrompt, refuse_prompt_logprobs, wrong_type
+from penstock.llm.prompts import TokensPrompt
+from penstock.llm.requests import Requests, refuse_prompt_logprobs, wrong_type
 from penstock.search import BeamSearchParams, Scorer, Search, SearchOutput, SearchRun, beam_search, best_of, step_params
 from penstock.spec import SamplingParams
 from penstock.text import Tokenizer

@@ -113,7 +113,7 @@ def beam_search(
     running, ended, spent = [_Beam()], list[_Ended](), 0
     for length in range(1, last + 1):
         step = [
-            replace(request, id=f"{request.id}.{length}.{i}", tokens=request.tokens + beam.tokens)
+            replace(request, id=f"{request.id}.{length}.{i}", tokens=(*request.tokens, *beam.tokens))
             for i, beam in enumerate(running)
         ]
         outputs = yield step

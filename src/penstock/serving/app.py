@@ -30,7 +30,7 @@ from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of, shutting_down
 from penstock.serving.dashboard import PAGES
 from penstock.serving.decoding import Task, decode, in_batches
-from penstock.serving.edge import Edge, as_json, off_loop, read_body
+from penstock.serving.edge import Edge, as_json, body_of, off_loop
 from penstock.serving.errors import (
     AnthropicErrorBody,
     ErrorBody,
@@ -275,8 +275,9 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     context = context_of(request)
     context.admit(None)
     current.get().enter()
-    body = await read_body(request)
-    asked = await off_loop(len(body), functools.partial(decode, body, shape))
+    async with body_of(request) as body:
+        await context.turnstile.enter()
+        asked = await off_loop(len(body), functools.partial(decode, body, shape))
     asked.model = request.path_params.get("model", asked.model)
     context.admit(asked.model)
     current.get().model = context.name

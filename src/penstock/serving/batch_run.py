@@ -189,7 +189,7 @@ class Run:
         return asked
 
     def _done(self, line: Line, name: str, status: int, body: Any) -> Done:
-        told = msgspec.to_builtins(body)
+        told = msgspec.json.decode(msgspec.json.encode(body))
         usage = told.get("usage") or {}
         tokens_in = usage.get("prompt_tokens", usage.get("input_tokens", 0))
         tokens_out = usage.get("completion_tokens", usage.get("output_tokens", 0))

@@ -171,6 +171,7 @@ class Gate:
         self.path = keys
         self.ring = None if keys is None else Keyring(read_keys(keys))
         self.live: set[Caller] = set()
+        self._share()
         self._own: tuple[Key, ...] = ()
 
     def own_key(self) -> str | None:
@@ -193,7 +194,11 @@ class Gate:
         keys = read_keys(self.path)
         self.ring = Keyring([*keys, *self._own])
         self.admission.forget(self.ring.tenants)
+        self._share()
         return len(keys)
+
+    def _share(self) -> None:
+        self.admission.shared = self.ring is not None and len(self.ring.tenants) > 1
 
     def reload_or_log(self) -> None:
         try:

@@ -27,7 +27,7 @@ from penstock.serving.limits import MAX_TEXTS
 from penstock.serving.operations import operation
 from penstock.serving.schemas import CompletionRequest, Harmless, ModelRequest, Name, refuse_unsupported
 from penstock.serving.sse import Dialect, event
-from penstock.serving.vectors import EmbeddingRequest, embeddings
+from penstock.serving.vectors import EmbeddingRequest, embedded
 
 Body = dict[str, Any]
 VERSION = "1"
@@ -151,9 +151,7 @@ async def infer(request: InferRequest, context: Context) -> Body:
 
 async def _embedded(texts: list[str], fields: Body, context: Context) -> list[Body]:
     asked = parse(msgspec.json.encode({**fields, "input": texts}), EmbeddingRequest)
-    asked.encoding_format = "float"
-    found = await embeddings(asked, context)
-    rows = [vector.embedding for vector in found.data]
+    rows = [output.outputs.embedding for output in await embedded(asked, context)]
     data = [number for row in rows for number in row]
     return [{"name": "embedding", "datatype": "FP32", "shape": [len(rows), len(data) // len(rows)], "data": data}]
 

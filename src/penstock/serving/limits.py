@@ -5,6 +5,9 @@ from __future__ import annotations
 MAX_BODY_BYTES = 8 << 20
 """Largest request body. A million tokens of English are about 5 MB."""
 
+MAX_UPLOADING = 256 << 20
+"""Bytes of bodies that are being read or parsed at a time; of each the first INLINE_BYTES do not count."""
+
 MAX_HEADER_BYTES = 32 << 10
 """Sum of names and values of a request's headers."""
 
@@ -19,8 +22,17 @@ STALL_SECONDS = 60.0
 BODY_SECONDS = 30.0
 """A body must have arrived whole after this long."""
 
+REQUESTS_AT_ONCE = 4
+"""Requests that are read in one turn of the event loop."""
+
+JOINED_BYTES = 64 << 10
+"""Answers are written once a turn of the event loop, or when there is more than this."""
+
 INLINE_BYTES = 32 << 10
 """Bodies up to this size are parsed on the event loop; larger ones in a thread, so that nobody else waits."""
+
+LONG_BYTES = 256 << 10
+"""Bodies above this size are parsed one at a time."""
 
 MAX_JSON_DEPTH = 160
 """Brackets within brackets. A schema may have 128 levels of its own."""
@@ -81,6 +93,12 @@ DRAIN_SECONDS = 30.0
 
 CLOSE_SECONDS = 5
 """And then clients this long to read what was written for them."""
+
+STILL_SECONDS = 5
+"""An event loop that has run nothing for so long is reported, with what it is at."""
+
+STUCK_SECONDS = 60
+"""And ends its process after so long, so that whoever supervises it starts another."""
 
 MAX_CONNECTIONS = 4096
 """More are answered 503 at once."""

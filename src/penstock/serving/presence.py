@@ -19,6 +19,7 @@ class Presence(msgspec.Struct, kw_only=True, frozen=True):
     began: when its process did, in clock ticks of this boot: a process that has got its id since is another.
     admin: where administration is spoken to; the url itself where there is no port for that.
     token: a key of the role admin that this process alone knows, until it ends; None if it asks for none.
+    certificate: file of the one that it proves itself with; None without HTTPS.
     """
 
     pid: int
@@ -27,6 +28,7 @@ class Presence(msgspec.Struct, kw_only=True, frozen=True):
     url: str
     admin: str
     token: str | None = None
+    certificate: str | None = None
 
 
 def folder() -> Path | None:

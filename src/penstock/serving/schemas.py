@@ -152,7 +152,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def check(self) -> None:
         GenerationRequest.check(self)
-        self.prompts()
+        self.prompt = cast(Texts, self.prompts())  # ids are looked through once, and not in the event loop
         n = 1 if self.n is None else self.n
         why = ""
         if self.best_of is not None and self.best_of < n:

@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.base import ConfigError
+from penstock.base.logs import unhurried
 from penstock.llm import AsyncLLM
 from penstock.serving.admin import build_admin
 from penstock.serving.app import build_app
@@ -25,13 +27,17 @@ from penstock.serving.edge import LOOPBACK
 from penstock.serving.gate import Gate
 from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
 from penstock.serving.protocol import Connection
+from penstock.serving.pulse import Pulse
 from penstock.serving.requestlog import RequestLog
+from penstock.serving.transport import Certificate, shared_with
 
 if TYPE_CHECKING:
     from penstock.serving.spans import Spans
 
 DEFAULT_PORT = 8000
 _PORTS_TRIED = 100
+SWITCH_SECONDS = 0.0005
+"""After which a thread that tokenizes or renders gives way to the event loop; Python's own 5 ms add up, by thread."""
 
 
 def listen(host: str, port: int | None) -> socket.socket:
@@ -83,13 +89,13 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
-def url_of(bound: socket.socket) -> str:
+def url_of(bound: socket.socket, scheme: str = "http") -> str:
     """An address a client on this machine can use."""
     host, port = bound.getsockname()[:2]
     address = ipaddress.ip_address(host)
     if address.is_unspecified:
         host = "127.0.0.1" if address.version == 4 else "::1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def check_access(gate: Gate, *, public: bool, admin: bool) -> None:
@@ -128,11 +134,13 @@ def serve(
     admin: socket.socket | None = None,
     log: RequestLog | None = None,
     spans: Spans | None = None,
+    certificate: Certificate | None = None,
+    origins: tuple[str, ...] = (),
 ) -> None:
     """Answers until SIGTERM or Ctrl-C; calls ``announce`` once it does.
 
     Then new requests are refused, running ones have DRAIN_SECONDS to finish, and what is left is aborted and told so.
-    A second signal ends it at once. SIGHUP reads the keys again and opens the log anew.
+    A second signal ends it at once. SIGHUP reads the keys and the certificate again and opens the log anew.
 
     Args:
         store: as for ``build_app``. Batches that an earlier process left go on.
@@ -140,28 +148,32 @@ def serve(
         admin: where administration is spoken to.
         log: has a line for each request.
         spans: sends one for each.
+        certificate, origins: HTTPS, and web pages whose scripts may read its answers, if it is to have any.
 
     Raises:
         KeyboardInterrupt: it was Ctrl-C.
     """
     app, context = build_app(llm, store, hosts=_own_names(bound), gate=gate, log=log, spans=spans)
+    app = shared_with(app, origins)
     sockets = [bound]
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
         sockets.append(admin)
-    server = uvicorn.Server(_settings(app))
-    ending = _Ending(server, context)
+    server = uvicorn.Server(_settings(app, certificate))
+    ending = _Ending(server, context, certificate)
+
+    pulse = Pulse(context.metrics.registry, lambda: bool(context.gate.live))
 
     async def run() -> None:
-        companion = asyncio.create_task(ending.accompany(announce))
+        companions = [asyncio.create_task(ending.accompany(announce)), asyncio.create_task(pulse.beat())]
         try:
             await server.serve(sockets=sockets)
         finally:
-            companion.cancel()
+            for companion in companions:
+                companion.cancel()
             await context.batches.close()
 
-    for name in ("asyncio", "python_multipart"):  # they warn of each client that went away, of each malformed form
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _have_nobody_wait()
     # uvicorn raises the signal that ended it once more when it is done: SIGTERM shall then end nothing else.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -176,13 +188,20 @@ def serve(
         raise KeyboardInterrupt
 
 
+def _have_nobody_wait() -> None:
+    sys.setswitchinterval(SWITCH_SECONDS)
+    unhurried()
+    for name in ("asyncio", "python_multipart"):  # they warn of each client that went away, of each malformed form
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 class _Ending:
     """Signals, and how a server ends. It listens until the last request is done, so that whoever asks meanwhile hears
     that it is about to end.
     """
 
-    def __init__(self, server: uvicorn.Server, context: Context) -> None:
-        self.server, self.context = server, context
+    def __init__(self, server: uvicorn.Server, context: Context, certificate: Certificate | None) -> None:
+        self.server, self.context, self.certificate = server, context, certificate
         self.signals: list[int] = []
         self._hurry = asyncio.Event()
 
@@ -192,7 +211,7 @@ class _Ending:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, number)
-        if self.context.gate.path is not None or self.context.log is not None:
+        if any((self.context.gate.path, self.context.log, self.certificate)):
             loop.add_signal_handler(signal.SIGHUP, self._renew)
         await self.context.batches.resume()
         with suppress(BrokenPipeError):  # whoever read it has read enough
@@ -211,6 +230,8 @@ class _Ending:
 
     def _renew(self) -> None:
         self.context.gate.reload_or_log()
+        if self.certificate is not None:
+            self.certificate.reload_or_log()
         if self.context.log is not None:
             self.context.log.reopen()
 
@@ -221,8 +242,8 @@ class _Ending:
         self.context.stop.set()
 
 
-def _settings(app: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
+def _settings(app: ASGIApp, certificate: Certificate | None = None) -> uvicorn.Config:
+    settings = uvicorn.Config(
         app,
         http=Connection,
         ws="none",
@@ -237,6 +258,10 @@ def _settings(app: ASGIApp) -> uvicorn.Config:
         timeout_graceful_shutdown=CLOSE_SECONDS,
         h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,  # what is in memory; the edge checks exactly
     )
+    if certificate is not None:
+        settings.load()
+        settings.ssl = certificate.context
+    return settings
 
 
 def _own_names(bound: socket.socket) -> frozenset[str] | None:

@@ -76,7 +76,7 @@ async def tokenize(request: TokenizeRequest, context: Context) -> Tokens:
     if request.return_token_strs:
         strings = await off_loop(8 * len(ids), lambda: [engine.tokenizer.token_text(i) for i in ids])
     longest = engine.setup.limits.max_model_len
-    return Tokens(count=len(ids), max_model_len=longest, tokens=ids, token_strs=strings)
+    return Tokens(count=len(ids), max_model_len=longest, tokens=list(ids), token_strs=strings)
 
 
 async def detokenize(request: DetokenizeRequest, context: Context) -> Prompt:

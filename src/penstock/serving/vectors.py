@@ -6,13 +6,14 @@ import time
 import uuid
 from base64 import b64encode
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar, cast
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 from penstock.serving.context import Context
+from penstock.serving.edge import off_loop
 from penstock.serving.gate import current
 from penstock.serving.limits import MAX_TEXTS
 from penstock.serving.schemas import Harmless, ModelRequest, Texts, each_of
@@ -20,6 +21,7 @@ from penstock.spec import EmbeddingRequestOutput, PoolingParams, ScoringRequestO
 from penstock.spec.ranges import MAX_ID
 
 Truncation = Annotated[int, Meta(ge=-1, le=MAX_ID)]
+_encode = msgspec.json.Encoder().encode
 Several = Annotated[list[str], Meta(min_length=1, max_length=MAX_TEXTS)]
 
 
@@ -106,7 +108,7 @@ class Ranking(msgspec.Struct):
     results: list[Ranked]
 
 
-async def embeddings(request: EmbeddingRequest, context: Context) -> VectorList[Embedding]:
+async def embedded(request: EmbeddingRequest, context: Context) -> list[EmbeddingRequestOutput]:
     """Raises InvalidRequest, and what ``AsyncLLM.embed_all`` raises."""
     params = PoolingParams(
         dimensions=request.dimensions,
@@ -114,11 +116,22 @@ async def embeddings(request: EmbeddingRequest, context: Context) -> VectorList[
         truncate_prompt_tokens=request.truncate_prompt_tokens,
     )
     admit = current.get().charge
-    outputs = await context.own_llm.embed_all(request.inputs(), params, request.priority or 0, admit=admit)
+    return await context.own_llm.embed_all(request.inputs(), params, request.priority or 0, admit=admit)
+
+
+async def embeddings(request: EmbeddingRequest, context: Context) -> VectorList[Embedding]:
+    """As ``embedded``."""
+    outputs = await embedded(request, context)
     packed = request.encoding_format == "base64"
-    vectors = [output.outputs.embedding for output in outputs]
-    data = [Embedding(i, base64_of(vector) if packed else vector) for i, vector in enumerate(vectors)]
-    return VectorList(_id("embd"), int(time.time()), context.name, data, _usage(outputs))
+
+    def encoded() -> list[msgspec.Raw]:
+        """One by one: thousands of vectors in one go hold up the interpreter for as long as it takes."""
+        vectors = enumerate(output.outputs.embedding for output in outputs)
+        return [msgspec.Raw(_encode(Embedding(i, base64_of(v) if packed else v))) for i, v in vectors]
+
+    data = await off_loop(8 * sum(len(output.outputs.embedding) for output in outputs), encoded)
+    whole = cast("list[Embedding]", data)
+    return VectorList(_id("embd"), int(time.time()), context.name, whole, _usage(outputs))
 
 
 async def scores(request: ScoreRequest, context: Context) -> VectorList[Score]:

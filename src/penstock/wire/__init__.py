@@ -3,42 +3,57 @@
 from penstock.wire.frames import MAX_FRAME, Connection, WireError
 from penstock.wire.messages import (
     Cancel,
+    Chat,
     FromEngine,
     Look,
     News,
+    Opening,
     Ready,
     Refused,
     Seen,
     Start,
     Submit,
+    Text,
     ToEngine,
+    Tokens,
     decode_from_engine,
+    decode_from_texts,
     decode_to_engine,
+    decode_to_texts,
     encode,
 )
 from penstock.wire.process import EngineProcess, python
 from penstock.wire.remote import RemoteService
+from penstock.wire.texts import TextWorkers, Tokenized
 from penstock.wire.under_way import UnderWay
 
 __all__ = [
-    "MAX_FRAME",
     "Cancel",
+    "Chat",
     "Connection",
     "EngineProcess",
     "FromEngine",
     "Look",
+    "MAX_FRAME",
     "News",
+    "Opening",
     "Ready",
     "Refused",
     "RemoteService",
     "Seen",
     "Start",
     "Submit",
+    "Text",
+    "TextWorkers",
     "ToEngine",
+    "Tokenized",
+    "Tokens",
     "UnderWay",
     "WireError",
     "decode_from_engine",
+    "decode_from_texts",
     "decode_to_engine",
+    "decode_to_texts",
     "encode",
     "python",
 ]

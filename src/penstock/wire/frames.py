@@ -28,6 +28,10 @@ class Connection:
         self._sock = sock
         self._reader = sock.makefile("rb", buffering=1 << 16)
 
+    def be_patient(self, seconds: float) -> None:
+        """The other end counts as dead when it takes or says nothing for so long."""
+        self._sock.settimeout(seconds)
+
     def send(self, payload: bytes) -> None:
         """Waits until the other end has room. Raises OSError if there is none any more."""
         self._sock.sendall(len(payload).to_bytes(_LENGTH, "little") + payload)

@@ -8,6 +8,7 @@ words. A grammar crosses as its text: whoever serves it compiles it.
 from __future__ import annotations
 
 import json
+from array import array
 from dataclasses import fields
 from typing import Any, cast
 
@@ -37,10 +38,10 @@ class Start(Struct, tag="start", frozen=True):
 
 
 class Submit(Struct, tag="submit", frozen=True):
-    """A Submission; ``params`` are the fields of SamplingParams that are not the default."""
+    """A Submission; ``tokens`` are 32-bit integers; ``params``: fields of SamplingParams that are not the default."""
 
     id: str
-    tokens: tuple[int, ...]
+    tokens: bytes
     params: dict[str, Any]
     seed: int
     priority: int = 0
@@ -51,9 +52,13 @@ class Submit(Struct, tag="submit", frozen=True):
 
     @classmethod
     def of(cls, submission: Submission) -> Submit:
-        """Raises InvalidRequest: (unsupported_parameter) logits_processors, which are functions."""
+        """Raises InvalidRequest: (unsupported_parameter) logits_processors, which are functions; request_unsendable."""
         asked = {name: getattr(submission, name) for name in cls.__struct_fields__}
-        return cls(**asked | {"params": _plain(submission.params)})
+        try:
+            tokens = array("I", submission.tokens).tobytes()
+        except (TypeError, OverflowError) as error:
+            raise _unsendable(f"{type(error).__name__}: {error}"[:300]) from error
+        return cls(**asked | {"params": _plain(submission.params), "tokens": tokens})
 
     def submission(self) -> Submission:
         """Raises whatever SamplingParams raise."""
@@ -61,7 +66,7 @@ class Submit(Struct, tag="submit", frozen=True):
         if (rules := given.get("logits_rules")) is not None:
             given["logits_rules"] = json.loads(rules)
         asked = {name: getattr(self, name) for name in self.__struct_fields__}
-        return Submission(**asked | {"params": SamplingParams(**given)})
+        return Submission(**asked | {"params": SamplingParams(**given), "tokens": tuple(array("I", self.tokens))})
 
 
 class Cancel(Struct, tag="cancel", frozen=True):
@@ -112,11 +117,41 @@ class Seen(Struct, tag="seen", frozen=True):
     trace: Trace
 
 
+class Opening(Struct, tag="opening", frozen=True):
+    """The first word to a process that tokenizes."""
+
+    config: EngineConfig
+
+
+class Text(Struct, tag="text", frozen=True):
+    """To be tokenized as ``llm.prompts.Prompts.tokenize`` does it."""
+
+    text: str
+    add_special_tokens: bool = True
+    parse_special: bool = True
+
+
+class Chat(Struct, tag="chat", frozen=True):
+    """To be rendered and tokenized as ``Prompts.chat`` does it."""
+
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+
+
+class Tokens(Struct, tag="tokens", frozen=True):
+    """``ids`` as those of Submit."""
+
+    ids: bytes
+    text: str | None = None
+
+
 ToEngine = Start | Submit | Cancel | Look
 FromEngine = Ready | Refused | News | Seen
+ToTexts = Opening | Text | Chat
+FromTexts = Tokens | Refused
 
 
-def encode(message: ToEngine | FromEngine) -> bytes:
+def encode(message: ToEngine | FromEngine | ToTexts | FromTexts) -> bytes:
     """Raises InvalidRequest: (request_unsendable) it has values that no frame can hold, or is too large for one."""
     try:
         frame = _ENCODER.encode(message)
@@ -139,6 +174,16 @@ def decode_to_engine(frame: bytes) -> Start | Submission | Cancel | Look:
 def decode_from_engine(frame: bytes) -> FromEngine:
     """Raises WireError: (bad_frame)."""
     return cast(FromEngine, _decoded(_FROM_ENGINE, frame))
+
+
+def decode_to_texts(frame: bytes) -> ToTexts:
+    """Raises WireError: (bad_frame)."""
+    return cast(ToTexts, _decoded(_TO_TEXTS, frame))
+
+
+def decode_from_texts(frame: bytes) -> FromTexts:
+    """Raises WireError: (bad_frame)."""
+    return cast(FromTexts, _decoded(_FROM_TEXTS, frame))
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> object:
@@ -198,3 +243,5 @@ def _from_plain(kind: type, value: object) -> object:
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_plain)
 _TO_ENGINE = msgspec.msgpack.Decoder(ToEngine, dec_hook=_from_plain)
 _FROM_ENGINE = msgspec.msgpack.Decoder(FromEngine, dec_hook=_from_plain)
+_TO_TEXTS = msgspec.msgpack.Decoder(ToTexts)
+_FROM_TEXTS = msgspec.msgpack.Decoder(FromTexts, dec_hook=_from_plain)

@@ -52,6 +52,7 @@ class Driver:
     think: seconds between an answer and the next turn of its session.
     most: requests in flight at a time; more wait in the client, and the wait counts.
     say: told (done, all) now and then.
+    keep: the texts of first turns, by session.
     """
 
     client: HttpClient
@@ -61,6 +62,8 @@ class Driver:
     think: float = 0.0
     most: int | None = None
     say: Callable[[int, int], None] = lambda done, total: None
+    keep: bool = False
+    texts: dict[int, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     _started: float = 0.0
     _total: int = 0
@@ -91,6 +94,20 @@ class Driver:
                 tasks.create_task(self._worker(waiting, bodies))
         return self._ended()
 
+    async def again(self, bodies: Sequence[bytes], most: int) -> tuple[int, int]:
+        """Asks once more for so many of the answers, spread over all, one at a time.
+
+        Returns:
+            How many, and how many of them came out otherwise.
+        """
+        kept = sorted(self.texts)
+        chosen = kept if len(kept) <= most else [kept[i * len(kept) // most] for i in range(most)]
+        differ = 0
+        for number in chosen:
+            answer = await ask(self.client, self.asking.path, bodies[number], self.timeout)
+            differ += bool(answer.error) or answer.text != self.texts[number]
+        return len(chosen), differ
+
     async def _worker(self, waiting: Iterator[tuple[int, Session]], bodies: Sequence[bytes]) -> None:
         for i, session in waiting:
             await self._session(i, session, self._now(), bodies[i], None)
@@ -109,6 +126,8 @@ class Driver:
                 answer = await ask(self.client, self.asking.path, body, self.timeout)
             record = self._record(number, i, turn, due, before, answer)
             self.records.append(record)
+            if self.keep and i == 0 and not record.error:
+                self.texts[number] = answer.text
             self.say(len(self.records), self._total)
             if record.error:
                 self._total -= len(session.turns) - i - 1  # what would have followed is not asked

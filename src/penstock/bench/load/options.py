@@ -72,6 +72,9 @@ class LoadOptions:
     )
     timeout: float = option(600.0, "seconds for a request", low=0.1, high=86400)
     price_per_hour: float | None = option(None, "dollars of the server, for tokens per dollar", low=0, high=1e6)
+    verify: int = option(
+        0, "answers to ask for again afterwards, one at a time: the text must be the same", low=0, high=1_000_000
+    )
     quick: bool = option(False, "three loads and short texts, in less than a minute")
     json_file: Path | None = field(
         default=None, metadata=_told("write everything to this file; - is stdout", flag="--json")

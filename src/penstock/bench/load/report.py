@@ -27,10 +27,12 @@ class ServerLoad:
     Attributes:
         cpu: processors that it and its children kept busy during the run.
         peak_bytes: greatest resident memory since it started.
+        growth: of resident memory, from the second tenth of the run to the last; None for a run too short to tell.
     """
 
     cpu: float
     peak_bytes: int
+    growth: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Point:
     Attributes:
         load: in words; ``kind`` and ``value`` are the same for machines (rate, concurrency, trace, offline).
         joules: of this machine's packages during the run; None if ``joules_why`` says why not.
+        verified: answers that were asked for again by themselves, and how many of them came out otherwise.
         requests: each as [due, sent, first text, end, prompt tokens, output tokens, error], seconds of the run.
     """
 
@@ -84,6 +87,7 @@ class Point:
     joules: float | None = None
     joules_why: str = ""
     money: Money | None = None
+    verified: tuple[int, int] | None = None
     warnings: tuple[str, ...] = ()
     requests: tuple[tuple[Any, ...], ...] = ()
 

@@ -105,13 +105,15 @@ class Bench:
         sessions = self.sessions(f"{self.options.seed}.{attempt}.{len(self.points)}")
         driver = Driver(
             self.target.client, self.asking, self.writer, self.options.timeout, self.options.think, load.most,
-            self.progress,
+            self.progress, self.options.verify > 0,
         )  # fmt: skip
-        send, open_loop = self._schedule(load, sessions, driver, attempt)
+        bodies = driver.first_bodies(sessions)
+        send, open_loop = self._schedule(load, sessions, bodies, driver, attempt)
         records, client, server, energy = await self._observed(send)
         found = figures(records, self.options.limits(), open_loop=open_loop)
         price = self.options.price_per_hour
         joules, why = energy
+        verified = await driver.again(bodies, self.options.verify) if self.options.verify else None
         point = Point(
             load=name or str(load),
             kind=load.kind,
@@ -122,6 +124,7 @@ class Bench:
             joules=joules,
             joules_why=why,
             money=None if price is None else money(found, price),
+            verified=verified,
             warnings=(*warnings(records, found, client), *self._cache_warning(found)),
             requests=tuple(_row(record) for record in records),
         )
@@ -137,10 +140,9 @@ class Bench:
         return made
 
     def _schedule(
-        self, load: Load, sessions: Sequence[Session], driver: Driver, attempt: int
+        self, load: Load, sessions: Sequence[Session], bodies: Sequence[bytes], driver: Driver, attempt: int
     ) -> tuple[Callable[[], Awaitable[list[Record]]], bool]:
         """How the sessions are sent, and whether arrivals are independent of answers."""
-        bodies = driver.first_bodies(sessions)
         single = all(len(session.turns) == 1 for session in sessions)
         recorded = [session.at for session in sessions if session.at is not None]
         if load.kind == "concurrency":
@@ -159,18 +161,21 @@ class Bench:
     ) -> tuple[list[Record], ClientLoad, ServerLoad | None, tuple[float | None, str]]:
         """What was sent, and meanwhile: this process, the server's, the machine's energy."""
         lag, pid = Lag(), self.target.pid
-        watching = asyncio.create_task(lag.watch())
+        sizes: list[int] = []
+        watching = [asyncio.create_task(lag.watch()), asyncio.create_task(_sizes(pid, sizes))]
         energy, server_before = machine.read_energy(), machine.cpu_seconds(pid) if pid else 0.0
         started, cpu = time.perf_counter(), time.process_time()
         try:
             records = await send()
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         client = ClientLoad(cpu / seconds, percentile(lag.late, 99) if lag.late else 0.0, max(lag.late, default=0.0))
         server = None
         if pid is not None:
-            server = ServerLoad((machine.cpu_seconds(pid) - server_before) / seconds, machine.peak_bytes(pid))
+            busy = (machine.cpu_seconds(pid) - server_before) / seconds
+            server = ServerLoad(busy, machine.peak_bytes(pid), machine.growth(sizes))
         after = machine.read_energy()
         why = after.why if self.target.client.local else "the server is on another machine"
         return records, client, server, (None if why else after.joules_since(energy), why)
@@ -273,6 +278,13 @@ def sessions_of(
             turns=o.turns, shared=o.shared_prefix, groups=o.prefix_groups,
         )  # fmt: skip
     return fitted(made[: o.warmup] if warm else made, longest)
+
+
+async def _sizes(pid: int | None, sizes: list[int]) -> None:
+    """Notes a server's memory once a second until it is cancelled."""
+    while pid is not None:
+        sizes.append(machine.resident_bytes(pid))
+        await asyncio.sleep(1.0)
 
 
 def within(found: Figures, limits: dict[str, float]) -> bool:

@@ -123,7 +123,11 @@ def _machines(point: Point) -> Iterator[str]:
         )
     if (s := point.server) is not None:
         who = "process" if point.kind == "offline" else "server"
-        yield f"{who} {100 * s.cpu:.0f} % of a processor, peak memory {s.peak_bytes / (1 << 20):.0f} MiB"
+        grown = "" if s.growth is None else f", {100 * s.growth:+.1f} % from the second tenth of the run to the last"
+        yield f"{who} {100 * s.cpu:.0f} % of a processor, peak memory {s.peak_bytes / (1 << 20):.0f} MiB{grown}"
+    if point.verified is not None:
+        asked, differ = point.verified
+        yield f"{asked} answers asked for again, one at a time: {f'{differ} DIFFER' if differ else 'all the same'}"
     if (limit := point.limit) is not None:
         yield (
             f"{100 * limit.share:.0f} % of what this machine allows ({limit.read_gb_per_s:.1f} GB/s read,"

@@ -8,13 +8,17 @@ idle    sealed and read by nobody; kept for a prefix hit until its place is need
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 
 class BlockPool:
-    """``total`` blocks, of which ``free + open + sealed + idle == total`` at any moment."""
+    """``total`` blocks, of which ``free + open + sealed + idle == total`` at any moment.
 
-    __slots__ = ("by_key", "free", "idle", "keys", "refs", "total")
+    Idle blocks are kept by owner, those least recently used first. Who has the most of them loses the next one: whoever
+    floods the cache evicts what is his own.
+    """
+
+    __slots__ = ("by_key", "free", "idle", "idle_count", "keys", "owners", "refs", "total")
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -22,19 +26,24 @@ class BlockPool:
         self.keys: list[bytes | None] = [None] * total
         self.by_key: dict[bytes, int] = {}
         self.free = list(range(total - 1, -1, -1))
-        self.idle: OrderedDict[int, None] = OrderedDict()  # the least recently used comes first
+        self.owners = [b""] * total  # of blocks with a key
+        self.idle: defaultdict[bytes, OrderedDict[int, None]] = defaultdict(OrderedDict)
+        self.idle_count = 0
 
     @property
     def available(self) -> int:
         """Blocks that ``take`` can still hand out."""
-        return len(self.free) + len(self.idle)
+        return len(self.free) + self.idle_count
 
     def take(self) -> int:
-        """A block to write to: a free one, else the one idle for longest, which is forgotten."""
+        """A block to write to: a free one, else the one idle for longest of those whose owner has the most, which is
+        forgotten."""
         if self.free:
             block = self.free.pop()
         else:
-            block, _ = self.idle.popitem(last=False)
+            owner = max(self.idle, key=lambda owner: len(self.idle[owner]))
+            block = next(iter(self.idle[owner]))
+            self._leave(block)
             self.reopen(block)
         self.refs[block] = 1
         return block
@@ -42,7 +51,7 @@ class BlockPool:
     def share(self, block: int) -> None:
         """One more reader of an open, sealed or idle block."""
         if self.refs[block] == 0:
-            del self.idle[block]
+            self._leave(block)
         self.refs[block] += 1
 
     def drop(self, block: int) -> None:
@@ -52,13 +61,15 @@ class BlockPool:
             if self.keys[block] is None:
                 self.free.append(block)
             else:
-                self.idle[block] = None
+                self.idle[self.owners[block]][block] = None
+                self.idle_count += 1
 
-    def seal(self, block: int, key: bytes) -> None:
+    def seal(self, block: int, key: bytes, owner: bytes = b"") -> None:
         """Makes a full block findable. A twin of a block already sealed stays open: nobody needs it twice."""
         if key not in self.by_key:
             self.keys[block] = key
             self.by_key[key] = block
+            self.owners[block] = owner
 
     def reopen(self, block: int) -> None:
         """Makes a block unfindable again."""
@@ -67,16 +78,27 @@ class BlockPool:
             del self.by_key[key]
             self.keys[block] = None
 
+    def _leave(self, block: int) -> None:
+        """It is idle no more."""
+        blocks = self.idle[self.owners[block]]
+        del blocks[block]
+        self.idle_count -= 1
+        if not blocks:
+            del self.idle[self.owners[block]]
+
     def counts(self) -> dict[str, int]:
-        sealed = len(self.by_key) - len(self.idle)
+        sealed = len(self.by_key) - self.idle_count
         held = sum(1 for refs in self.refs if refs)
-        return {"free": len(self.free), "open": held - sealed, "sealed": sealed, "idle": len(self.idle)}
+        return {"free": len(self.free), "open": held - sealed, "sealed": sealed, "idle": self.idle_count}
 
     def check(self, readers: dict[int, int]) -> None:
         """Raises AssertionError unless the books balance with ``readers``, block -> references found outside."""
         assert all(self.refs[b] == readers.get(b, 0) for b in range(self.total)), "references disagree"
         assert sum(self.counts().values()) == self.total, f"{self.counts()} do not add up to {self.total}"
         assert all(not self.refs[b] and self.keys[b] is None for b in self.free), "a free block is in use"
-        assert all(not self.refs[b] and self.keys[b] is not None for b in self.idle), "an idle block is in use"
+        assert self.idle_count == sum(map(len, self.idle.values())), "idle blocks are miscounted"
+        idle = [(owner, b) for owner, blocks in self.idle.items() for b in blocks]
+        assert all(not self.refs[b] and self.keys[b] is not None for _, b in idle), "an idle block is in use"
+        assert all(self.owners[b] == owner for owner, b in idle), "an idle block is not its owner's"
         assert all(self.keys[b] == key for key, b in self.by_key.items()), "the index points at another block"
         assert len(set(self.free)) == len(self.free), "a block is free twice"

@@ -210,7 +210,7 @@ class KVCache:
         for pool, table in zip(self.pools, request.tables, strict=True):
             for i in range(request.sealed, full):
                 if table[i] != NO_BLOCK:
-                    pool.seal(table[i], request.names[i])
+                    pool.seal(table[i], request.names[i], request.root)
 
     def truncate(self, request: Request, length: int) -> None:
         """Gives back the blocks past ``length`` positions, last first, so that a prefix outlives its tail."""

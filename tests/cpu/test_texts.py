@@ -1,0 +1,150 @@
+"""Texts tokenized by another process: the same ids, and nothing lost when it dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.assemble import find_model, read_face
+from penstock.base import EngineError, InvalidRequest
+from penstock.llm.prompts import Prompts, packed
+from penstock.spec import EngineConfig
+from penstock.wire import (
+    Chat,
+    Opening,
+    Text,
+    TextWorkers,
+    Tokenized,
+    Tokens,
+    WireError,
+    decode_from_texts,
+    decode_to_texts,
+    encode,
+    python,
+)
+
+CONFIG = EngineConfig(max_model_len=1024)
+TALK = [{"role": "user", "content": "Once <|endoftext|> upon"}, {"role": "assistant", "content": "a time"}]
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[TextWorkers]:
+    workers = TextWorkers(python("penstock.texthost"), CONFIG, 1)
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    return Prompts(read_face(find_model(None), CONFIG), 1024)
+
+
+def result(future: Future[Tokenized]) -> Tokenized:
+    return future.result(120)
+
+
+def test_the_same_ids_as_here(workers: TextWorkers, prompts: Prompts) -> None:
+    text = "Once upon a time <|endoftext|> naïve 日本 \0\n" * 300
+    for special in (False, True):
+        for parsed in (False, True):
+            here = prompts.tokenize(text, add_special_tokens=special, parse_special=parsed)
+            there = result(workers.tokenize(Text(text, special, parsed)))
+            assert there.ids.tolist() == here["prompt_token_ids"] and there.text is None
+    talk = prompts.chat(TALK, add_generation_prompt=True)
+    there = result(workers.tokenize(Chat(TALK, {"add_generation_prompt": True})))
+    assert (there.ids.tolist(), there.text) == (talk["prompt_token_ids"], talk["prompt"])
+
+
+def test_what_is_wrong_with_a_text_is_said_as_here(workers: TextWorkers, prompts: Prompts) -> None:
+    for order, code in (
+        (Text("a" * 2_000_000), "prompt_too_long"),
+        (Chat([], {}), "invalid_messages"),
+        (Chat(TALK, {"eos_token": 1}), "invalid_parameter"),
+    ):
+        with pytest.raises(InvalidRequest, match=code):
+            result(workers.tokenize(order))
+    with pytest.raises(EngineError, match="tokenizer_failed"):
+        result(workers.tokenize(Chat(TALK, {"messages": 1})))
+    with pytest.raises(InvalidRequest, match="request_unsendable"):
+        workers.tokenize(Text("\ud800"))
+    assert workers.deaths == 0
+
+
+def test_a_worker_that_is_killed_loses_nothing(workers: TextWorkers, prompts: Prompts) -> None:
+    """Idle, and in the middle of the first of five texts."""
+    expected = prompts.tokenize(text := "Once upon a time. " * 20_000)["prompt_token_ids"]
+    before = workers.deaths
+    for busy in (False, True):
+        result(workers.tokenize(Text("a")))
+        (pid,) = workers.pids
+        waiting = [workers.tokenize(Text(text)) for _ in range(5)] if busy else []
+        os.kill(pid, signal.SIGKILL)
+        waiting += [workers.tokenize(Text(text))]
+        assert all(result(each).ids.tolist() == expected for each in waiting)
+    assert workers.deaths == before + 2
+
+
+NONSENSE = """
+import socket, sys
+from penstock.wire import Connection, Tokens, encode
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+connection = Connection(sock)
+connection.receive(), connection.receive()
+connection.send(encode(Tokens(b"abc")))
+connection.receive()
+"""
+
+
+@pytest.mark.parametrize("code", ["pass", NONSENSE], ids=["dies", "nonsense"])
+def test_workers_of_no_use_say_so(code: str) -> None:
+    workers = TextWorkers([sys.executable, "-c", code], CONFIG, 2)
+    asked = [workers.tokenize(Text("a")) for _ in range(3)]
+    for each in asked:
+        with pytest.raises(EngineError, match="tokenizer_died"):
+            result(each)
+    assert workers.deaths == 6 and workers.pids == set()
+    workers.close()
+    with pytest.raises(EngineError, match="engine_closed"):
+        workers.tokenize(Text("a"))
+
+
+def test_a_worker_ends_with_whoever_started_it() -> None:
+    workers = TextWorkers(python("penstock.texthost"), CONFIG, 1)
+    result(workers.tokenize(Text("a")))
+    (pid,) = workers.pids
+    workers.close()
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/{pid}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@given(st.integers(0, 3), st.randoms(use_true_random=False))
+def test_a_mutated_frame_is_a_message_or_a_wire_error(which: int, dice: random.Random) -> None:
+    message = (Opening(CONFIG), Text("a" * 9), Chat(TALK, {"tools": [{"a": 1}]}), Tokens(b"abcdefgh", "é"))[which]
+    broken = bytearray(encode(message))
+    for _ in range(dice.randint(1, 4)):
+        at = dice.randrange(len(broken))
+        broken[at : at + dice.randint(0, 2)] = bytes(dice.randrange(256) for _ in range(dice.randint(0, 2)))
+        broken = broken or bytearray(b"\0")
+    try:
+        (decode_from_texts if which == 3 else decode_to_texts)(bytes(broken))  # type: ignore[operator]
+    except WireError as error:
+        assert error.code == "bad_frame"
+
+
+def test_ids_are_packed_where_they_are_many() -> None:
+    assert packed([1, 2]) == [1, 2]
+    assert packed(list(range(5000))).tolist() == list(range(5000))  # type: ignore[attr-defined]
+    for wrong in ([-1] * 5000, [2**40] * 5000, [1.5] * 5000, ["a"] * 5000):
+        assert packed(wrong) is wrong  # type: ignore[arg-type]
