@@ -19,15 +19,15 @@ from penstock.host import main
 from penstock.sim.toy import Done, ToyExecutor
 from penstock.spec import EngineConfig, Vocabulary
 
-VOCAB, DEADLY = 64, 64
-"""A prompt with the token DEADLY kills the process that computes it."""
+VOCAB, DEADLY, ENDLESS = 64, 64, 65
+"""A prompt with the token DEADLY kills the process that computes it; with ENDLESS, its step never ends."""
 
 SETUP = EngineSetup(
     pools=(PoolSpec(512),),
     block_size=8,
     numerics_id=b"toy",
     limits=Limits(max_batch_tokens=64, max_batch_requests=16, max_model_len=512),
-    vocabulary=Vocabulary(size=VOCAB + 1),
+    vocabulary=Vocabulary(size=VOCAB + 2),
     depth=2,
 )
 
@@ -39,6 +39,8 @@ class Slow(ToyExecutor):
         time.sleep(0.003)
         if any(DEADLY in new.tokens for new in plan.new):
             os._exit(7)
+        if any(ENDLESS in new.tokens for new in plan.new):
+            time.sleep(600)
         return super().submit(plan)
 
 

@@ -36,6 +36,8 @@ FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
 MAX_DEATHS = 3
 """Engines that may die of a request. After the last but one, those that were there are let in one by one: whoever kills
 the next engine has come alone."""
+WATCH_SECONDS = 0.5
+"""Between two looks at an engine's progress."""
 
 
 class RemoteService:
@@ -46,10 +48,16 @@ class RemoteService:
     Args:
         argv: the command line of the process; the path of the socket is added.
         config: what it shall load; sent to every process that is started.
+
+    Attributes:
+        step_timeout: seconds without news, while requests are under way, after which an engine counts as hung and is
+            killed; None waits for ever.
     """
 
     def __init__(self, argv: Sequence[str], config: EngineConfig) -> None:
         self._argv, self._config = list(argv), config
+        self.step_timeout: float | None = None
+        self._frames = 0  # from all engines
         self._requests: dict[str, UnderWay] = {}
         self._lock = threading.Lock()
         self._mail: queue.SimpleQueue[bytes | None] | None = None  # of the engine that is there, if one is
@@ -209,6 +217,7 @@ class RemoteService:
     def _listen(self, connection: Connection) -> None:
         connection.send(encode(Start(self._epoch, self._config)))
         while (frame := connection.receive()) is not None:
+            self._frames += 1
             message = decode_from_engine(frame)
             if isinstance(message, Refused):
                 raise message.error
@@ -233,8 +242,23 @@ class RemoteService:
                 else:
                     self._held.append(id)
             self._try_next()
+        watched = (self._process, mail)
+        threading.Thread(target=self._watch, args=watched, name="penstock-engine-watch", daemon=True).start()
         if not self._first.done():
             self._first.set_result(ready)
+
+    def _watch(self, process: EngineProcess, mail: queue.SimpleQueue[bytes | None]) -> None:
+        """Kills an engine that is silent although it has requests: each step tells something. Looks are counted, not
+        time, so that a machine that was suspended, or a debugger that stopped both processes, costs no engine its life.
+        """
+        frames, looks = -1, 0
+        while not self._closing.wait(WATCH_SECONDS) and self._mail is mail:
+            looks = looks + 1 if self._frames == frames and self._requests else 0
+            frames = self._frames
+            if self.step_timeout is not None and looks * WATCH_SECONDS >= self.step_timeout:
+                log.error("the engine has told nothing for %g s: it hangs, and is killed", looks * WATCH_SECONDS)
+                process.process.kill()
+                return
 
     def _continue(self, request: UnderWay) -> None:
         """Sends a request, and who of it was aborted meanwhile. The lock is held, and there is an engine."""
