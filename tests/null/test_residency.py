@@ -1,4 +1,4 @@
-"""Residency under virtual time: room is kept, nobody waits for ever, and nobody is overtaken more often than promised."""
+"""Residency under virtual time: room is kept, nobody waits for ever, nobody is overtaken more often than promised."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_what_does_not_fit_beside_another_waits_for_it() -> None:
     assert refused is not None
     error = world.ended[refused]
     assert error is not None and (error.code, error.why) == ("model_too_large", TOO_LARGE.why)
-    with pytest.raises(Unavailable, match="9.1 GB"):
+    with pytest.raises(Unavailable, match=r"9\.1 GB"):
         world.policy.ask("c", world.policy.models["c"].again - 1)
 
 

@@ -1,6 +1,15 @@
 """The one place that turns names into objects: from an EngineConfig to a running engine."""
 
-from penstock.assemble.engine import Assembled, Face, build_engine, find_model, front_of, load_behind, read_face
+from penstock.assemble.engine import (
+    Assembled,
+    Face,
+    build_engine,
+    find_model,
+    front_of,
+    load_behind,
+    name_of,
+    read_face,
+)
 from penstock.assemble.executor import Loaded, as_stored, load_executor, load_logits_rules
 from penstock.assemble.resolve import resolve, resolve_here
 
@@ -15,6 +24,7 @@ __all__ = [
     "load_behind",
     "load_executor",
     "load_logits_rules",
+    "name_of",
     "read_face",
     "resolve",
     "resolve_here",

@@ -123,7 +123,7 @@ def read_face(folder: Path, config: EngineConfig) -> Face:
     tokenizer = load_tokenizer(folder, spec.vocab_size)
     chat = load_chat_template(folder, config.chat_template)
     return Face(
-        name=config.served_model_name or _name(config.model),
+        name=name_of(config),
         spec=spec,
         tokenizer=tokenizer,
         chat=chat,
@@ -192,5 +192,7 @@ def find_model(model: str | None) -> Path:
     return fetch(place)
 
 
-def _name(model: str | None) -> str:
-    return (model or BUNDLED_NAME).rstrip("/").rsplit(os.sep, 1)[-1].removesuffix(".gguf")
+def name_of(config: EngineConfig) -> str:
+    """What clients call a model."""
+    file = (config.model or BUNDLED_NAME).rstrip("/").rsplit(os.sep, 1)[-1].removesuffix(".gguf")
+    return config.served_model_name or file

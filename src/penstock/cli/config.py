@@ -16,7 +16,7 @@ import typer
 from penstock.base import ConfigError, PenstockError, env
 from penstock.cli.exits import emit, exit_code, explain, guarded
 
-NO_KEYS = {"config", "origin", "as_json", "help"}
+NO_KEYS = {"config", "others", "origin", "as_json", "help"}
 """Options that are no part of a configuration."""
 
 _ORIGINS = "penstock.origins"
@@ -35,7 +35,7 @@ def use_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """
     try:
         path = path or env.config_file()
-        given = {} if path is None else {name: (text, str(path)) for name, text in read_config(path).items()}
+        given = {} if path is None else {name: (text, str(path)) for name, text in read_config(path)[0].items()}
         given |= {name: (text, env.serve_option(name)) for name, text in env.serve_options().items()}
         parameters: dict[str, Any] = {str(p.name): p for p in ctx.command.params if p.name not in NO_KEYS}
         for name, (text, origin) in given.items():
@@ -55,8 +55,9 @@ def use_config(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def read_config(path: Path) -> dict[str, str]:
-    """The values of a file as the command line would have them, by the name of their option with underscores.
+def read_config(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The values of a file as the command line would have them, by the name of their option with underscores; and its
+    tables of models.
 
     Raises:
         ConfigError: (config_invalid) it cannot be read, is no TOML, or a value is neither text, number nor truth.
@@ -67,10 +68,13 @@ def read_config(path: Path) -> dict[str, str]:
         raise _invalid(f"{path} cannot be read", (error.strerror or str(error)).lower()) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _invalid(f"{path} is not TOML", str(error)[:200]) from None
+    tables = values.pop("models", {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise _invalid(f"models in {path} cannot be used", "it holds a table [models.NAME] for each model")
     for name, value in values.items():
         if not isinstance(value, str | int | float):
             raise _invalid(f"{name} in {path} cannot be used", f"it is a {type(value).__name__}, not a text or number")
-    return {name.replace("-", "_"): _text(value) for name, value in values.items()}
+    return {name.replace("-", "_"): _text(value) for name, value in values.items()}, tables
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""``penstock serve``: an OpenAI-compatible HTTP server over one model."""
+"""``penstock serve``: an OpenAI-compatible HTTP server over one model or several."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ import typer
 
 from penstock.cli.complete import complete_model
 from penstock.cli.config import ConfigOption
-from penstock.cli.options import MODEL_HELP, engine_options
-from penstock.spec import EngineConfig
+from penstock.cli.offers import Keeping, at_once, configured, models_of
+from penstock.cli.options import MODEL_HELP, engine_options, field_options
 
 if TYPE_CHECKING:
     from penstock.assemble import Assembled
     from penstock.serving.gate import Gate
+    from penstock.serving.models import Models
 
 
 @engine_options
+@field_options(Keeping, "keeping")
 def serve(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)
+    ] = None,
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL...", help="more models, each loaded when a request names it")
     ] = None,
     *,
     host: Annotated[
@@ -53,50 +58,58 @@ def serve(
     log_file: Annotated[
         Path | None, typer.Option(help="append a line of JSON for each request (penstock logs); SIGHUP opens it anew")
     ] = None,
+    keeping: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
-    """Serve MODEL over HTTP, with the API of OpenAI."""
+    """Serve MODEL over HTTP, with the API of OpenAI; or several, each in memory while it is used."""
     from penstock.wire import RemoteService, python
 
-    wanted = EngineConfig(model=model, **engine)
-    service = RemoteService(python("penstock.host"), wanted)  # first of all: what it imports and reads takes longest
+    kept, configs = Keeping(**keeping), configured([*([model] if model else []), *(others or [])], engine, config)
+    service = RemoteService(python("penstock.host"), at_once(configs))  # first of all: it takes longest
 
-    from penstock.assemble import front_of
     from penstock.fleet import Admission
-    from penstock.llm import AsyncLLM
     from penstock.serving import server
-    from penstock.serving.gate import Gate, queue_budget
+    from penstock.serving.gate import Gate
     from penstock.serving.requestlog import RequestLog
 
     with ExitStack() as stack:  # what can be wrong with the options is noticed before the model is loaded
         stack.enter_context(closing(service))
+        models = stack.enter_context(closing(models_of(configs, service, kept)))
         bound = stack.enter_context(server.listen(host, port))
         public, gate = not server.is_loopback(bound), Gate(Admission(queue_tokens or 1), keys)
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
         log = None if log_file is None else RequestLog(log_file)
-        llm = AsyncLLM(front_of(service, wanted))
-        gate.admission.budget = queue_tokens or queue_budget(llm.engine)
+        _load(models, gate if queue_tokens is None else None)
         url, admin_url = server.url_of(bound), None if admin is None else server.url_of(admin)
-        stack.enter_context(_present(llm.engine, url, admin_url, gate))
+        stack.enter_context(_present(list(models.all), url, admin_url, gate))
+        greeting = _greeting(models, url, admin_url, public=public, keyed=gate.ring is not None)
+        server.serve(models, bound, partial(print, greeting, flush=True), store, gate=gate, admin=admin, log=log)
 
-        greeting = _greeting(llm.engine, url, admin_url, public=public, keyed=gate.ring is not None)
-        server.serve(llm, bound, partial(print, greeting, flush=True), store, gate=gate, admin=admin, log=log)
+
+def _load(models: Models, gate: Gate | None) -> None:
+    """``gate``: whose queue has to fit what is loaded, now and later."""
+    from penstock.serving.gate import queue_budget
+
+    if gate is not None:
+        models.changed = lambda: gate.widen(sum(map(queue_budget, models.engines)))
+    models.start()
 
 
-def _present(engine: Assembled, url: str, admin_url: str | None, gate: Gate) -> AbstractContextManager[None]:
+def _present(models: list[str], url: str, admin_url: str | None, gate: Gate) -> AbstractContextManager[None]:
     """So that ``penstock ps`` finds it."""
     from penstock.serving.presence import Presence, began, present
 
     pid = os.getpid()
     here = Presence(
-        pid=pid, began=began(pid) or 0, model=engine.name, url=url, admin=admin_url or url, token=gate.own_key()
+        pid=pid, began=began(pid) or 0, model=", ".join(models), url=url, admin=admin_url or url, token=gate.own_key()
     )
     return present(here)
 
 
-def _greeting(engine: Assembled, url: str, admin_url: str | None, *, public: bool, keyed: bool) -> str:
-    lines = [f"Serving {engine.name} at {url}/v1"]
+def _greeting(models: Models, url: str, admin_url: str | None, *, public: bool, keyed: bool) -> str:
+    engine = models.engines[0]
+    lines = [f"Serving {', '.join(models.all)} at {url}/v1"]
     if not engine.one_answer:
         lines.append(
             f"The {engine.config.backend} backend does not promise one answer: tokens can depend on what "

@@ -1,4 +1,4 @@
-"""Decisions above a single engine: who may enter, and which models are in memory. Time is an argument, in seconds of any
+"""Decisions above one engine: who may enter, and which models are in memory. Time is an argument, in seconds of any
 monotonic clock."""
 
 from penstock.fleet.admission import Admission, Rates, Visit

@@ -11,6 +11,7 @@ from penstock.serving.app import Routes, application, metrics, status
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
+from penstock.serving.model_routes import load_model, models_told, unload_model
 
 
 def build_admin(context: Context, *, hosts: frozenset[str] | None = None) -> ASGIApp:
@@ -36,6 +37,9 @@ async def _drain(request: Request) -> Response:
 ROUTES: Routes = {
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
+    "/models": ("admin", models_told),
+    "/models/load": ("admin", load_model, "POST"),
+    "/models/unload": ("admin", unload_model, "POST"),
     "/reload": ("admin", _reload, "POST"),
     "/drain": ("admin", _drain, "POST"),
 }

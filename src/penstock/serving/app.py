@@ -41,6 +41,8 @@ from penstock.serving.history import finished
 from penstock.serving.limits import MAX_SHOWN
 from penstock.serving.messages import EVENTS, CountRequest, MessagesRequest, MessagesTask, count_tokens
 from penstock.serving.metrics import Metrics, QueueCollector
+from penstock.serving.model_routes import load_model, models_told, not_in_memory, told, unload_model
+from penstock.serving.models import Models, Served
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.responses import ResponsesRequest, ResponseTask
 from penstock.serving.schemas import (
@@ -74,7 +76,7 @@ class Task(Protocol):
 
 
 def build_app(
-    llm: AsyncLLM,
+    models: Models | AsyncLLM,
     store: Path | None = None,
     *,
     hosts: frozenset[str] | None = None,
@@ -84,16 +86,17 @@ def build_app(
     """The application, and what whoever runs it needs to end it in good order.
 
     Args:
+        models: or one that is in memory.
         store: folder of uploaded files and batches; the user's own by default.
         hosts: names a Host header may carry; None for any.
         gate: who may use it; by default anybody, within the default budget.
         log: has a line for each request.
     """
-    engine = llm.engine
-    metrics = Metrics(engine.service.status, frozenset(ROUTES))
-    gate = gate or Gate(Admission(queue_budget(engine)))
+    models = Models.of(models) if isinstance(models, AsyncLLM) else models
+    metrics = Metrics(models.status, frozenset(ROUTES))
+    gate = gate or Gate(Admission(sum(map(queue_budget, models.engines))))
     metrics.registry.register(QueueCollector(gate.admission, log))
-    context = Context(llm=llm, metrics=metrics, gate=gate, name=engine.name, created=int(time.time()), log=log)
+    context = Context(models=models, served=models.first, metrics=metrics, gate=gate, log=log)
     context.batches = Batches(context, store or env.data_folder() / "store", _in_batches())
     return application(ROUTES, context, hosts), context
 
@@ -231,7 +234,7 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     current.get().enter()
     body = await read_body(request)
     asked = await off_loop(len(body), functools.partial(_decode, body, shape))
-    context.admit(asked.model)
+    context = await context.use(asked.model, len(body), request.receive)
     current.get().model = context.name
     return context, asked
 
@@ -247,17 +250,19 @@ def _decode(body: bytes, shape: type[R]) -> R:
 
 
 async def _models(request: Request) -> Response:
-    return as_json(ModelList([_served(context_of(request))]))
+    models = context_of(request).models
+    return as_json(ModelList([_served(models, model) for model in models.all.values()]))
 
 
 async def _model(request: Request) -> Response:
     context = context_of(request)
-    context.admit(request.path_params["model"])
-    return as_json(_served(context))
+    return as_json(_served(context.models, context.admit(request.path_params["model"])))
 
 
-def _served(context: Context) -> Model:
-    return Model(context.name, context.created, context.llm.engine.config.max_model_len)
+def _served(models: Models, model: Served) -> Model:
+    config = model.config if model.llm is None else model.llm.engine.config
+    state = models.policy.models[model.name].state
+    return Model(model.name, model.created, config.max_model_len, list(model.aliases), state)
 
 
 async def _live(_: Request) -> Response:
@@ -268,15 +273,18 @@ async def _live(_: Request) -> Response:
 async def _ready(request: Request) -> Response:
     """New requests are welcome. Raises Unavailable."""
     context = context_of(request)
-    if context.draining or not context.llm.engine.service.alive:
+    if context.draining or not any(map(context.models.may_come, context.models.all.values())):
         raise shutting_down() if context.draining else engine_stopped()
     return PlainTextResponse("ok\n")
 
 
 async def _ready_model(request: Request) -> Response:
-    """New requests for one model are."""
-    context_of(request).admit(request.path_params["model"])
-    return await _ready(request)
+    """One model can compute now. Raises Unavailable: (engine_stopped), (not_in_memory)."""
+    context = context_of(request)
+    model = context.admit(request.path_params["model"])
+    if not context.models.ready(model):
+        raise engine_stopped() if model.llm is not None else not_in_memory(context.models, model)
+    return PlainTextResponse("ok\n")
 
 
 async def metrics(request: Request) -> Response:
@@ -286,12 +294,14 @@ async def metrics(request: Request) -> Response:
 async def status(request: Request) -> Response:
     """What the server is doing, for people and for ``penstock ps``."""
     context = context_of(request)
-    engine, admission = context.llm.engine.service.status(), context.gate.admission
+    models, admission = context.models, context.gate.admission
+    engine = models.status()
     return as_json(
         {
             "model": context.name,
             "draining": context.draining,
-            "alive": context.llm.engine.service.alive,
+            "alive": any(map(models.ready, models.all.values())),
+            "models": [told(models, model) for model in models.all.values()],
             "queue": {"requests": admission.running, "tokens": admission.held, "tokens_limit": admission.budget},
             "requests": [_progress(caller) for caller in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]],
             "tenants": {name or "-": count for name, count in admission.held_by().items() if count},
@@ -354,6 +364,9 @@ ROUTES: Routes = {
     "/health": ("inference", _ready),
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
+    "/models": ("admin", models_told),
+    "/models/load": ("admin", load_model, "POST"),
+    "/models/unload": ("admin", unload_model, "POST"),
     "/requests": ("inference", finished),
     **PAGES,
 }

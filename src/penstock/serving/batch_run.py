@@ -95,7 +95,7 @@ class Run:
 
     async def _answer(self, path: Path, sha256: str) -> None:
         """Answers lines until none is left, the batch is cancelled or its time is over."""
-        window = AT_ONCE * self.context.llm.engine.config.max_num_seqs
+        window = AT_ONCE * self.context.served.config.max_num_seqs
         waiting, running = self._waiting(path), set[asyncio.Task[Done]]()
         done: list[Done] = []
         committed, exhausted = time.monotonic(), False
@@ -142,12 +142,14 @@ class Run:
         """The same file gets the same answers whenever it is sent, so that a line's seed and ids are made of both."""
         digest = blake2b(f"{sha256}:{line.number}".encode(), digest_size=16).digest()
         seed, name = int.from_bytes(digest[:8], "little") >> 1, digest.hex()
-        current.set(Caller(self.context.gate, name, tenant=self.batch.tenant, booked=False))
+        caller = Caller(self.context.gate, name, tenant=self.batch.tenant, booked=False)
+        current.set(caller)
         while True:
             try:
                 body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
                 asked = await off_loop(len(body), partial(self.answerer.decode, body))
-                return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), self.context))
+                context = await self.context.use(asked.model, len(body))
+                return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), context))
             except PenstockError as error:
                 # not the line's fault: it comes again, in this process or the next
                 if error.status in (429, 503) or error.code in ("engine_dead", "engine_closed"):
@@ -158,6 +160,8 @@ class Run:
             except Exception:
                 _log.exception("line %d of batch %s failed", line.number, self.batch.id)
                 return self._done(line, name, 500, body_of(internal_error()))
+            finally:
+                caller.leave()
 
     def _behind(self, asked: ModelRequest, seed: int) -> ModelRequest:
         if isinstance(asked, GenerationRequest):
@@ -167,7 +171,6 @@ class Run:
                 )
             asked.seed = seed if asked.seed is None else asked.seed
         asked.priority = min(MAX_PRIORITY, (asked.priority or 0) + BEHIND)
-        self.context.admit(asked.model)
         return asked
 
     def _done(self, line: Line, name: str, status: int, body: Any) -> Done:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,7 @@ class Caller:
         tenant: whose request it is.
         booked: False for a line of a batch, which is bounded where it comes from and stands behind all others.
         ahead: requests under way when it came.
+        let_go: gives up the model that it uses.
         model, ..., longest_gap: what became of it, for the log; times in seconds of ``time.monotonic``.
     """
 
@@ -58,6 +59,7 @@ class Caller:
     arrived: float = field(default_factory=time.monotonic)
     visit: Visit | None = None
     ahead: int = 0
+    let_go: Callable[[], None] | None = None
     model: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -108,6 +110,15 @@ class Caller:
         self.admitted = self.admitted or now
         self.prompt_tokens += prompt
 
+    def reserve(self, tokens: int) -> None:
+        """Takes room in the queue until ``release``, before it is known how long it can get. Raises Unavailable."""
+        if self.booked and self.visit is not None:
+            self.gate.admission.reserve(self.visit, tokens, time.monotonic())
+
+    def release(self) -> None:
+        if self.booked and self.visit is not None and not self.visit.left:
+            self.gate.admission.release(self.visit)
+
     def began(self, queued: float) -> None:
         """Its first token is here; the engine took it up ``queued`` seconds after it came."""
         if self.first_token is None:
@@ -116,6 +127,9 @@ class Caller:
                 self.started = min(self.admitted + queued, self.first_token)
 
     def leave(self) -> None:
+        if self.let_go is not None:
+            self.let_go()
+            self.let_go = None
         if self.visit is not None:
             used = self.prompt_tokens + self.completion_tokens
             self.gate.admission.leave(self.visit, time.monotonic(), used)
@@ -145,6 +159,10 @@ class Gate:
         self.ring = None if keys is None else Keyring(read_keys(keys))
         self.live: set[Caller] = set()
         self._own: tuple[Key, ...] = ()
+
+    def widen(self, budget: int) -> None:
+        """There is room for so many tokens, if that is more than before."""
+        self.admission.budget = max(self.admission.budget, budget)
 
     def own_key(self) -> str | None:
         """A key of the role admin that is in no file, good until the process ends; None if nobody needs one."""

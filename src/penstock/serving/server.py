@@ -16,13 +16,13 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.base import ConfigError
-from penstock.llm import AsyncLLM
 from penstock.serving.admin import build_admin
 from penstock.serving.app import build_app
 from penstock.serving.context import Context
 from penstock.serving.edge import LOOPBACK
 from penstock.serving.gate import Gate
 from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
+from penstock.serving.models import Models
 from penstock.serving.protocol import Connection
 from penstock.serving.requestlog import RequestLog
 
@@ -115,7 +115,7 @@ def check_access(gate: Gate, *, public: bool, admin: bool) -> None:
 
 
 def serve(
-    llm: AsyncLLM,
+    models: Models,
     bound: socket.socket,
     announce: Callable[[], None],
     store: Path | None = None,
@@ -130,6 +130,7 @@ def serve(
     A second signal ends it at once. SIGHUP reads the keys again and opens the log anew.
 
     Args:
+        models: those that shall be there at once are.
         store: as for ``build_app``. Batches that an earlier process left go on.
         gate: who may use it; anybody by default.
         admin: where administration is spoken to.
@@ -138,7 +139,7 @@ def serve(
     Raises:
         KeyboardInterrupt: it was Ctrl-C.
     """
-    app, context = build_app(llm, store, hosts=_own_names(bound), gate=gate, log=log)
+    app, context = build_app(models, store, hosts=_own_names(bound), gate=gate, log=log)
     sockets = [bound]
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
@@ -153,6 +154,7 @@ def serve(
         finally:
             companion.cancel()
             await context.batches.close()
+            await asyncio.to_thread(models.close)
 
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that went away
     # uvicorn raises the signal that ended it once more when it is done: SIGTERM shall then end nothing else.
@@ -161,7 +163,7 @@ def serve(
         asyncio.run(run())
     finally:
         signal.signal(signal.SIGTERM, previous)
-        llm.close()
+        models.close()
         if log is not None:
             log.close()
     if ending.signals[:1] == [signal.SIGINT]:

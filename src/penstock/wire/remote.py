@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from penstock.base import EngineError, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id
@@ -111,12 +111,17 @@ class RemoteService:
     def status(self) -> Status:
         """As the engine last told, at most a tenth of a second ago; counters go on from one engine to the next."""
         status = self._status
-        return replace(status, counters=_sum(self._gone, status.counters))
+        return replace(status, counters=self._gone + status.counters)
 
     @property
     def alive(self) -> bool:
         """There is an engine right now."""
         return self._mail is not None and not self._closing.is_set()
+
+    @property
+    def fault(self) -> EngineError | None:
+        """Why it is dead for good."""
+        return self._fault
 
     def close(self) -> None:
         """Ends the process, and tells everybody whose request was under way."""
@@ -293,7 +298,7 @@ class RemoteService:
 
     def _bury(self, served: bool) -> None:
         """An engine is gone, and with it what killed it the last time that may be."""
-        self._gone = _sum(self._gone, self._status.counters)
+        self._gone += self._status.counters
         self._status = replace(self._status, running=0, waiting=0, blocks_used=0, counters=Counters())
         for id, request in list(self._requests.items()):
             request.deaths += served and self._tried in (None, id)
@@ -321,10 +326,6 @@ def _tell(request: UnderWay, update: Update) -> bool:
         log.exception("the sink of request %s raised", update.id)
         return False
     return True
-
-
-def _sum(a: Counters, b: Counters) -> Counters:
-    return Counters(**{field.name: getattr(a, field.name) + getattr(b, field.name) for field in fields(Counters)})
 
 
 def _dead(why: str) -> EngineError:
