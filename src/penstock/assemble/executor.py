@@ -62,9 +62,10 @@ def load_executor(
     from penstock.kernels import make_ops
     from penstock.layers import Packing
     from penstock.models import Placement, numerics_id
+    from penstock.runtime.fit import fit
     from penstock.runtime.host import keep_freed_memory
     from penstock.runtime.local import LocalExecutor
-    from penstock.runtime.memory import check_weights, fit_context, plan_pools
+    from penstock.runtime.memory import plan_pools
     from penstock.runtime.packed import load_kept
     from penstock.runtime.runner import Runner
 
@@ -76,11 +77,11 @@ def load_executor(
     device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
     placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
     config = as_stored(config, folder, ops)
-    check_weights(checkpoint, stored, device, config.quant)
+    packed = as_stored(replace(config, quant="none"), folder, ops).quant != "none"
+    config = fit(checkpoint, config, stored, device, packed=packed)
     if isinstance(checkpoint, EncoderSpec):
         return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
     placement = replace(placement, kv_dtype=None if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype))
-    config = fit_context(config, checkpoint, stored, device)
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
     packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -167,12 +167,14 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
     from penstock.kernels import make_ops
     from penstock.models import Placement
     from penstock.models.weights import open_tensors
-    from penstock.runtime.memory import check_weights, fit_context, free_memory, plan_pools
+    from penstock.runtime.fit import fit
+    from penstock.runtime.memory import free_memory, plan_pools
 
     spec = read_any_spec(folder)
     config = resolve_here(config, spec)
     ops = make_ops(config.backend)
     config = as_stored(config, folder, ops)
+    packed = as_stored(replace(config, quant="none"), folder, ops).quant != "none"
     device, dtype = torch.device(config.device), cast(Dtype, config.dtype)
     if isinstance(spec, EncoderSpec):
         needed = encoder_weight_bytes(spec, dtype)
@@ -189,10 +191,9 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
         "fits": None,
     }
     try:
-        check_weights(spec, dtype, device, config.quant)
+        config = fit(spec, config, dtype, device, packed=packed)
         if isinstance(spec, EncoderSpec):
             return facts | {"fits": True, "context": config.max_model_len or spec.max_positions}
-        config = fit_context(config, spec, dtype, device)
         pools = plan_pools(spec, config, dtype, device, reserved=needed)
     except ConfigError as error:
         return facts | {"fits": False, "why": as_dict(error)}
