@@ -27,6 +27,7 @@ from penstock.serving import build_app, limits, schemas, vectors
 from penstock.serving import server as serving
 from penstock.serving.edge import nested_too_deeply
 from penstock.serving.limits import MAX_JSON_DEPTH
+from penstock.serving.model_routes import ModelChoice
 from penstock.spec import EngineConfig
 from penstock.spec.sampling import BOUNDS
 from servers import MODEL, PROMPT, Server
@@ -98,6 +99,7 @@ REQUESTS = {
     "/v1/embeddings": vectors.EmbeddingRequest,
     "/v1/score": vectors.ScoreRequest,
     "/v1/rerank": vectors.RerankRequest,
+    "/models/load": ModelChoice,
 }
 BASE = {
     COMPLETIONS: {"prompt": "a", "max_tokens": 1},
@@ -105,6 +107,7 @@ BASE = {
     "/v1/embeddings": {"input": "a"},
     "/v1/score": {"text_1": "a", "text_2": "b"},
     "/v1/rerank": {"query": "a", "documents": ["b"]},
+    "/models/load": {"model": MODEL},
 }
 NUMBERS = [(path, *number) for path, shape in REQUESTS.items() for number in numbers_of(shape)]
 

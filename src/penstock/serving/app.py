@@ -235,7 +235,6 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     body = await read_body(request)
     asked = await off_loop(len(body), functools.partial(_decode, body, shape))
     context = await context.use(asked.model, len(body), request.receive)
-    current.get().model = context.name
     return context, asked
 
 
@@ -298,7 +297,7 @@ async def status(request: Request) -> Response:
     engine = models.status()
     return as_json(
         {
-            "model": context.name,
+            "model": ", ".join(models.all),
             "draining": context.draining,
             "alive": any(map(models.ready, models.all.values())),
             "models": [told(models, model) for model in models.all.values()],
@@ -325,12 +324,14 @@ def _arrival(caller: Caller) -> float:
 
 
 def _progress(caller: Caller) -> dict[str, object]:
-    """A request before its first token has not been computed yet, or its prompt is being computed."""
-    now = time.monotonic()
+    """A request before its first token waits for its model, or has not been computed yet, or its prompt is being."""
+    now, phase = time.monotonic(), "upload" if caller.model is None else "load" if caller.waits else "prompt"
+    phase = phase if caller.first_token is None else "decode"
     return {
         "id": caller.id,
         "tenant": caller.tenant or None,
-        "phase": "upload" if caller.model is None else "prompt" if caller.first_token is None else "decode",
+        "model": caller.model,
+        "phase": phase,
         "seconds": round(now - caller.arrived, 3),
         "prompt_tokens": caller.prompt_tokens,
         "completion_tokens": caller.completion_tokens,

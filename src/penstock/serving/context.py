@@ -95,6 +95,7 @@ class Context:
         """
         view, caller = copy(self), current.get()
         view.served = self.admit(model)
+        caller.model = view.name
         ticket = self.models.ask(view.served)
         caller.let_go = lambda: self.models.leave(ticket)
         if not ticket.granted:

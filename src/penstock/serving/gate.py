@@ -46,6 +46,7 @@ class Caller:
         tenant: whose request it is.
         booked: False for a line of a batch, which is bounded where it comes from and stands behind all others.
         ahead: requests under way when it came.
+        waits: for its model to be loaded.
         let_go: gives up the model that it uses.
         model, ..., longest_gap: what became of it, for the log; times in seconds of ``time.monotonic``.
     """
@@ -59,6 +60,7 @@ class Caller:
     arrived: float = field(default_factory=time.monotonic)
     visit: Visit | None = None
     ahead: int = 0
+    waits: bool = False
     let_go: Callable[[], None] | None = None
     model: str | None = None
     prompt_tokens: int = 0
@@ -112,10 +114,12 @@ class Caller:
 
     def reserve(self, tokens: int) -> None:
         """Takes room in the queue until ``release``, before it is known how long it can get. Raises Unavailable."""
+        self.waits = True
         if self.booked and self.visit is not None:
             self.gate.admission.reserve(self.visit, tokens, time.monotonic())
 
     def release(self) -> None:
+        self.waits = False
         if self.booked and self.visit is not None and not self.visit.left:
             self.gate.admission.release(self.visit)
 

@@ -61,6 +61,10 @@ function take(status) {
   $("preemptions").textContent = whole(engine.preemptions);
   $("state").textContent = status.draining ? "draining" : status.alive ? "ready" : "engine stopped";
   $("state").className = status.draining || !status.alive ? "bad" : "";
+  for (const { name, state } of status.models) {
+    const option = [...document.querySelectorAll("#model option")].find(({ value }) => value === name);
+    if (option) option.textContent = state === "loaded" ? name : `${name} (${state})`;
+  }
   if (visible) {
     draw(now);
     $("under-way").replaceChildren(...status.requests.map(row));
