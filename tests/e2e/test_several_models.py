@@ -214,6 +214,7 @@ def test_an_idle_one_leaves(several: Several) -> None:
     assert several.engines() == set()
 
 
+@pytest.mark.slow
 def test_ps_shows_each(several: Several) -> None:
     assert several.text("nano")
     rows = [re.split("  +", line) for line in penstock("ps").stdout.decode().splitlines()]
@@ -263,6 +264,7 @@ def test_names_on_the_command_line_and_tables(tmp_path: Path) -> None:
     assert [(c.model, c.served_model_name) for c, _ in alone] == [(None, "mine")]
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_begin_says_why(tmp_path: Path) -> None:
     file = tmp_path / "serve.toml"
     file.write_text(
