@@ -23,7 +23,7 @@ from penstock.base import EngineError, InvalidRequest, PenstockError
 from penstock.core.engine import Engine, Mail
 from penstock.core.service import Abort, Status, Submission, Update
 from penstock.spec import EngineConfig
-from penstock.wire import Connection, News, Ready, Refused, Start, WireError, decode_to_engine, encode
+from penstock.wire import Connection, Loading, News, Ready, Refused, Start, WireError, decode_to_engine, encode
 
 if TYPE_CHECKING:
     from penstock.grammar import Grammar
@@ -166,14 +166,14 @@ def leave_at_last() -> None:
     timer.start()
 
 
-Load = Callable[[EngineConfig], tuple[Face, Loaded]]
+Load = Callable[[EngineConfig, Callable[[float], None]], tuple[Face, Loaded]]
 
 
-def load(config: EngineConfig) -> tuple[Face, Loaded]:
-    """Raises as ``assemble.build_engine``."""
+def load(config: EngineConfig, told: Callable[[float], None]) -> tuple[Face, Loaded]:
+    """Tells how much of it is there. Raises as ``assemble.build_engine``."""
     folder = find_model(config.model)
     face = read_face(folder, config)
-    return face, load_behind(face, folder, config)
+    return face, load_behind(face, folder, config, told)
 
 
 def main(path: str, load: Load = load) -> None:
@@ -193,9 +193,13 @@ def main(path: str, load: Load = load) -> None:
         if not sock.recv(1, socket.MSG_PEEK) and not loaded.is_set():
             os._exit(0)
 
+    def tell(share: float) -> None:
+        with suppress(OSError):
+            connection.send(encode(Loading(start.epoch, share)))
+
     threading.Thread(target=watch, name="penstock-watch", daemon=True).start()
     try:
-        host = Host(connection, start.epoch, *load(start.config))
+        host = Host(connection, start.epoch, *load(start.config, tell))
     except Exception as error:
         with suppress(OSError):
             connection.send(encode(Refused(refusal(error))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Slow(ToyExecutor):
         return super().submit(plan)
 
 
-def load(config: EngineConfig) -> tuple[Any, Loaded]:
+def load(config: EngineConfig, told: Callable[[float], None]) -> tuple[Any, Loaded]:
     """``config.model`` says how it fails to load: "refuse", "exit", or "once:FILE", which works once."""
     how, _, place = (config.model or "").partition(":")
     if how == "refuse":
@@ -53,6 +54,7 @@ def load(config: EngineConfig) -> tuple[Any, Loaded]:
         os._exit(3)
     if how == "once":
         Path(place).touch()
+    told(0.5)
     executor = Slow(SETUP.pools, SETUP.block_size, VOCAB)
     config = replace(config, max_model_len=SETUP.limits.max_model_len)
     return None, Loaded(config=config, spec=None, setup=SETUP, executor=executor, one_answer=True)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from penstock.assemble.engine import (
     name_of,
     read_face,
 )
-from penstock.assemble.executor import Loaded, as_stored, load_executor, load_logits_rules
+from penstock.assemble.executor import Loaded, as_stored, is_packed, load_executor, load_logits_rules
 from penstock.assemble.resolve import resolve, resolve_here
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "build_engine",
     "find_model",
     "front_of",
+    "is_packed",
     "load_behind",
     "load_executor",
     "load_logits_rules",

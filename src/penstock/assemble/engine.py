@@ -134,10 +134,13 @@ def read_face(folder: Path, config: EngineConfig) -> Face:
     )
 
 
-def load_behind(face: Face, folder: Path, config: EngineConfig) -> Loaded:
-    """What computes for a face. Raises as ``build_engine``."""
+def load_behind(
+    face: Face, folder: Path, config: EngineConfig, told: Callable[[float], None] = lambda _: None
+) -> Loaded:
+    """What computes for a face. ``told`` hears which share of it is in memory. Raises as ``build_engine``."""
     between = face.tokenizer.pair_frame()[1] if face.pooling.classifier else []
-    return load_executor(folder, config, face.tokenizer.vocabulary, between[0] if between else None, face.grammars)
+    separator = between[0] if between else None
+    return load_executor(folder, config, face.tokenizer.vocabulary, separator, face.grammars, told)
 
 
 def _assembled(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from penstock.core.plan import NewRequest
     from penstock.grammar import Grammars
-    from penstock.kernels import Ops
+    from penstock.kernels import KVLayer, Ops
     from penstock.models import Placement
     from penstock.sampling import LogitsRule, RuleFactory, RuleKit
 
@@ -50,12 +50,14 @@ def load_executor(
     vocabulary: Vocabulary,
     separator: int | None = None,
     grammars: Callable[[], Grammars] | None = None,
+    told: Callable[[float], None] = lambda _: None,
 ) -> Loaded:
     """The part of an engine that knows tensors. Raises as ``build_engine``.
 
     Args:
         separator: token id between the texts of a pair, which a cross-encoder needs to know.
         grammars: compiles structured outputs; without it they are not obeyed.
+        told: hears which share of the layers is in memory.
     """
     import torch
 
@@ -77,25 +79,21 @@ def load_executor(
     device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
     placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
     config = as_stored(config, folder, ops)
-    packed = as_stored(replace(config, quant="none"), folder, ops).quant != "none"
-    config = fit(checkpoint, config, stored, device, packed=packed)
+    config = fit(checkpoint, config, stored, device, packed=is_packed(config, folder, ops))
     if isinstance(checkpoint, EncoderSpec):
         return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
     placement = replace(placement, kv_dtype=None if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype))
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
     packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config)
-    decoder, mapped = load_kept(folder, spec, ops, placement, packing, store)
+    decoder, mapped = load_kept(folder, spec, ops, placement, packing, store, told)
     pools = plan_pools(spec, config, stored, device, reserved=mapped)
     digest = store.digest if store else file_digest
     setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement, packing.recipe, digest), vocabulary)
     runner = Runner(
         decoder,
         ops,
-        [
-            ops.allocate_kv(len(g.layers), pool.blocks, config.block_size, g.kv_heads, g.head_dim, placement.kv, device)
-            for g, pool in zip(spec.kv_groups(), pools, strict=True)
-        ],
+        _allocate(ops, spec, pools, config.block_size, placement),
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         block_size=config.block_size,
@@ -105,6 +103,15 @@ def load_executor(
     )
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
     return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
+
+
+def _allocate(
+    ops: Ops, spec: ModelSpec, pools: tuple[PoolSpec, ...], size: int, placement: Placement
+) -> list[list[KVLayer]]:
+    return [
+        ops.allocate_kv(len(g.layers), pool.blocks, size, g.kv_heads, g.head_dim, placement.kv, placement.device)
+        for g, pool in zip(spec.kv_groups(), pools, strict=True)
+    ]
 
 
 def weight_cache(config: EngineConfig) -> WeightCache | None:
@@ -117,6 +124,11 @@ def as_stored(config: EngineConfig, folder: Path, ops: Ops) -> EngineConfig:
     from penstock.quant import stored_quantization
 
     return replace(config, quant=stored_quantization(folder, config.quant)) if ops.grouped else config
+
+
+def is_packed(config: EngineConfig, folder: Path, ops: Ops) -> bool:
+    """Whether the file holds small integers already."""
+    return as_stored(replace(config, quant="none"), folder, ops).quant != "none"
 
 
 def _rule_kit(

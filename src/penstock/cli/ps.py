@@ -65,6 +65,8 @@ def _state(status: Status, model: Status) -> str:
         return "draining" if status["draining"] else "ready"
     if model["state"] == "unloaded" and model["failure"]:
         return f"failed: {model['failure']}"
+    if model["state"] == "loading":
+        return f"loading {model['progress']:.0%}"
     return "engine stopped" if model["state"] == "loaded" else str(model["state"])
 
 

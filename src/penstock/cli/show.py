@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -162,7 +162,7 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
     """
     import torch
 
-    from penstock.assemble import as_stored, resolve_here
+    from penstock.assemble import as_stored, is_packed, resolve_here
     from penstock.formats import open_checkpoint
     from penstock.kernels import make_ops
     from penstock.models import Placement
@@ -174,7 +174,6 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
     config = resolve_here(config, spec)
     ops = make_ops(config.backend)
     config = as_stored(config, folder, ops)
-    packed = as_stored(replace(config, quant="none"), folder, ops).quant != "none"
     device, dtype = torch.device(config.device), cast(Dtype, config.dtype)
     if isinstance(spec, EncoderSpec):
         needed = encoder_weight_bytes(spec, dtype)
@@ -191,7 +190,7 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
         "fits": None,
     }
     try:
-        config = fit(spec, config, dtype, device, packed=packed)
+        config = fit(spec, config, dtype, device, packed=is_packed(config, folder, ops))
         if isinstance(spec, EncoderSpec):
             return facts | {"fits": True, "context": config.max_model_len or spec.max_positions}
         pools = plan_pools(spec, config, dtype, device, reserved=needed)

@@ -60,6 +60,7 @@ def told(models: Models, model: Served) -> dict[str, Any]:
         "aliases": list(model.aliases),
         "state": resident.state,
         "alive": alive,
+        "progress": progress_of(models, model),
         "pinned": resident.stay.pinned,
         "keep_alive": resident.stay.keep_alive,
         "idle_seconds": None if resident.running or model.llm is None else round(now - resident.used, 3),
@@ -72,10 +73,21 @@ def told(models: Models, model: Served) -> dict[str, Any]:
     }
 
 
+def progress_of(models: Models, model: Served) -> float | None:
+    """Share of it that has been loaded; None if it is not being loaded. What a hub has to send first counts as none."""
+    loading = models.policy.models[model.name].state == "loading"
+    return None if not loading else 0.0 if model.service is None else round(model.service.progress, 3)
+
+
 def not_in_memory(models: Models, model: Served) -> Unavailable:
     resident = models.policy.models[model.name]
     failure = "" if resident.error is None else f"; the last try failed with {resident.error.code}"
+    progress = progress_of(models, model)
+    share = "" if progress is None else f", {progress:.0%} of it is there"
     fix = "a request that names it loads it, and waits"
     return Unavailable(
-        "not_in_memory", f"The model {model.name!r} is not in memory", why=f"it is {resident.state}{failure}", fix=fix
+        "not_in_memory",
+        f"The model {model.name!r} is not in memory",
+        why=f"it is {resident.state}{share}{failure}",
+        fix=fix,
     )

@@ -4,6 +4,7 @@ from penstock.wire.frames import MAX_FRAME, Connection, WireError
 from penstock.wire.messages import (
     Cancel,
     FromEngine,
+    Loading,
     News,
     Ready,
     Refused,
@@ -24,6 +25,7 @@ __all__ = [
     "Connection",
     "EngineProcess",
     "FromEngine",
+    "Loading",
     "News",
     "Ready",
     "Refused",

@@ -70,6 +70,13 @@ class Cancel(Struct, tag="cancel", frozen=True):
     sample: int | None = None
 
 
+class Loading(Struct, tag="loading", frozen=True):
+    """How much of a model is in memory, from 0 to 1."""
+
+    epoch: int
+    share: float
+
+
 class Ready(Struct, tag="ready", frozen=True):
     """A model is in memory: the numbers that ``assemble.engine_setup`` makes an EngineSetup of."""
 
@@ -96,7 +103,7 @@ class News(Struct, tag="news", frozen=True):
 
 
 ToEngine = Start | Submit | Cancel
-FromEngine = Ready | Refused | News
+FromEngine = Loading | Ready | Refused | News
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:

@@ -22,7 +22,7 @@ from penstock.base import EngineError, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id
 from penstock.spec import EngineConfig
 from penstock.wire.frames import Connection, WireError, bad_frame
-from penstock.wire.messages import Cancel, News, Ready, Refused, Start, Submit, decode_from_engine, encode
+from penstock.wire.messages import Cancel, Loading, News, Ready, Refused, Start, Submit, decode_from_engine, encode
 from penstock.wire.process import LEAVE_SECONDS, EngineProcess
 from penstock.wire.under_way import UnderWay
 
@@ -52,11 +52,13 @@ class RemoteService:
     Attributes:
         step_timeout: seconds without news, while requests are under way, after which an engine counts as hung and is
             killed; None waits for ever.
+        progress: share of its model that an engine has in memory while it loads it.
     """
 
     def __init__(self, argv: Sequence[str], config: EngineConfig) -> None:
         self._argv, self._config = list(argv), config
         self.step_timeout: float | None = None
+        self.progress = 0.0
         self._frames = 0  # from all engines
         self._requests: dict[str, UnderWay] = {}
         self._lock = threading.Lock()
@@ -220,6 +222,7 @@ class RemoteService:
         return mail is not None, f"The engine process {self._process.fate()}"
 
     def _listen(self, connection: Connection) -> None:
+        self.progress = 0.0
         connection.send(encode(Start(self._epoch, self._config)))
         while (frame := connection.receive()) is not None:
             self._frames += 1
@@ -228,7 +231,9 @@ class RemoteService:
                 raise message.error
             if message.epoch != self._epoch:
                 raise bad_frame(f"it is of engine {message.epoch}, and this is {self._epoch}")
-            if isinstance(message, News):
+            if isinstance(message, Loading):
+                self.progress = message.share
+            elif isinstance(message, News):
                 self._status = message.status
                 for update in message.updates:
                     self._hear(update)

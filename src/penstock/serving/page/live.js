@@ -61,9 +61,10 @@ function take(status) {
   $("preemptions").textContent = whole(engine.preemptions);
   $("state").textContent = status.draining ? "draining" : status.alive ? "ready" : "engine stopped";
   $("state").className = status.draining || !status.alive ? "bad" : "";
-  for (const { name, state } of status.models) {
+  for (const { name, state, progress } of status.models) {
     const option = [...document.querySelectorAll("#model option")].find(({ value }) => value === name);
-    if (option) option.textContent = state === "loaded" ? name : `${name} (${state})`;
+    const far = progress === null ? state : `${state} ${(100 * progress).toFixed(0)} %`;
+    if (option) option.textContent = state === "loaded" ? name : `${name} (${far})`;
   }
   if (visible) {
     draw(now);
