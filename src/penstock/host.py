@@ -59,6 +59,7 @@ class Host:
             numerics_id=setup.numerics_id,
             whole=setup.limits.whole,
             one_answer=loaded.one_answer,
+            held=loaded.held,
         )
 
     # -- the engine's thread -------------------------------------------------------------------------
@@ -166,14 +167,14 @@ def leave_at_last() -> None:
     timer.start()
 
 
-Load = Callable[[EngineConfig, Callable[[float], None]], tuple[Face, Loaded]]
+Load = Callable[[EngineConfig, Callable[[float], None], int], tuple[Face, Loaded]]
 
 
-def load(config: EngineConfig, told: Callable[[float], None]) -> tuple[Face, Loaded]:
+def load(config: EngineConfig, told: Callable[[float], None], taken: int) -> tuple[Face, Loaded]:
     """Tells how much of it is there. Raises as ``assemble.build_engine``."""
     folder = find_model(config.model)
     face = read_face(folder, config)
-    return face, load_behind(face, folder, config, told)
+    return face, load_behind(face, folder, config, told, taken)
 
 
 def main(path: str, load: Load = load) -> None:
@@ -199,7 +200,7 @@ def main(path: str, load: Load = load) -> None:
 
     threading.Thread(target=watch, name="penstock-watch", daemon=True).start()
     try:
-        host = Host(connection, start.epoch, *load(start.config, tell))
+        host = Host(connection, start.epoch, *load(start.config, tell, start.taken))
     except Exception as error:
         with suppress(OSError):
             connection.send(encode(Refused(refusal(error))))

@@ -133,6 +133,16 @@ def test_a_model_fits_with_its_kv_and_activations(monkeypatch: pytest.MonkeyPatc
     assert "use a smaller model" in refused.value.fix, "this backend has no smaller integers, and KV is least already"
 
 
+def test_what_other_models_will_need_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, backend="cpu")
+    free(monkeypatch, 4 * GIB)
+    alone = fit(WIDE, replace(config, max_model_len=None), "float32", CPU)
+    beside = fit(WIDE, replace(config, max_model_len=None), "float32", CPU, taken=4 * GIB - 260 * MIB)
+    assert alone.max_model_len == 4096 > (beside.max_model_len or 0)
+    with pytest.raises(ConfigError, match=r"beside 3\.9\d GiB that other models may need"):
+        fit(WIDE, config, "float32", CPU, taken=4 * GIB - 100 * MIB)
+
+
 @pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.3, 0.2, 0.1])
 @pytest.mark.parametrize("kv_memory", [None, "64M"])
 @pytest.mark.parametrize("length", [None, 2048])

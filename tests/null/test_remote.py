@@ -97,6 +97,7 @@ def test_what_a_service_promises(service: RemoteService) -> None:
     ready = service.ready()
     assert ready.pools == ((512, None),) and ready.numerics_id == b"toy" and ready.one_answer and not ready.whole
     assert service.progress == 0.5, "what the toy told"
+    assert service.held == 1, "of the toy, which adds one to what others need"
     assert service.alive and not service._process.path.parent.exists()
     heard, jobs = Heard(service), [job(str(i), 20 + i, n=1 + i % 3, seed=i) for i in range(8)]
     for submission in jobs:

@@ -45,7 +45,7 @@ class Slow(ToyExecutor):
         return super().submit(plan)
 
 
-def load(config: EngineConfig, told: Callable[[float], None]) -> tuple[Any, Loaded]:
+def load(config: EngineConfig, told: Callable[[float], None], taken: int) -> tuple[Any, Loaded]:
     """``config.model`` says how it fails to load: "refuse", "exit", or "once:FILE", which works once."""
     how, _, place = (config.model or "").partition(":")
     if how == "refuse":
@@ -57,7 +57,7 @@ def load(config: EngineConfig, told: Callable[[float], None]) -> tuple[Any, Load
     told(0.5)
     executor = Slow(SETUP.pools, SETUP.block_size, VOCAB)
     config = replace(config, max_model_len=SETUP.limits.max_model_len)
-    return None, Loaded(config=config, spec=None, setup=SETUP, executor=executor, one_answer=True)  # type: ignore[arg-type]
+    return None, Loaded(config=config, spec=None, setup=SETUP, executor=executor, one_answer=True, held=taken + 1)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

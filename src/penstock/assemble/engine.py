@@ -135,12 +135,12 @@ def read_face(folder: Path, config: EngineConfig) -> Face:
 
 
 def load_behind(
-    face: Face, folder: Path, config: EngineConfig, told: Callable[[float], None] = lambda _: None
+    face: Face, folder: Path, config: EngineConfig, told: Callable[[float], None] = lambda _: None, taken: int = 0
 ) -> Loaded:
-    """What computes for a face. ``told`` hears which share of it is in memory. Raises as ``build_engine``."""
+    """What computes for a face; ``told`` and ``taken`` as for ``load_executor``. Raises as ``build_engine``."""
     between = face.tokenizer.pair_frame()[1] if face.pooling.classifier else []
     separator = between[0] if between else None
-    return load_executor(folder, config, face.tokenizer.vocabulary, separator, face.grammars, told)
+    return load_executor(folder, config, face.tokenizer.vocabulary, separator, face.grammars, told, taken)
 
 
 def _assembled(

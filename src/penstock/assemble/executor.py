@@ -30,18 +30,23 @@ if TYPE_CHECKING:
     from penstock.grammar import Grammars
     from penstock.kernels import KVLayer, Ops
     from penstock.models import Placement
+    from penstock.runtime.encoder import EncoderRunner
+    from penstock.runtime.runner import Runner
     from penstock.sampling import LogitsRule, RuleFactory, RuleKit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A model in memory with its KV pools, and the numbers a scheduler for it is made from."""
+    """A model in memory with its KV pools, and the numbers a scheduler for it is made from. ``held``: bytes that the
+    system counts as free until they are used, or always, and that this model needs.
+    """
 
     config: EngineConfig
     spec: ModelSpec | EncoderSpec
     setup: EngineSetup
     executor: Executor
     one_answer: bool
+    held: int = 0
 
 
 def load_executor(
@@ -51,6 +56,7 @@ def load_executor(
     separator: int | None = None,
     grammars: Callable[[], Grammars] | None = None,
     told: Callable[[float], None] = lambda _: None,
+    taken: int = 0,
 ) -> Loaded:
     """The part of an engine that knows tensors. Raises as ``build_engine``.
 
@@ -58,6 +64,7 @@ def load_executor(
         separator: token id between the texts of a pair, which a cross-encoder needs to know.
         grammars: compiles structured outputs; without it they are not obeyed.
         told: hears which share of the layers is in memory.
+        taken: bytes that seem to be free, and that others will need.
     """
     import torch
 
@@ -66,8 +73,7 @@ def load_executor(
     from penstock.models import Placement, numerics_id
     from penstock.runtime.fit import fit
     from penstock.runtime.host import keep_freed_memory
-    from penstock.runtime.local import LocalExecutor
-    from penstock.runtime.memory import plan_pools
+    from penstock.runtime.memory import plan_pools, pool_bytes
     from penstock.runtime.packed import load_kept
     from penstock.runtime.runner import Runner
 
@@ -79,7 +85,7 @@ def load_executor(
     device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
     placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
     config = as_stored(config, folder, ops)
-    config = fit(checkpoint, config, stored, device, packed=is_packed(config, folder, ops))
+    config = fit(checkpoint, config, stored, device, packed=is_packed(config, folder, ops), taken=taken)
     if isinstance(checkpoint, EncoderSpec):
         return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
     placement = replace(placement, kv_dtype=None if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype))
@@ -87,7 +93,7 @@ def load_executor(
     spec = replace(checkpoint, max_positions=config.max_model_len)
     packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config)
     decoder, mapped = load_kept(folder, spec, ops, placement, packing, store, told)
-    pools = plan_pools(spec, config, stored, device, reserved=mapped)
+    pools = plan_pools(spec, config, stored, device, reserved=mapped + taken)
     digest = store.digest if store else file_digest
     setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement, packing.recipe, digest), vocabulary)
     runner = Runner(
@@ -101,8 +107,7 @@ def load_executor(
         kit=_rule_kit(config, grammars, vocabulary, device),
         eager=config.enforce_eager,
     )
-    executor = LocalExecutor(runner, overlap=setup.depth > 1)
-    return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
+    return _loaded(config, spec, setup, runner, ops, held=mapped + pool_bytes(spec, config, stored, pools))
 
 
 def _allocate(
@@ -185,7 +190,6 @@ def _load_encoder(
     """An encoder has no KV, and its texts are computed whole: a step holds at least the longest one."""
     from penstock.models import load_encoder, numerics_id
     from penstock.runtime.encoder import EncoderRunner
-    from penstock.runtime.local import LocalExecutor
 
     made_for = read_pooling(folder, spec).max_length or spec.max_positions
     longest = config.max_model_len or min(made_for, spec.max_positions)
@@ -196,8 +200,21 @@ def _load_encoder(
     numerics = numerics_id(folder, spec, ops, placement, digest=store.digest if store else file_digest)
     setup = engine_setup(config, (), numerics, vocabulary, whole=True)
     runner = EncoderRunner(encoder, separator=separator, device=placement.device)
+    return _loaded(config, spec, setup, runner, ops)
+
+
+def _loaded(
+    config: EngineConfig,
+    spec: ModelSpec | EncoderSpec,
+    setup: EngineSetup,
+    runner: Runner | EncoderRunner,
+    ops: Ops,
+    held: int = 0,
+) -> Loaded:
+    from penstock.runtime.local import LocalExecutor
+
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
-    return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
+    return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer, held=held)
 
 
 def engine_setup(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,25 +20,38 @@ SMALLEST_STEP = 128
 
 
 def fit(
-    spec: ModelSpec | EncoderSpec, config: EngineConfig, dtype: Dtype, device: torch.device, *, packed: bool = False
+    spec: ModelSpec | EncoderSpec,
+    config: EngineConfig,
+    dtype: Dtype,
+    device: torch.device,
+    *,
+    packed: bool = False,
+    taken: int = 0,
 ) -> EngineConfig:
     """The configuration with ``max_model_len`` filled in (``fit_context``), if that fits in what is free.
 
     Args:
         packed: the weights are small integers already, so that ``quant`` cannot make them smaller.
+        taken: bytes that seem to be free, and that others will need.
 
     Raises:
         ConfigError: (model_too_large, kv_memory_too_large, kv_memory_too_small) it does not; the message has the
             numbers, and names options only if they have been found to be enough. As ``plan_pools``.
     """
+
+    def fitted(config: EngineConfig) -> EngineConfig:
+        return _fitted(spec, config, dtype, device, taken)
+
     try:
-        return _fitted(spec, config, dtype, device)
+        return fitted(config)
     except ConfigError as error:
         if error.code not in CODES:
             raise
         enough: list[str] = []
         for family in _changes(spec, config, packed):
-            found = next((changed for changed in family if _fits(spec, config, changed, dtype, device)), None)
+            found = next(
+                (changed for changed in family if _fits(config, changed, isinstance(spec, ModelSpec), fitted)), None
+            )
             if found is not None and (len(found) == 1 or not enough):
                 enough.append(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.items()))
         none = "use a smaller model, or free some memory: no smaller weights, KV or steps are enough"
@@ -46,8 +59,10 @@ def fit(
         raise ConfigError(error.code, error.what, why=error.why, fix=fix) from None
 
 
-def _fitted(spec: ModelSpec | EncoderSpec, config: EngineConfig, dtype: Dtype, device: torch.device) -> EngineConfig:
-    free = free_memory(device)
+def _fitted(
+    spec: ModelSpec | EncoderSpec, config: EngineConfig, dtype: Dtype, device: torch.device, taken: int
+) -> EngineConfig:
+    free = max(0, free_memory(device) - taken)
     if isinstance(spec, EncoderSpec):
         parts = {"weights": encoder_weight_bytes(spec, dtype)}
     else:
@@ -62,14 +77,15 @@ def _fitted(spec: ModelSpec | EncoderSpec, config: EngineConfig, dtype: Dtype, d
             "model_too_large",
             f"The model does not fit in the memory of {device}",
             why=f"it needs {gib(needed)} ({', '.join(f'{name} {gib(size)}' for name, size in parts.items())}) in "
-            f"{dtype if config.quant == 'none' else config.quant} and {gib(free)} are free",
+            f"{dtype if config.quant == 'none' else config.quant} and {gib(free)} are free"
+            + (f", beside {gib(taken)} that other models may need" if taken else ""),
         )
     if isinstance(spec, EncoderSpec):
         return config
-    config = fit_context(config, spec, dtype, device)
+    config = fit_context(config, spec, dtype, device, taken)
     # A pool whose size was left open shrinks to what activations leave it.
     others = parts["weights"] if config.kv_memory is None else needed - least
-    plan_pools(spec, config, dtype, device, reserved=others)
+    plan_pools(spec, config, dtype, device, reserved=others + taken)
     return config
 
 
@@ -94,12 +110,12 @@ def _changes(spec: ModelSpec | EncoderSpec, config: EngineConfig, packed: bool) 
 
 
 def _fits(
-    spec: ModelSpec | EncoderSpec, config: EngineConfig, changed: dict[str, Any], dtype: Dtype, device: torch.device
+    config: EngineConfig, changed: dict[str, Any], decoder: bool, fitted: Callable[[EngineConfig], EngineConfig]
 ) -> bool:
     try:
         config = replace(config, **changed)
-        check_formats(config, config.backend, decoder=isinstance(spec, ModelSpec))
-        _fitted(spec, config, dtype, device)
+        check_formats(config, config.backend, decoder=decoder)
+        fitted(config)
     except ConfigError:
         return False
     return True

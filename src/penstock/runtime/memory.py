@@ -67,7 +67,9 @@ def plan_pools(
     return split_budget(spec, config, dtype, kv_budget(spec, config, dtype, device, reserved))
 
 
-def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: torch.device) -> EngineConfig:
+def fit_context(
+    config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: torch.device, taken: int = 0
+) -> EngineConfig:
     """Fills in max_model_len: the model's own context, halved until one request of it fits in the KV pool."""
     if config.max_model_len is not None:
         return config
@@ -75,7 +77,7 @@ def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: tor
     weights = weight_bytes(spec, dtype, config.quant)
     while length > MIN_CONTEXT:
         try:
-            plan_pools(spec, replace(config, max_model_len=length), dtype, device, reserved=weights)
+            plan_pools(spec, replace(config, max_model_len=length), dtype, device, reserved=weights + taken)
             break
         except ConfigError as error:
             if error.code != "kv_memory_too_small":
@@ -83,6 +85,13 @@ def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: tor
             length //= 2
             log.warning("max_model_len lowered to %d: %s", length, error.why)
     return replace(config, max_model_len=length)
+
+
+def pool_bytes(spec: ModelSpec, config: EngineConfig, dtype: Dtype, pools: Sequence[PoolSpec]) -> int:
+    """Of all pools, once every block has been used."""
+    stored = kv_dtype_of(config, dtype)
+    groups = zip(spec.kv_groups(), pools, strict=True)
+    return sum(pool.blocks * kv_block_bytes(group, config.block_size, stored) for group, pool in groups)
 
 
 def kv_budget(spec: ModelSpec, config: EngineConfig, dtype: Dtype, device: torch.device, reserved: int = 0) -> int:

@@ -59,9 +59,13 @@ class Served:
         now = _NOTHING if self.llm is None else self.llm.engine.service.status()
         return replace(now, counters=self.gone + now.counters)
 
-    def bring(self) -> AsyncLLM:
-        """Loads it, which takes long. Raises as ``assemble.build_engine``."""
-        service = self.service = self.service or RemoteService(python("penstock.host"), self.config)
+    def bring(self, taken: int = 0) -> AsyncLLM:
+        """Loads it, which takes long. Raises as ``assemble.build_engine``.
+
+        Args:
+            taken: bytes that seem to be free, and that other engines will need.
+        """
+        service = self.service = self.service or RemoteService(python("penstock.host"), self.config, taken)
         try:
             return AsyncLLM(front_of(service, self.config))
         except BaseException:
@@ -157,7 +161,7 @@ class Models:
         for model in [model for model in self.all.values() if model.stay.pinned] or [self.first]:
             self.policy.want(model.name)
             self.policy.turn(time.monotonic())
-            self._came(model, model.bring())
+            self._came(model, model.bring(self._held()))
 
     def ask(self, model: Served) -> Ticket:
         """A ticket, which may be granted at once; ``leave`` has to follow. Raises Unavailable: the model could not be
@@ -251,6 +255,10 @@ class Models:
             self.policy.failed(model.name, fault, time.monotonic())
             model.close()  # there is no process left that it could wait for
 
+    def _held(self) -> int:
+        """Bytes that seem to be free, and that the models in memory will need."""
+        return sum(0 if model.service is None else model.service.held for model in self.all.values())
+
     def _begin(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -259,7 +267,7 @@ class Models:
     async def _load(self, model: Served) -> None:
         _log.info("loading %s", model.name)
         try:
-            self._came(model, await asyncio.to_thread(model.bring))
+            self._came(model, await asyncio.to_thread(model.bring, self._held()))
         except PenstockError as error:
             self._failed(model, error)
         except Exception as error:

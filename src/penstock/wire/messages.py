@@ -29,10 +29,13 @@ from penstock.wire.frames import MAX_FRAME, bad_frame
 
 
 class Start(Struct, tag="start", frozen=True):
-    """The first word to an engine process. ``epoch`` counts the engines of a service; what another says is ignored."""
+    """The first word to an engine process. ``epoch`` counts the engines of a service; what another says is ignored.
+    ``taken``: bytes that seem to be free, and that other engines will need.
+    """
 
     epoch: int
     config: EngineConfig
+    taken: int = 0
 
 
 class Submit(Struct, tag="submit", frozen=True):
@@ -78,7 +81,9 @@ class Loading(Struct, tag="loading", frozen=True):
 
 
 class Ready(Struct, tag="ready", frozen=True):
-    """A model is in memory: the numbers that ``assemble.engine_setup`` makes an EngineSetup of."""
+    """A model is in memory: the numbers that ``assemble.engine_setup`` makes an EngineSetup of. ``held``: bytes of its
+    weights and KV that may seem to be free.
+    """
 
     epoch: int
     config: EngineConfig
@@ -86,6 +91,7 @@ class Ready(Struct, tag="ready", frozen=True):
     numerics_id: bytes
     whole: bool
     one_answer: bool
+    held: int = 0
 
 
 class Refused(Struct, tag="refused", frozen=True):

@@ -48,17 +48,20 @@ class RemoteService:
     Args:
         argv: the command line of the process; the path of the socket is added.
         config: what it shall load; sent to every process that is started.
+        taken: bytes that seem to be free, and that other engines will need.
 
     Attributes:
         step_timeout: seconds without news, while requests are under way, after which an engine counts as hung and is
             killed; None waits for ever.
+        held: bytes of this engine's weights and KV that may seem to be free to others.
         progress: share of its model that an engine has in memory while it loads it.
     """
 
-    def __init__(self, argv: Sequence[str], config: EngineConfig) -> None:
-        self._argv, self._config = list(argv), config
+    def __init__(self, argv: Sequence[str], config: EngineConfig, taken: int = 0) -> None:
+        self._argv, self._config, self._taken = list(argv), config, taken
         self.step_timeout: float | None = None
         self.progress = 0.0
+        self.held = 0
         self._frames = 0  # from all engines
         self._requests: dict[str, UnderWay] = {}
         self._lock = threading.Lock()
@@ -223,7 +226,7 @@ class RemoteService:
 
     def _listen(self, connection: Connection) -> None:
         self.progress = 0.0
-        connection.send(encode(Start(self._epoch, self._config)))
+        connection.send(encode(Start(self._epoch, self._config, self._taken)))
         while (frame := connection.receive()) is not None:
             self._frames += 1
             message = decode_from_engine(frame)
@@ -254,6 +257,7 @@ class RemoteService:
             self._try_next()
         watched = (self._process, mail)
         threading.Thread(target=self._watch, args=watched, name="penstock-engine-watch", daemon=True).start()
+        self.held = ready.held
         if not self._first.done():
             self._first.set_result(ready)
 
