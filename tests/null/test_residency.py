@@ -231,6 +231,14 @@ def test_what_does_not_fit_beside_another_waits_for_it() -> None:
     assert error is not None and (error.code, error.why) == ("model_too_large", TOO_LARGE.why)
     with pytest.raises(Unavailable, match=r"9\.1 GB"):
         world.policy.ask("c", world.policy.models["c"].again - 1)
+    world.pass_time(300)
+    world.ask("a")
+    world.pass_time(20)
+    world.end(0)
+    for _ in range(3):  # nobody has to leave a second time for what cannot fit
+        world.ask("c")
+        world.pass_time(200)
+        assert world.policy.models["a"].state == "loaded"
 
 
 def test_failures_are_tried_again_less_and_less_often() -> None:

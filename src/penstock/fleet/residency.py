@@ -60,6 +60,7 @@ class Resident:
         came, used: when it came in, and when it was last asked for or left.
         wanted, unwanted: an operator said so.
         crowded: the last try failed for lack of memory, with others in it.
+        hopeless: it did not fit although all others had left, so that none leaves for it again.
         failures: in a row; until ``again`` it is not tried.
     """
 
@@ -71,6 +72,7 @@ class Resident:
     wanted: bool = False
     unwanted: bool = False
     crowded: bool = False
+    hopeless: bool = False
     failures: int = 0
     again: float = 0.0
     error: PenstockError | None = None
@@ -135,6 +137,7 @@ class Residency:
     def want(self, model: str) -> None:
         """An operator wants it in memory, now even if it has failed."""
         resident = self.models[model]
+        resident.hopeless = False
         resident.wanted, resident.unwanted, resident.again = resident.state != "loaded", False, 0.0
 
     def unwant(self, model: str) -> None:
@@ -145,7 +148,7 @@ class Residency:
     def loaded(self, model: str, now: float) -> None:
         resident = self.models[model]
         resident.state, resident.came, resident.used = "loaded", now, now
-        resident.wanted = resident.crowded = False
+        resident.wanted = resident.crowded = resident.hopeless = False
         resident.failures, resident.error = 0, None
 
     def failed(self, model: str, error: PenstockError, now: float) -> None:
@@ -154,7 +157,9 @@ class Residency:
         """
         resident = self.models[model]
         resident.state, resident.error = "unloaded", error
-        resident.crowded = error.code in MEMORY_CODES and any(self._removable(name) for name in self.models)
+        others = any(self._removable(name) for name in self.models)
+        resident.hopeless |= error.code in MEMORY_CODES and not others
+        resident.crowded = error.code in MEMORY_CODES and others and not resident.hopeless
         if not resident.crowded:
             resident.again = now + min(FIRST_PAUSE * 2.0**resident.failures, LAST_PAUSE)
             resident.failures += 1
