@@ -299,7 +299,7 @@ async def status(request: Request) -> Response:
         {
             "model": ", ".join(models.all),
             "draining": context.draining,
-            "alive": any(map(models.ready, models.all.values())),
+            "alive": any(map(models.may_come, models.all.values())),
             "models": [told(models, model) for model in models.all.values()],
             "queue": {"requests": admission.running, "tokens": admission.held, "tokens_limit": admission.budget},
             "requests": [_progress(caller) for caller in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]],
