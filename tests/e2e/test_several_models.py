@@ -208,6 +208,33 @@ def test_an_engine_dies_or_hangs_while_it_streams(several: Several) -> None:
 
 
 @pytest.mark.slow
+def test_an_engine_dies_while_that_of_another_model_streams(tmp_path: Path) -> None:
+    """Both in memory, both streaming: neither stream learns of the death, and the other engine lives."""
+    arguments = argv("serve", "penstock-tiny", "penstock-nano", "--port", "0", "--num-threads", "1")
+    log, ask = tmp_path / "log", {"max_tokens": 300, "ignore_eos": True}
+    with log.open("w") as errors, running(arguments, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        assert process.stdout is not None
+        server = Several(process.stdout.readline().split()[-1].removesuffix("/v1"), process, log)
+        names = ("penstock-tiny", "penstock-nano")
+        undisturbed = [server.text(name, **ask) for name in names]
+        engines = server.engines()
+        assert len(engines) == 2
+        for victim in engines:
+            before = server.engines()
+            with ThreadPoolExecutor(2) as pool:
+                answers = [pool.submit(server.text, name, **ask) for name in names]
+                while not all(model["kv_blocks_used"] for model in server.models().values()):
+                    assert not all(answer.done() for answer in answers), "both have ended before they were seen"
+                    time.sleep(0.005)
+                os.kill(victim, signal.SIGKILL)
+                assert [answer.result() for answer in answers] == undisturbed
+            assert len(server.engines()) == 2 and before - {victim} < server.engines()
+        assert log.read_text().count("was killed by signal 9") == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+@pytest.mark.slow
 def test_an_idle_one_leaves(several: Several) -> None:
     assert several.text("brief")
     several.until("brief", "unloaded")

@@ -8,13 +8,19 @@ import json
 import sys
 import tomllib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from penstock.base import ConfigError, PenstockError, env
+from penstock.base import ConfigError, PenstockError, env, parse_span
 from penstock.cli.exits import emit, exit_code, explain, guarded
+from penstock.spec import EngineConfig
+
+TABLE_OPTIONS = ("path", "aliases", "pin", "keep_alive")
+ENGINE_OPTIONS = [field.name for field in fields(EngineConfig) if field.name not in ("model", "served_model_name")]
+"""What a table of a model may set: its own options, and those of an engine."""
 
 NO_KEYS = {"config", "others", "origin", "as_json", "help"}
 """Options that are no part of a configuration."""
@@ -60,7 +66,8 @@ def read_config(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     tables of models.
 
     Raises:
-        ConfigError: (config_invalid) it cannot be read, is no TOML, or a value is neither text, number nor truth.
+        ConfigError: (config_invalid) it cannot be read, is no TOML, or a value is neither text, number nor truth;
+            (option_invalid, span_invalid) of a table.
     """
     try:
         values = tomllib.loads(path.read_text("utf-8"))
@@ -74,7 +81,27 @@ def read_config(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     for name, value in values.items():
         if not isinstance(value, str | int | float):
             raise _invalid(f"{name} in {path} cannot be used", f"it is a {type(value).__name__}, not a text or number")
-    return {name.replace("-", "_"): _text(value) for name, value in values.items()}, tables
+    checked = {name: _table(f"[models.{name}] in {path}", table) for name, table in tables.items()}
+    return {name.replace("-", "_"): _text(value) for name, value in values.items()}, checked
+
+
+def _table(place: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one model, with underscores in its keys."""
+    table = {key.replace("-", "_"): value for key, value in table.items()}
+    known = [*TABLE_OPTIONS, *ENGINE_OPTIONS]
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            fix = f"did you mean {near[0]}?" if near else "see docs/how-to/several-models.md"
+            raise ConfigError("config_invalid", f"{place} sets {key}, which is no option of a model", fix=fix)
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        right = {"path": isinstance(value, str), "aliases": texts, "pin": isinstance(value, bool)}
+        if not right.get(key, True):
+            kind = {"path": "a text", "aliases": "a list of texts", "pin": "true or false"}[key]
+            raise _invalid(f"{key} of {place} cannot be used", f"it must be {kind}")
+    EngineConfig(**{key: value for key, value in table.items() if key in ENGINE_OPTIONS})
+    parse_span(str(table.get("keep_alive", -1)))
+    return table
 
 
 def _text(value: object) -> str:

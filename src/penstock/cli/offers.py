@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.base import ConfigError, parse_span
-from penstock.cli.config import read_config
+from penstock.cli.config import ENGINE_OPTIONS, read_config
 from penstock.spec import EngineConfig
 from penstock.spec.config import option
 
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
 
 Configs = list[tuple[EngineConfig, dict[str, Any]]]
 """What each model is loaded with, and its table in the configuration."""
-
-_OWN = ("path", "aliases", "pin", "keep_alive")
-_ENGINE = [field.name for field in fields(EngineConfig) if field.name not in ("model", "served_model_name")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +65,8 @@ def configured(named: Sequence[str | None], engine: Mapping[str, Any], path: Pat
             options = dict(engine) if alone else {**engine, "served_model_name": None}
             found.append((EngineConfig(model=name, **options), {}))
             continue
-        table = _checked(name, tables[name], path)
-        own = {key: value for key, value in table.items() if key in _ENGINE}
+        table = tables[name]
+        own = {key: value for key, value in table.items() if key in ENGINE_OPTIONS}
         options = {**engine, **own, "served_model_name": name}
         found.append((EngineConfig(model=table.get("path", name), **options), table))
     return found
@@ -106,21 +102,3 @@ def models_of(configs: Configs, service: RemoteService, keeping: Keeping) -> Mod
     ]
     timeout = math.inf if keeping.step_timeout == 0 else keeping.step_timeout
     return Models(offers, keeping.max_loaded, timeout)
-
-
-def _checked(name: str, table: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
-    table = {key.replace("-", "_"): value for key, value in table.items()}
-    place = f"[models.{name}] in {path}"
-    for key, value in table.items():
-        if key not in (*_OWN, *_ENGINE):
-            near = difflib.get_close_matches(key, (*_OWN, *_ENGINE), 1)
-            fix = f"did you mean {near[0]}?" if near else "see docs/how-to/several-models.md"
-            raise ConfigError("config_invalid", f"{place} sets {key}, which is no option of a model", fix=fix)
-        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        right = {"path": isinstance(value, str), "aliases": texts, "pin": isinstance(value, bool)}
-        if not right.get(key, True):
-            kind = {"path": "a text", "aliases": "a list of texts", "pin": "true or false"}[key]
-            raise ConfigError("config_invalid", f"{key} of {place} cannot be used", fix=f"it must be {kind}")
-    if "keep_alive" in table:
-        parse_span(str(table["keep_alive"]))
-    return table

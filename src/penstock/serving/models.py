@@ -19,6 +19,7 @@ from penstock.fleet import Residency, Stay, Ticket
 from penstock.llm import AsyncLLM
 from penstock.serving.errors import HTTPError
 from penstock.spec import EngineConfig, ModelSpec
+from penstock.spec.encoder import encoder_parameters
 from penstock.spec.sizing import active_parameters
 from penstock.wire import RemoteService, python
 
@@ -85,8 +86,8 @@ class Served:
 def step_seconds(engine: Assembled) -> float:
     """After which an engine counts as hung: STEP_SECONDS, and what a full step takes at the SLOWEST rate."""
     spec, tokens = engine.spec, engine.config.max_num_batched_tokens
-    flops = 2.0 * active_parameters(spec) * tokens if isinstance(spec, ModelSpec) else 0.0
-    return STEP_SECONDS + flops / SLOWEST
+    used = active_parameters(spec) if isinstance(spec, ModelSpec) else encoder_parameters(spec)
+    return STEP_SECONDS + 2.0 * used * tokens / SLOWEST
 
 
 class Models:
