@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -19,8 +20,10 @@ import httpx
 import pytest
 
 from commands import argv, penstock, running
-from penstock.base import ConfigError
+from penstock.base import ConfigError, Unavailable
 from penstock.cli.offers import Keeping, at_once, configured, models_of
+from penstock.serving.models import Models, Served
+from penstock.spec import EngineConfig
 from servers import PROMPT
 
 NO_SERVICE: Any = None
@@ -268,6 +271,23 @@ def test_tables_that_are_refused(tmp_path: Path, text: str, says: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=says):
         models_of(configured([], {}, file), NO_SERVICE, Keeping(max_loaded=1))
+
+
+def test_who_is_refused_before_he_waits_hears_of_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        models = Models([Served(name="a", config=EngineConfig(model=str(tmp_path / "nothing")))])
+        tickets = [models.ask(models.first) for _ in range(2)]
+        while models.policy.waiting:
+            await asyncio.sleep(0.01)
+        with pytest.raises(Unavailable, match="model_not_found"):
+            await asyncio.wait_for(models.granted(tickets[0]), 30)
+        for ticket in tickets:
+            models.leave(ticket)
+        with pytest.raises(Unavailable, match="is tried again"):
+            models.ask(models.first)
+        models.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("wrong", [{"keep_alive": "5 years"}, {"max_loaded": 0}, {"step_timeout": -1.0}])

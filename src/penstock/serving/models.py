@@ -171,17 +171,18 @@ class Models:
         self._look(model)
         ticket = self.policy.ask(model.name, time.monotonic())
         self._act()
+        if not ticket.granted:  # here, since it may be granted or refused before anybody awaits it
+            self._waiting[ticket] = asyncio.get_running_loop().create_future()
         return ticket
 
     async def granted(self, ticket: Ticket) -> None:
         """Waits until it is. Raises Unavailable: the model cannot be loaded."""
-        future = self._waiting[ticket] = asyncio.get_running_loop().create_future()
-        try:
-            await future
-        finally:
-            self._waiting.pop(ticket, None)
+        await self._waiting[ticket]
 
     def leave(self, ticket: Ticket) -> None:
+        future = self._waiting.pop(ticket, None)
+        if future is not None and not future.cancel() and not future.cancelled():
+            future.exception()  # nobody may have been there to hear it
         self.policy.leave(ticket, time.monotonic())
         self._act()
 
