@@ -25,7 +25,19 @@ from penstock.core.engine import Engine, Mail
 from penstock.core.service import Abort, Status, Submission, Update
 from penstock.core.steplog import StepLog
 from penstock.spec import EngineConfig
-from penstock.wire import Connection, Look, News, Ready, Refused, Seen, Start, WireError, decode_to_engine, encode
+from penstock.wire import (
+    Connection,
+    Loading,
+    Look,
+    News,
+    Ready,
+    Refused,
+    Seen,
+    Start,
+    WireError,
+    decode_to_engine,
+    encode,
+)
 
 if TYPE_CHECKING:
     from penstock.grammar import Grammar
@@ -63,6 +75,7 @@ class Host:
             numerics_id=setup.numerics_id,
             whole=setup.limits.whole,
             one_answer=loaded.one_answer,
+            held=loaded.held,
         )
 
     # -- the engine's thread -------------------------------------------------------------------------
@@ -183,14 +196,14 @@ def leave_at_last() -> None:
     timer.start()
 
 
-Load = Callable[[EngineConfig], tuple[Face, Loaded]]
+Load = Callable[[EngineConfig, Callable[[float], None], int], tuple[Face, Loaded]]
 
 
-def load(config: EngineConfig) -> tuple[Face, Loaded]:
-    """Raises as ``assemble.build_engine``."""
+def load(config: EngineConfig, told: Callable[[float], None], taken: int) -> tuple[Face, Loaded]:
+    """Tells how much of it is there. Raises as ``assemble.build_engine``."""
     folder = find_model(config.model)
     face = read_face(folder, config)
-    return face, load_behind(face, folder, config)
+    return face, load_behind(face, folder, config, told, taken)
 
 
 def main(path: str, load: Load = load) -> None:
@@ -211,9 +224,13 @@ def main(path: str, load: Load = load) -> None:
         if not sock.recv(1, socket.MSG_PEEK) and not loaded.is_set():
             os._exit(0)
 
+    def tell(share: float) -> None:
+        with suppress(OSError):
+            connection.send(encode(Loading(start.epoch, share)))
+
     threading.Thread(target=watch, name="penstock-watch", daemon=True).start()
     try:
-        host = Host(connection, start.epoch, *load(start.config))
+        host = Host(connection, start.epoch, *load(start.config, tell, start.taken))
     except Exception as error:
         with suppress(OSError):
             connection.send(encode(Refused(refusal(error))))

@@ -112,7 +112,7 @@ def test_a_model_that_does_not_fit_says_how_much_is_missing(folder: Path) -> Non
     with pytest.raises(PenstockError) as caught:
         build_engine(EngineConfig(model=str(folder), device="cpu"))
     assert caught.value.code == "model_too_large"
-    assert str(caught.value).count("GiB") == 2
+    assert "weights" in caught.value.why and caught.value.why.endswith("are free")
 
 
 @pytest.mark.parametrize(

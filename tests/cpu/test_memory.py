@@ -12,10 +12,10 @@ import torch
 from penstock.base import ConfigError, parse_size
 from penstock.core.kv.groups import KVCache
 from penstock.core.kv.prefix import BlockNames
-from penstock.runtime import available_memory, check_weights, cpu_count, memory, plan_pools
+from penstock.runtime import available_memory, cpu_count, fit, memory, plan_pools
 from penstock.runtime.host import group_limits
 from penstock.spec import EngineConfig, ModelSpec
-from penstock.spec.sizing import kv_block_bytes, weight_bytes
+from penstock.spec.sizing import activation_bytes, kv_block_bytes, weight_bytes
 
 CPU = torch.device("cpu")
 MIB, GIB = 1 << 20, 1 << 30
@@ -117,13 +117,50 @@ def test_int8_holds_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(int8 / plain - 32 / 18) < 1e-3
 
 
-def test_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = weight_bytes(FULL, "float32")
+WIDE = replace(FULL, hidden=1024, ffn=4096, heads=16, head_dim=64, max_positions=4096)
+
+
+def test_a_model_fits_with_its_kv_and_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte; and what runs is what was counted."""
+    config = replace(CONFIG, backend="torch", max_model_len=None)
+    kv = memory.least_kv(WIDE, config, "float32")
+    needed = weight_bytes(WIDE, "float32") + kv + activation_bytes(WIDE, 128, 64, "float32")
     free(monkeypatch, needed)
-    check_weights(FULL, "float32", CPU)
+    fit(WIDE, replace(config, kv_memory=str(kv)), "float32", CPU)
     free(monkeypatch, needed - 1)
-    with pytest.raises(ConfigError, match=r"MiB.*model_too_large"):
-        check_weights(FULL, "float32", CPU)
+    with pytest.raises(ConfigError, match=r"weights .*iB, KV of one request .*model_too_large") as refused:
+        fit(WIDE, replace(config, kv_memory=str(kv)), "float32", CPU)
+    assert "use a smaller model" in refused.value.fix, "this backend has no smaller integers, and KV is least already"
+
+
+def test_what_other_models_will_need_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, backend="cpu")
+    free(monkeypatch, 4 * GIB)
+    alone = fit(WIDE, replace(config, max_model_len=None), "float32", CPU)
+    beside = fit(WIDE, replace(config, max_model_len=None), "float32", CPU, taken=4 * GIB - 260 * MIB)
+    assert alone.max_model_len == 4096 > (beside.max_model_len or 0)
+    with pytest.raises(ConfigError, match=r"beside 3\.9\d GiB that other models may need"):
+        fit(WIDE, config, "float32", CPU, taken=4 * GIB - 100 * MIB)
+
+
+@pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.3, 0.2, 0.1])
+@pytest.mark.parametrize("kv_memory", [None, "64M"])
+@pytest.mark.parametrize("length", [None, 2048])
+def test_only_what_is_enough_is_proposed(
+    monkeypatch: pytest.MonkeyPatch, share: float, kv_memory: str | None, length: int | None
+) -> None:
+    config = replace(CONFIG, backend="cpu", max_model_len=length, max_num_batched_tokens=1024, kv_memory=kv_memory)
+    free(monkeypatch, int(share * weight_bytes(WIDE, "float32")))
+    with pytest.raises(ConfigError) as refused:
+        fit(WIDE, config, "float32", CPU)
+    if refused.value.fix.startswith("use"):
+        assert share <= 0.2
+        return
+    for proposal in refused.value.fix.removeprefix("try ").split(", or "):
+        words = iter(proposal.split())
+        options = {name.removeprefix("--").replace("-", "_"): value for name, value in zip(words, words, strict=True)}
+        changed = {name: int(value) if value.isdecimal() else value for name, value in options.items()}
+        fit(WIDE, replace(config, **changed), "float32", CPU)  # type: ignore[arg-type]
 
 
 class Accelerator:

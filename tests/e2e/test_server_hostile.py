@@ -30,6 +30,7 @@ from penstock.serving import server as serving
 from penstock.serving.chrome import STALLED, chrome_trace
 from penstock.serving.edge import nested_too_deeply
 from penstock.serving.limits import MAX_JSON_DEPTH
+from penstock.serving.model_routes import ModelChoice
 from penstock.spec import EngineConfig
 from penstock.spec.sampling import BOUNDS
 from servers import MODEL, PROMPT, Server
@@ -106,6 +107,7 @@ REQUESTS = {
     "/api/embed": ollama_schemas.OllamaEmbed,
     f"/v2/models/{MODEL}/generate": kserve.GenerateRequest,
     f"/v2/models/{MODEL}/infer": kserve.InferRequest,
+    "/models/load": ModelChoice,
 }
 BASE = {
     COMPLETIONS: {"prompt": "a", "max_tokens": 1},
@@ -121,6 +123,7 @@ BASE = {
         "inputs": [{"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["a"]}],
         "parameters": {"max_tokens": 1},
     },
+    "/models/load": {"model": MODEL},
 }
 NUMBERS = [(path, *number) for path, shape in REQUESTS.items() for number in numbers_of(shape)]
 

@@ -220,6 +220,8 @@ model. A value that is absent is decided from the model and the machine. Nothing
 2. the environment: `PENSTOCK_SERVE_MAX_NUM_SEQS=16`
 3. the command line: `--max-num-seqs 16`
 
+Tables `[models.NAME]` are [models of their own](how-to/several-models.md).
+
 A key that is no option is an error, and so is a value that the option would not take. `penstock config show --origin`,
 given the same file, environment and options, tells every value and where it comes from.
 

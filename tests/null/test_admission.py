@@ -44,6 +44,10 @@ def test_never_over_budget_and_back_to_zero(
             continue
         before = admission.held
         try:
+            admission.reserve(visit, used, now)  # it waits for its model
+            assert admission.held <= budget and visit.charged == min(used, budget)
+            admission.release(visit)
+            assert admission.held == before
             admission.charge(visit, tokens, now)
             live.append(visit)
         except Unavailable as error:

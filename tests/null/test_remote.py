@@ -21,7 +21,7 @@ from penstock.sim.toy import toy_completion, toy_reports
 from penstock.spec import EngineConfig, SamplingParams, TokenLogprobs
 from penstock.wire import RemoteService, remote
 from penstock.wire.process import EngineProcess
-from toyhost import DEADLY, VOCAB
+from toyhost import DEADLY, ENDLESS, VOCAB
 
 ARGV = [sys.executable, str(Path(__file__).with_name("toyhost.py"))]
 PROMPT = (5, 6, 7)
@@ -96,6 +96,8 @@ def kill(service: RemoteService) -> None:
 def test_what_a_service_promises(service: RemoteService) -> None:
     ready = service.ready()
     assert ready.pools == ((512, None),) and ready.numerics_id == b"toy" and ready.one_answer and not ready.whole
+    assert service.progress == 0.5, "what the toy told"
+    assert service.held == 1, "of the toy, which adds one to what others need"
     assert service.alive and not service._process.path.parent.exists()
     heard, jobs = Heard(service), [job(str(i), 20 + i, n=1 + i % 3, seed=i) for i in range(8)]
     for submission in jobs:
@@ -183,6 +185,33 @@ def test_a_request_that_kills_engines_ends_alone(service: RemoteService) -> None
     for submission in mates:
         heard.verify(submission)
     assert service.status().counters.restarts == remote.MAX_DEATHS
+
+
+def test_an_engine_that_hangs_is_replaced(service: RemoteService, caplog: pytest.LogCaptureFixture) -> None:
+    """Stopped, it is there and silent. One that has nothing to do is silent too, and lives."""
+    service.step_timeout = 2.0
+    heard, jobs = Heard(service), [job(str(i), 400, n=1 + i % 2, seed=i) for i in range(6)]
+    for submission in jobs:
+        heard.submit(submission)
+    heard.until(lambda: bool(heard.tokens))
+    os.kill(service._process.process.pid, signal.SIGSTOP)
+    for submission in jobs:
+        heard.all().verify(submission)
+    engine = service._process.process.pid
+    time.sleep(3.5)
+    assert service.status().counters.restarts >= 1 and service._process.process.pid == engine
+    assert "it hangs" in caplog.text and "was killed by signal 9 while" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_request_that_hangs_engines_ends_alone(service: RemoteService) -> None:
+    service.step_timeout = 2.0
+    heard, mate = Heard(service), job("mate", 300, tokens=(1, 2))
+    heard.submit(mate)
+    heard.submit(job("deadly", tokens=(1, ENDLESS)))
+    error = heard.all().last["deadly", 0].error
+    assert error is not None and error.code == "request_quarantined"
+    heard.verify(mate)
 
 
 def test_an_engine_that_cannot_start_again_stays_dead(tmp_path: Path) -> None:

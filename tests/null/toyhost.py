@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ from penstock.host import main
 from penstock.sim.toy import Done, ToyExecutor
 from penstock.spec import EngineConfig, Vocabulary
 
-VOCAB, DEADLY = 64, 64
-"""A prompt with the token DEADLY kills the process that computes it."""
+VOCAB, DEADLY, ENDLESS = 64, 64, 65
+"""A prompt with the token DEADLY kills the process that computes it; with ENDLESS, its step never ends."""
 
 SETUP = EngineSetup(
     pools=(PoolSpec(512),),
     block_size=8,
     numerics_id=b"toy",
     limits=Limits(max_batch_tokens=64, max_batch_requests=16, max_model_len=512),
-    vocabulary=Vocabulary(size=VOCAB + 1),
+    vocabulary=Vocabulary(size=VOCAB + 2),
     depth=2,
 )
 
@@ -39,10 +40,12 @@ class Slow(ToyExecutor):
         time.sleep(0.003)
         if any(DEADLY in new.tokens for new in plan.new):
             os._exit(7)
+        if any(ENDLESS in new.tokens for new in plan.new):
+            time.sleep(600)
         return super().submit(plan)
 
 
-def load(config: EngineConfig) -> tuple[Any, Loaded]:
+def load(config: EngineConfig, told: Callable[[float], None], taken: int) -> tuple[Any, Loaded]:
     """``config.model`` says how it fails to load: "refuse", "exit", or "once:FILE", which works once."""
     how, _, place = (config.model or "").partition(":")
     if how == "refuse":
@@ -51,9 +54,10 @@ def load(config: EngineConfig) -> tuple[Any, Loaded]:
         os._exit(3)
     if how == "once":
         Path(place).touch()
+    told(0.5)
     executor = Slow(SETUP.pools, SETUP.block_size, VOCAB)
     config = replace(config, max_model_len=SETUP.limits.max_model_len)
-    return None, Loaded(config=config, spec=None, setup=SETUP, executor=executor, one_answer=True)  # type: ignore[arg-type]
+    return None, Loaded(config=config, spec=None, setup=SETUP, executor=executor, one_answer=True, held=taken + 1)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def read_face(folder: Path, config: EngineConfig) -> Face:
     tokenizer = load_tokenizer(folder, spec.vocab_size)
     chat = load_chat_template(folder, config.chat_template)
     return Face(
-        name=config.served_model_name or _name(config.model),
+        name=name_of(config),
         spec=spec,
         tokenizer=tokenizer,
         chat=chat,
@@ -134,10 +134,13 @@ def read_face(folder: Path, config: EngineConfig) -> Face:
     )
 
 
-def load_behind(face: Face, folder: Path, config: EngineConfig) -> Loaded:
-    """What computes for a face. Raises as ``build_engine``."""
+def load_behind(
+    face: Face, folder: Path, config: EngineConfig, told: Callable[[float], None] = lambda _: None, taken: int = 0
+) -> Loaded:
+    """What computes for a face; ``told`` and ``taken`` as for ``load_executor``. Raises as ``build_engine``."""
     between = face.tokenizer.pair_frame()[1] if face.pooling.classifier else []
-    return load_executor(folder, config, face.tokenizer.vocabulary, between[0] if between else None, face.grammars)
+    separator = between[0] if between else None
+    return load_executor(folder, config, face.tokenizer.vocabulary, separator, face.grammars, told, taken)
 
 
 def _assembled(
@@ -192,5 +195,7 @@ def find_model(model: str | None) -> Path:
     return fetch(place)
 
 
-def _name(model: str | None) -> str:
-    return (model or BUNDLED_NAME).rstrip("/").rsplit(os.sep, 1)[-1].removesuffix(".gguf")
+def name_of(config: EngineConfig) -> str:
+    """What clients call a model."""
+    file = (config.model or BUNDLED_NAME).rstrip("/").rsplit(os.sep, 1)[-1].removesuffix(".gguf")
+    return config.served_model_name or file

@@ -28,20 +28,25 @@ if TYPE_CHECKING:
 
     from penstock.core.plan import NewRequest
     from penstock.grammar import Grammars
-    from penstock.kernels import Ops
+    from penstock.kernels import KVLayer, Ops
     from penstock.models import Placement
+    from penstock.runtime.encoder import EncoderRunner
+    from penstock.runtime.runner import Runner
     from penstock.sampling import LogitsRule, RuleFactory, RuleKit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A model in memory with its KV pools, and the numbers a scheduler for it is made from."""
+    """A model in memory with its KV pools, and the numbers a scheduler for it is made from. ``held``: bytes that the
+    system counts as free until they are used, or always, and that this model needs.
+    """
 
     config: EngineConfig
     spec: ModelSpec | EncoderSpec
     setup: EngineSetup
     executor: Executor
     one_answer: bool
+    held: int = 0
 
 
 def load_executor(
@@ -50,21 +55,25 @@ def load_executor(
     vocabulary: Vocabulary,
     separator: int | None = None,
     grammars: Callable[[], Grammars] | None = None,
+    told: Callable[[float], None] = lambda _: None,
+    taken: int = 0,
 ) -> Loaded:
     """The part of an engine that knows tensors. Raises as ``build_engine``.
 
     Args:
         separator: token id between the texts of a pair, which a cross-encoder needs to know.
         grammars: compiles structured outputs; without it they are not obeyed.
+        told: hears which share of the layers is in memory.
+        taken: bytes that seem to be free, and that others will need.
     """
     import torch
 
     from penstock.kernels import make_ops
     from penstock.layers import Packing
     from penstock.models import Placement, numerics_id
+    from penstock.runtime.fit import fit
     from penstock.runtime.host import keep_freed_memory
-    from penstock.runtime.local import LocalExecutor
-    from penstock.runtime.memory import check_weights, fit_context, plan_pools
+    from penstock.runtime.memory import plan_pools, pool_bytes
     from penstock.runtime.packed import load_kept
     from penstock.runtime.runner import Runner
 
@@ -76,25 +85,21 @@ def load_executor(
     device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
     placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
     config = as_stored(config, folder, ops)
-    check_weights(checkpoint, stored, device, config.quant)
+    config = fit(checkpoint, config, stored, device, packed=is_packed(config, folder, ops), taken=taken)
     if isinstance(checkpoint, EncoderSpec):
         return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
     placement = replace(placement, kv_dtype=None if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype))
-    config = fit_context(config, checkpoint, stored, device)
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
     packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config)
-    decoder, mapped = load_kept(folder, spec, ops, placement, packing, store)
-    pools = plan_pools(spec, config, stored, device, reserved=mapped)
+    decoder, mapped = load_kept(folder, spec, ops, placement, packing, store, told)
+    pools = plan_pools(spec, config, stored, device, reserved=mapped + taken)
     digest = store.digest if store else file_digest
     setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement, packing.recipe, digest), vocabulary)
     runner = Runner(
         decoder,
         ops,
-        [
-            ops.allocate_kv(len(g.layers), pool.blocks, config.block_size, g.kv_heads, g.head_dim, placement.kv, device)
-            for g, pool in zip(spec.kv_groups(), pools, strict=True)
-        ],
+        _allocate(ops, spec, pools, config.block_size, placement),
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         block_size=config.block_size,
@@ -102,8 +107,16 @@ def load_executor(
         kit=_rule_kit(config, grammars, vocabulary, device),
         eager=config.enforce_eager,
     )
-    executor = LocalExecutor(runner, overlap=setup.depth > 1)
-    return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
+    return _loaded(config, spec, setup, runner, ops, held=mapped + pool_bytes(spec, config, stored, pools))
+
+
+def _allocate(
+    ops: Ops, spec: ModelSpec, pools: tuple[PoolSpec, ...], size: int, placement: Placement
+) -> list[list[KVLayer]]:
+    return [
+        ops.allocate_kv(len(g.layers), pool.blocks, size, g.kv_heads, g.head_dim, placement.kv, placement.device)
+        for g, pool in zip(spec.kv_groups(), pools, strict=True)
+    ]
 
 
 def weight_cache(config: EngineConfig) -> WeightCache | None:
@@ -116,6 +129,11 @@ def as_stored(config: EngineConfig, folder: Path, ops: Ops) -> EngineConfig:
     from penstock.quant import stored_quantization
 
     return replace(config, quant=stored_quantization(folder, config.quant)) if ops.grouped else config
+
+
+def is_packed(config: EngineConfig, folder: Path, ops: Ops) -> bool:
+    """Whether the file holds small integers already."""
+    return as_stored(replace(config, quant="none"), folder, ops).quant != "none"
 
 
 def _rule_kit(
@@ -172,7 +190,6 @@ def _load_encoder(
     """An encoder has no KV, and its texts are computed whole: a step holds at least the longest one."""
     from penstock.models import load_encoder, numerics_id
     from penstock.runtime.encoder import EncoderRunner
-    from penstock.runtime.local import LocalExecutor
 
     made_for = read_pooling(folder, spec).max_length or spec.max_positions
     longest = config.max_model_len or min(made_for, spec.max_positions)
@@ -183,8 +200,21 @@ def _load_encoder(
     numerics = numerics_id(folder, spec, ops, placement, digest=store.digest if store else file_digest)
     setup = engine_setup(config, (), numerics, vocabulary, whole=True)
     runner = EncoderRunner(encoder, separator=separator, device=placement.device)
+    return _loaded(config, spec, setup, runner, ops)
+
+
+def _loaded(
+    config: EngineConfig,
+    spec: ModelSpec | EncoderSpec,
+    setup: EngineSetup,
+    runner: Runner | EncoderRunner,
+    ops: Ops,
+    held: int = 0,
+) -> Loaded:
+    from penstock.runtime.local import LocalExecutor
+
     executor = LocalExecutor(runner, overlap=setup.depth > 1)
-    return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer)
+    return Loaded(config=config, spec=spec, setup=setup, executor=executor, one_answer=ops.one_answer, held=held)
 
 
 def engine_setup(

@@ -11,7 +11,7 @@ from penstock.base.errors import (
     Unavailable,
 )
 from penstock.base.registry import Registry
-from penstock.base.units import parse_size
+from penstock.base.units import parse_size, parse_span
 
 __all__ = [
     "ConfigError",
@@ -24,4 +24,5 @@ __all__ = [
     "Registry",
     "Unavailable",
     "parse_size",
+    "parse_span",
 ]

@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Sizes of memory and spans of time as people write them."""
 
 from __future__ import annotations
 
@@ -19,3 +19,19 @@ def parse_size(text: str) -> int:
     if match is None or (size := int(float(match[1]) * UNITS[match[2]])) < 1:
         raise ConfigError("size_invalid", f"{text!r} is not a size of memory", fix='write it like "512M" or "2G"')
     return size
+
+
+SPANS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_span(text: str) -> float | None:
+    """Seconds of "10m", "1.5 h" or "30"; None of "-1", which means for ever.
+
+    Raises:
+        ConfigError: (span_invalid).
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([smhd]?)", text.strip().lower())
+    if match is None and text.strip() != "-1":
+        fix = 'write it like "30s" or "10m"; -1 is for ever'
+        raise ConfigError("span_invalid", f"{text!r} is not a span of time", fix=fix)
+    return None if match is None else float(match[1]) * SPANS[match[2]]

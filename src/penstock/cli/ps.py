@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +24,7 @@ Status = Mapping[str, Any]
 
 
 def ps(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each server")] = False) -> None:
-    """List the servers that you run on this machine, and what they do."""
+    """List the servers that you run on this machine, their models, and what they do."""
     from penstock.serving.presence import servers
 
     rows = [(server, status_of(server)) for server in servers()]
@@ -33,19 +33,43 @@ def ps(as_json: Annotated[bool, typer.Option("--json", help="print one JSON obje
             known = {"pid": server.pid, "model": server.model, "url": server.url, "admin": server.admin}
             emit(json.dumps(known | {"status": status}))
         return
-    table = [("pid", "model", "url", "state", "requests", "KV")]
-    table += [(str(server.pid), server.model, server.url, *_cells(status)) for server, status in rows]
+    table: list[tuple[str, ...]] = [("pid", "model", "url", "state", "requests", "KV")]
+    for server, status in rows:
+        for model, *cells in _models(server, status):
+            table.append((str(server.pid), model, server.url, *cells))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         emit("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _cells(status: Status | None) -> tuple[str, str, str]:
+def _models(server: Presence, status: Status | None) -> Iterator[tuple[str, str, str, str]]:
+    """(name, state, requests, KV) of each."""
     if status is None:
-        return "no answer", "-", "-"
-    engine = status["engine"]
-    state = "draining" if status["draining"] else "ready" if status["alive"] else "engine stopped"
-    return state, str(status["queue"]["requests"]), f"{_share(engine['kv_blocks_used'], engine['kv_blocks']):.0%}"
+        yield server.model, "no answer", "-", "-"
+        return
+    for model in _each(server, status):
+        requests = model["requests"]["running"] + model["requests"]["waiting"]
+        used = f"{_share(model['kv_blocks_used'], model['kv_blocks']):.0%}"
+        yield model["name"], _state(status, model), str(requests), used if model["kv_blocks"] else "-"
+
+
+def _each(server: Presence, status: Status) -> list[Status]:
+    """Its models. A server of before there were several has one, which is in memory."""
+    engine, requests = status["engine"], {"running": status["queue"]["requests"], "waiting": 0}
+    kv = {name: engine[name] for name in ("kv_blocks", "kv_blocks_used")}
+    one = {"name": server.model, "state": "loaded", "alive": status["alive"], "requests": requests} | kv
+    found: list[Status] = status.get("models", [one])
+    return found
+
+
+def _state(status: Status, model: Status) -> str:
+    if status["draining"] or model["alive"]:
+        return "draining" if status["draining"] else "ready"
+    if model["state"] == "unloaded" and model["failure"]:
+        return f"failed: {model['failure']}"
+    if model["state"] == "loading":
+        return f"loading {model['progress']:.0%}"
+    return "engine stopped" if model["state"] == "loaded" else str(model["state"])
 
 
 def status_of(server: Presence) -> Status | None:
@@ -132,10 +156,11 @@ def view(server: Presence, status: Status, before: Status, seconds: float) -> Ta
 
     one_line: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis"}
     table = Table(box=None, show_header=False, title=Text(f"{server.model}  {server.url}  pid {server.pid}"))
-    state = "draining" if status["draining"] else "ready" if status["alive"] else "engine stopped"
+    models = _each(server, status)
+    states = ", ".join(f"{model['name']} {_state(status, model)}" for model in models)
     held, most = queue["tokens"], queue["tokens_limit"]
     rows = {
-        "state": state,
+        "state": states if len(models) > 1 else _state(status, models[0]),
         "queue": f"{queue['requests']} requests, {_bar(held, most)} {held} of {most} tokens",
         "batch": f"{engine['running']} running, {engine['waiting']} waiting, {rate('steps'):.0f} steps/s",
         "KV": f"{_bar(engine['kv_blocks_used'], engine['kv_blocks'])} {engine['kv_blocks_used']} of "

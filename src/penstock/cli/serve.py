@@ -1,4 +1,4 @@
-"""``penstock serve``: an OpenAI-compatible HTTP server over one model."""
+"""``penstock serve``: an OpenAI-compatible HTTP server over one model or several."""
 
 from __future__ import annotations
 
@@ -8,55 +8,50 @@ import shlex
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from penstock.base import ConfigError, env
-from penstock.cli.complete import complete_model
 from penstock.cli.config import ConfigOption
-from penstock.cli.options import MODEL_HELP, engine_options
+from penstock.cli.offers import Keeping, at_once, configured, models_of
+from penstock.cli.options import engine_options, field_options
 from penstock.cli.serve_options import (
     AdminPort,
+    AllowAnyone,
     CorsOrigin,
+    First,
+    Host,
+    Keys,
     LogFile,
+    Others,
     OtlpEndpoint,
+    Port,
     QueueTokens,
     Store,
     TlsCert,
     TlsKey,
     TokenizerWorkers,
 )
-from penstock.spec import EngineConfig
 
 if TYPE_CHECKING:
     from penstock.assemble import Assembled
-    from penstock.llm import AsyncLLM
     from penstock.serving.gate import Gate
+    from penstock.serving.models import Models
     from penstock.serving.spans import Spans
     from penstock.serving.transport import Certificate
 
 
 @engine_options
+@field_options(Keeping, "keeping")
 def serve(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)
-    ] = None,
+    model: First = None,
+    others: Others = None,
     *,
-    host: Annotated[
-        str, typer.Option(help="address to listen on; by default only this machine can reach it")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="8000, or the next free one, unless given; 0 takes any")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
     store: Store = None,
     config: ConfigOption = None,
-    keys: Annotated[
-        Path | None, typer.Option(help="file of the keys that may use it (penstock keys); SIGHUP reads it again")
-    ] = None,
-    allow_anyone: Annotated[
-        bool, typer.Option("--allow-anyone", help="let others than this machine reach it without a key")
-    ] = False,
+    keys: Keys = None,
+    allow_anyone: AllowAnyone = False,
     admin_port: AdminPort = None,
     queue_tokens: QueueTokens = None,
     log_file: LogFile = None,
@@ -65,23 +60,24 @@ def serve(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     cors_origin: CorsOrigin = None,
+    keeping: dict[str, Any],
     engine: dict[str, Any],
 ) -> None:
-    """Serve MODEL over HTTP, with the API of OpenAI."""
+    """Serve MODEL over HTTP, with the API of OpenAI; or several, each in memory while it is used."""
     from penstock.wire import RemoteService, python
 
-    wanted = EngineConfig(model=model, **engine)
-    service = RemoteService(python("penstock.host"), wanted)  # first of all: what it imports and reads takes longest
+    kept, configs = Keeping(**keeping), configured([*([model] if model else []), *(others or [])], engine, config)
+    service = RemoteService(python("penstock.host"), at_once(configs))  # first of all: it takes longest
 
-    from penstock.assemble import front_of
     from penstock.fleet import Admission
     from penstock.serving import server
-    from penstock.serving.gate import Gate, queue_budget
+    from penstock.serving.gate import Gate
     from penstock.serving.requestlog import RequestLog
     from penstock.serving.transport import origins_of
 
     with ExitStack() as stack:  # what can be wrong with the options is noticed before the model is loaded
         stack.enter_context(closing(service))
+        models = stack.enter_context(closing(models_of(configs, service, kept, tokenizer_workers)))
         bound = stack.enter_context(server.listen(host, port))
         public, gate = not server.is_loopback(bound), Gate(Admission(queue_tokens or 1), keys)
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
@@ -89,14 +85,13 @@ def serve(
         certificate, origins = _certificate(tls_cert, tls_key), origins_of(cors_origin) if cors_origin else ()
         log = None if log_file is None else RequestLog(log_file)
         spans = _spans(otlp_endpoint or env.otlp_endpoint())
-        llm = _with_workers(front_of(service, wanted), tokenizer_workers)
-        gate.admission.budget = queue_tokens or queue_budget(llm.engine)
+        _load(models, gate if queue_tokens is None else None)
         scheme = "http" if certificate is None else "https"
         url, admin_url = server.url_of(bound, scheme), None if admin is None else server.url_of(admin, scheme)
-        stack.enter_context(_present(llm.engine, url, admin_url, gate, certificate))
-        greet = partial(_greet, llm.engine, url, admin_url, public=public, keyed=gate.ring is not None)
+        stack.enter_context(_present(list(models.all), url, admin_url, gate, certificate))
+        greet = partial(_greet, models, url, admin_url, public=public, keyed=gate.ring is not None)
         server.serve(
-            llm,
+            models,
             bound,
             greet,
             store,
@@ -107,6 +102,15 @@ def serve(
             certificate=certificate,
             origins=origins,
         )
+
+
+def _load(models: Models, gate: Gate | None) -> None:
+    """``gate``: whose queue has to fit what is loaded, now and later."""
+    from penstock.serving.gate import queue_budget
+
+    if gate is not None:
+        models.changed = lambda: gate.widen(sum(map(queue_budget, models.engines)))
+    models.start()
 
 
 def _spans(endpoint: str | None) -> Spans | None:
@@ -125,13 +129,6 @@ def _spans(endpoint: str | None) -> Spans | None:
     return Spans(endpoint)
 
 
-def _with_workers(front: Assembled, count: int) -> AsyncLLM:
-    from penstock.llm import AsyncLLM
-    from penstock.wire import TextWorkers, python
-
-    return AsyncLLM(front, texts=TextWorkers(python("penstock.texthost"), front.config, count) if count else None)
-
-
 def _certificate(path: Path | None, key: Path | None) -> Certificate | None:
     """Raises ConfigError: tls_unusable."""
     from penstock.serving.transport import Certificate
@@ -142,7 +139,7 @@ def _certificate(path: Path | None, key: Path | None) -> Certificate | None:
 
 
 def _present(
-    engine: Assembled, url: str, admin_url: str | None, gate: Gate, certificate: Certificate | None
+    models: list[str], url: str, admin_url: str | None, gate: Gate, certificate: Certificate | None
 ) -> AbstractContextManager[None]:
     """So that ``penstock ps`` finds it."""
     from penstock.serving.presence import Presence, began, present
@@ -151,7 +148,7 @@ def _present(
     here = Presence(
         pid=pid,
         began=began(pid) or 0,
-        model=engine.name,
+        model=", ".join(models),
         url=url,
         admin=admin_url or url,
         token=gate.own_key(),
@@ -160,8 +157,9 @@ def _present(
     return present(here)
 
 
-def _greet(engine: Assembled, url: str, admin_url: str | None, *, public: bool, keyed: bool) -> None:
-    lines = [f"Serving {engine.name} at {url}/v1"]
+def _greet(models: Models, url: str, admin_url: str | None, *, public: bool, keyed: bool) -> None:
+    engine = models.engines[0]
+    lines = [f"Serving {', '.join(models.all)} at {url}/v1"]
     if not engine.one_answer:
         lines.append(
             f"The {engine.config.backend} backend does not promise one answer: tokens can depend on what "

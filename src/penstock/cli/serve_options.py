@@ -7,6 +7,23 @@ from typing import Annotated
 
 import typer
 
+from penstock.cli.complete import complete_model
+from penstock.cli.options import MODEL_HELP
+
+First = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)]
+Others = Annotated[
+    list[str] | None, typer.Argument(metavar="MODEL...", help="more models, each loaded when a request names it")
+]
+Host = Annotated[str, typer.Option(help="address to listen on; by default only this machine can reach it")]
+Port = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="8000, or the next free one, unless given; 0 takes any")
+]
+Keys = Annotated[
+    Path | None, typer.Option(help="file of the keys that may use it (penstock keys); SIGHUP reads it again")
+]
+AllowAnyone = Annotated[
+    bool, typer.Option("--allow-anyone", help="let others than this machine reach it without a key")
+]
 TokenizerWorkers = Annotated[
     int, typer.Option(min=0, max=64, help="processes for long texts, started when there is one; 0: threads")
 ]

@@ -162,12 +162,13 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
     """
     import torch
 
-    from penstock.assemble import as_stored, resolve_here
+    from penstock.assemble import as_stored, is_packed, resolve_here
     from penstock.formats import open_checkpoint
     from penstock.kernels import make_ops
     from penstock.models import Placement
     from penstock.models.weights import open_tensors
-    from penstock.runtime.memory import check_weights, fit_context, free_memory, plan_pools
+    from penstock.runtime.fit import fit
+    from penstock.runtime.memory import free_memory, plan_pools
 
     spec = read_any_spec(folder)
     config = resolve_here(config, spec)
@@ -189,10 +190,9 @@ def fit(folder: Path, config: EngineConfig, absent: Mapping[str, int]) -> dict[s
         "fits": None,
     }
     try:
-        check_weights(spec, dtype, device, config.quant)
+        config = fit(spec, config, dtype, device, packed=is_packed(config, folder, ops))
         if isinstance(spec, EncoderSpec):
             return facts | {"fits": True, "context": config.max_model_len or spec.max_positions}
-        config = fit_context(config, spec, dtype, device)
         pools = plan_pools(spec, config, dtype, device, reserved=needed)
     except ConfigError as error:
         return facts | {"fits": False, "why": as_dict(error)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, Protocol
 
 from penstock.base import InvalidRequest, PenstockError, Unavailable
@@ -108,6 +108,9 @@ class Counters:
     failed_steps: int = 0
     restarts: int = 0
     bad_frames: int = 0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counters)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -161,7 +161,23 @@ class Admission:
                 fix=f"lower max_tokens, or {_again(max(wait, again))}",
                 retry_after=max(wait, again),
             )
-        asked = 0 if visit.behind else min(tokens, self.budget - visit.charged)
+        self.reserve(visit, tokens, now)
+        if bucket is not None:
+            taken = min(tokens, bucket.per_minute)
+            bucket.take(taken, now)
+            visit.taken += taken
+
+    def reserve(self, visit: Visit, tokens: int, now: float) -> None:
+        """Takes room alone: of a request that has to wait before it is known how long it can get.
+
+        Raises:
+            Unavailable: (queue_full, share_used).
+        """
+        if visit.behind:
+            return
+        account = self._tenants[visit.tenant]
+        again = self._next_request(account, now)
+        asked = min(tokens, self.budget - visit.charged)
         if self.held + asked > self.budget:
             wait = max(again, self._until_free(self.held + asked - self.budget, asked, now))
             raise Unavailable(
@@ -181,13 +197,15 @@ class Admission:
                 fix=f"wait for one to end, or {_again(wait)}",
                 retry_after=wait,
             )
-        if bucket is not None:
-            taken = min(tokens, bucket.per_minute)
-            bucket.take(taken, now)
-            visit.taken += taken
         visit.charged += asked
         account.held += asked
         self.held += asked
+
+    def release(self, visit: Visit) -> None:
+        """Gives back what was reserved, before it is charged."""
+        self.held -= visit.charged
+        self._tenants[visit.tenant].held -= visit.charged
+        visit.charged = 0
 
     def size(self, prompt: int, completions: int, longest: int, max_tokens: int | None) -> int:
         """Tokens that a request is charged.

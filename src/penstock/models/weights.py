@@ -53,18 +53,26 @@ from penstock.spec.tensors import Slots, checkpoint_tensors, layer_slots, model_
 Source = Tensors | GGUFTensors | CompressedTensors
 
 
-def load_decoder(folder: Path, spec: ModelSpec, ops: Ops, placement: Placement, pack: Pack | None = None) -> Decoder:
+def load_decoder(
+    folder: Path,
+    spec: ModelSpec,
+    ops: Ops,
+    placement: Placement,
+    pack: Pack | None = None,
+    told: Callable[[float], None] = lambda _: None,
+) -> Decoder:
     """Builds the model with its weights converted and placed; beside them one tensor at a time is in memory.
 
     Matrices are what ``pack`` makes of them; by default in the backend's own order and nothing else.
     The rope table covers ``spec.max_positions``; replace that by a shorter context to save its memory.
+    ``told`` hears after each layer which share of them is there.
 
     Raises:
         ModelFormatError: as ``open_checkpoint``; (weights_missing), (weights_unexpected), (weights_shape) or
             (weights_dtype) if the tensors are not those of ``spec``; (weights_not_finite).
     """
     tensors = open_tensors(open_checkpoint(folder), spec, placement)
-    return _Builder(tensors, spec, ops, placement, pack or Packing(ops, spec, placement)).decoder()
+    return _Builder(tensors, spec, ops, placement, pack or Packing(ops, spec, placement)).decoder(told)
 
 
 def open_tensors(checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> Source:
@@ -98,13 +106,16 @@ class _Builder:
         self.tables: dict[RopeSpec, Tensor] = {}
         self.slopes_N = None if spec.alibi is None else alibi_slopes(spec.heads, spec.alibi, placement)
 
-    def decoder(self) -> Decoder:
+    def decoder(self, told: Callable[[float], None]) -> Decoder:
         spec, ops, slots = self.spec, self.ops, model_slots(self.spec)
         scale = float(torch.tensor(spec.embed_scale, dtype=self.placement.dtype))  # as the models were trained with
         embedding = Embedding(ops, self.matrix(slots, "embedding"), self.placement.dtype, scale)
         head_VD = embedding.table_VD if spec.tied else self.matrix(slots, "head")
         group_of = {layer: i for i, group in enumerate(spec.kv_groups()) for layer in group.layers}
-        blocks = [self.block(layer, group_of[layer]) for layer in range(spec.layers)]
+        blocks = []
+        for layer in range(spec.layers):
+            blocks.append(self.block(layer, group_of[layer]))
+            told((layer + 1) / spec.layers)
         return Decoder(
             spec,
             embedding,

@@ -12,9 +12,7 @@ from torch import Tensor
 from penstock.base import ConfigError, parse_size
 from penstock.core.kv.groups import PoolSpec
 from penstock.runtime.host import available_memory
-from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec
-from penstock.spec.encoder import encoder_weight_bytes
-from penstock.spec.quantization import Quantization
+from penstock.spec import Dtype, EngineConfig, ModelSpec
 from penstock.spec.sizing import activation_bytes, kv_block_bytes, kv_dtype_of, kv_request_blocks, weight_bytes
 
 log = logging.getLogger(__name__)
@@ -56,29 +54,6 @@ class HostCopy:
         return self._tensors
 
 
-def check_weights(
-    spec: ModelSpec | EncoderSpec, dtype: Dtype, device: torch.device, quantization: Quantization = "none"
-) -> None:
-    """Call before loading.
-
-    Raises:
-        ConfigError: (model_too_large) the weights do not fit in what is free.
-    """
-    if isinstance(spec, EncoderSpec):
-        needed = encoder_weight_bytes(spec, dtype)
-    else:
-        needed = weight_bytes(spec, dtype, quantization)
-    free = free_memory(device)
-    if needed > free:
-        raise ConfigError(
-            "model_too_large",
-            f"The model does not fit in the memory of {device}",
-            why=f"its weights need {_gib(needed)} in {dtype if quantization == 'none' else quantization} and "
-            f"{_gib(free)} are free",
-            fix="use a smaller model, --quant int8 or int4, or free some memory",
-        )
-
-
 def plan_pools(
     spec: ModelSpec, config: EngineConfig, dtype: Dtype, device: torch.device, reserved: int = 0
 ) -> tuple[PoolSpec, ...]:
@@ -92,7 +67,9 @@ def plan_pools(
     return split_budget(spec, config, dtype, kv_budget(spec, config, dtype, device, reserved))
 
 
-def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: torch.device) -> EngineConfig:
+def fit_context(
+    config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: torch.device, taken: int = 0
+) -> EngineConfig:
     """Fills in max_model_len: the model's own context, halved until one request of it fits in the KV pool."""
     if config.max_model_len is not None:
         return config
@@ -100,7 +77,7 @@ def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: tor
     weights = weight_bytes(spec, dtype, config.quant)
     while length > MIN_CONTEXT:
         try:
-            plan_pools(spec, replace(config, max_model_len=length), dtype, device, reserved=weights)
+            plan_pools(spec, replace(config, max_model_len=length), dtype, device, reserved=weights + taken)
             break
         except ConfigError as error:
             if error.code != "kv_memory_too_small":
@@ -108,6 +85,13 @@ def fit_context(config: EngineConfig, spec: ModelSpec, dtype: Dtype, device: tor
             length //= 2
             log.warning("max_model_len lowered to %d: %s", length, error.why)
     return replace(config, max_model_len=length)
+
+
+def pool_bytes(spec: ModelSpec, config: EngineConfig, dtype: Dtype, pools: Sequence[PoolSpec]) -> int:
+    """Of all pools, once every block has been used."""
+    stored = kv_dtype_of(config, dtype)
+    groups = zip(spec.kv_groups(), pools, strict=True)
+    return sum(pool.blocks * kv_block_bytes(group, config.block_size, stored) for group, pool in groups)
 
 
 def kv_budget(spec: ModelSpec, config: EngineConfig, dtype: Dtype, device: torch.device, reserved: int = 0) -> int:
@@ -119,7 +103,7 @@ def kv_budget(spec: ModelSpec, config: EngineConfig, dtype: Dtype, device: torch
             raise ConfigError(
                 "kv_memory_too_large",
                 f"kv_memory = {config.kv_memory!r} does not fit in the memory of {device}",
-                why=f"it is {_gib(budget)} and {_gib(free)} are free",
+                why=f"it is {gib(budget)} and {gib(free)} are free",
                 fix="lower kv_memory or leave it out",
             )
         return budget
@@ -141,8 +125,8 @@ def split_budget(spec: ModelSpec, config: EngineConfig, dtype: Dtype, budget: in
         raise ConfigError(
             "kv_memory_too_small",
             f"One request of max_model_len = {_length(spec, config)} tokens does not fit in the KV pool",
-            why=f"it needs {_gib(request + chunk)} in {kv_dtype_of(config, dtype)} and the pool may take "
-            f"{_gib(max(0, budget))}",
+            why=f"it needs {gib(request + chunk)} in {kv_dtype_of(config, dtype)} and the pool may take "
+            f"{gib(max(0, budget))}",
             fix="lower max_model_len, raise kv_memory or gpu_memory_utilization, or use a smaller dtype or kv_dtype",
         )
     size = config.block_size
@@ -154,6 +138,12 @@ def split_budget(spec: ModelSpec, config: EngineConfig, dtype: Dtype, budget: in
         )
         for group in spec.kv_groups()
     )
+
+
+def least_kv(spec: ModelSpec, config: EngineConfig, dtype: Dtype) -> int:
+    """Bytes of KV without which nothing runs: one request, of the shortest context if that is left open."""
+    length = config.max_model_len or min(MIN_CONTEXT, spec.max_positions)
+    return sum(_demand(spec, replace(config, max_model_len=length), dtype))
 
 
 def _demand(spec: ModelSpec, config: EngineConfig, dtype: Dtype) -> tuple[int, int]:
@@ -175,6 +165,6 @@ def _length(spec: ModelSpec, config: EngineConfig) -> int:
     return config.max_model_len or spec.max_positions
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     unit, name = next(((1 << p, n) for p, n in ((30, "GiB"), (20, "MiB")) if size >= (1 << p) // 100), (1 << 10, "KiB"))
     return f"{size / unit:.2f} {name}"

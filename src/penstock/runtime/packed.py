@@ -29,16 +29,22 @@ WRITER = "penstock-weight-cache"
 
 
 def load_kept(
-    folder: Path, spec: ModelSpec, ops: Ops, placement: Placement, packing: Packing, store: WeightCache | None
+    folder: Path,
+    spec: ModelSpec,
+    ops: Ops,
+    placement: Placement,
+    packing: Packing,
+    store: WeightCache | None,
+    told: Callable[[float], None] = lambda _: None,
 ) -> tuple[Decoder, int]:
     """``load_decoder`` by way of the cache, if there is one and the backend packs weights; and how many bytes of memory
     belong to its file: the system counts them as free, and the model reads them in every step."""
     if store is None or not ops.layout:
-        return load_decoder(folder, spec, ops, placement, packing), 0
+        return load_decoder(folder, spec, ops, placement, packing, told), 0
     identity = partial(numerics_id, folder, spec, ops, replace(placement, kv_dtype=None), packing.recipe, store.digest)
     numerics = identity()
     kept = KeptWeights(packing, store, numerics + ops.layout.encode(), {"model": str(folder), "weights": packing.name})
-    decoder = load_decoder(folder, spec, ops, placement, kept)
+    decoder = load_decoder(folder, spec, ops, placement, kept, told)
     if identity() == numerics:  # no other files took the place of these meanwhile
         kept.keep()
     return decoder, 0 if kept.file is None else kept.file.bytes

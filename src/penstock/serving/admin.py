@@ -13,6 +13,7 @@ from penstock.serving.chrome import trace_file
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
+from penstock.serving.model_routes import load_model, models_told, unload_model
 from penstock.serving.openapi import openapi
 from penstock.serving.operations import Routes, operation
 from penstock.serving.status import status
@@ -56,6 +57,9 @@ ROUTES: Routes = {
     "/status": ("admin", status),
     "/debug/engine": ("admin", engine_view),
     "/debug/trace": ("admin", trace_file),
+    "/models": ("admin", models_told),
+    "/models/load": ("admin", load_model, "POST"),
+    "/models/unload": ("admin", unload_model, "POST"),
     "/reload": ("admin", _reload, "POST"),
     "/drain": ("admin", _drain, "POST"),
 }

@@ -1,10 +1,9 @@
-"""The application: routes over one engine, wrapped in the edge."""
+"""The application: routes over the models of a server, wrapped in the edge."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,7 +17,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from penstock.base import PenstockError, env
-from penstock.core.service import engine_stopped
 from penstock.fleet import Admission
 from penstock.llm import AsyncLLM
 from penstock.serving import durable
@@ -27,7 +25,7 @@ from penstock.serving.chat import ChatTask
 from penstock.serving.chat_schemas import ChatChoice, ChatChunkChoice, ChatCompletion
 from penstock.serving.chrome import trace_file
 from penstock.serving.completions import CompletionTask
-from penstock.serving.context import Context, context_of, shutting_down
+from penstock.serving.context import Context, context_of
 from penstock.serving.dashboard import PAGES
 from penstock.serving.decoding import Task, decode, in_batches
 from penstock.serving.edge import Edge, as_json, body_of, off_loop
@@ -52,8 +50,18 @@ from penstock.serving.messages import (
     count_tokens,
 )
 from penstock.serving.metrics import Metrics, QueueCollector
+from penstock.serving.model_routes import (
+    described,
+    load_model,
+    model_ready,
+    models_listed,
+    models_told,
+    ready,
+    unload_model,
+)
+from penstock.serving.models import Models
 from penstock.serving.openapi import openapi
-from penstock.serving.operations import Endpoint, Routes, operation
+from penstock.serving.operations import PLAIN_TEXT, Endpoint, Routes, operation
 from penstock.serving.other_apis import other_apis
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.response_items import DeletedResponse, ItemList, ResponseEvent, ResponseObject
@@ -63,8 +71,6 @@ from penstock.serving.schemas import (
     Completion,
     CompletionRequest,
     GenerationRequest,
-    Model,
-    ModelList,
     ModelRequest,
 )
 from penstock.serving.sse import DONE, NAMED, PLAIN, Dialect, EventStream, FaultEvent, unless_disconnected
@@ -89,12 +95,11 @@ if TYPE_CHECKING:
 
 G = TypeVar("G", bound=GenerationRequest)
 R = TypeVar("R", bound=ModelRequest)
-PLAIN_TEXT = "text/plain"
 _log = logging.getLogger(__name__)
 
 
 def build_app(
-    llm: AsyncLLM,
+    models: Models | AsyncLLM,
     store: Path | None = None,
     *,
     hosts: frozenset[str] | None = None,
@@ -105,18 +110,18 @@ def build_app(
     """The application, and what whoever runs it needs to end it in good order.
 
     Args:
+        models: or one that is in memory.
         store: folder of uploaded files and batches; the user's own by default.
         hosts: names a Host header may carry; None for any.
         gate: who may use it; by default anybody, within the default budget.
         log: has a line for each request.
         spans: sends one for each.
     """
-    engine = llm.engine
-    metrics = Metrics(engine.service.status, frozenset(ROUTES))
-    gate = gate or Gate(Admission(queue_budget(engine)))
+    models = Models.of(models) if isinstance(models, AsyncLLM) else models
+    metrics = Metrics(models.status, frozenset(ROUTES))
+    gate = gate or Gate(Admission(sum(map(queue_budget, models.engines))))
     metrics.registry.register(QueueCollector(gate.admission, log, spans))
-    context = Context(llm=llm, metrics=metrics, gate=gate, name=engine.name, created=int(time.time()), log=log)
-    context.spans = spans
+    context = Context(models=models, served=models.first, metrics=metrics, gate=gate, log=log, spans=spans)
     context.batches = Batches(context, store or env.data_folder() / "store", in_batches())
     return application(ROUTES, context, hosts), context
 
@@ -277,49 +282,16 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     current.get().enter()
     async with body_of(request) as body:
         await context.turnstile.enter()
-        asked = await off_loop(len(body), functools.partial(decode, body, shape))
+        asked, size = await off_loop(len(body), functools.partial(decode, body, shape)), len(body)
     asked.model = request.path_params.get("model", asked.model)
-    context.admit(asked.model)
-    current.get().model = context.name
+    context = await context.use(asked.model, size, request.receive)
     return context, asked
-
-
-@operation("List the models that are served.", gives=ModelList)
-async def _models(request: Request) -> Response:
-    return as_json(ModelList([_served(context_of(request))]))
-
-
-@operation("Describe a model.", gives=Model)
-async def _model(request: Request) -> Response:
-    context = context_of(request)
-    context.admit(request.path_params["model"])
-    return as_json(_served(context))
-
-
-def _served(context: Context) -> Model:
-    return Model(context.name, context.created, context.llm.engine.config.max_model_len)
 
 
 @operation("Whether the process answers.", gives=PLAIN_TEXT)
 async def _live(_: Request) -> Response:
     """The process answers. Nothing else is asked, so that a busy or broken engine is not restarted by mistake."""
     return PlainTextResponse("ok\n")
-
-
-@operation("Whether new requests are welcome.", gives=PLAIN_TEXT)
-async def _ready(request: Request) -> Response:
-    """New requests are welcome. Raises Unavailable."""
-    context = context_of(request)
-    if context.draining or not context.llm.engine.service.alive:
-        raise shutting_down() if context.draining else engine_stopped()
-    return PlainTextResponse("ok\n")
-
-
-@operation("Whether new requests to a model are.", gives=PLAIN_TEXT)
-async def _ready_model(request: Request) -> Response:
-    """New requests for one model are."""
-    context_of(request).admit(request.path_params["model"])
-    return await _ready(request)
 
 
 @operation("Metrics, for Prometheus.", gives=PLAIN_TEXT)
@@ -346,15 +318,18 @@ ROUTES: Routes = {
     "/v1/batches": ("inference", durable.batches_of_all, "GET POST"),
     "/v1/batches/{id}": ("inference", durable.one_batch),
     "/v1/batches/{id}/cancel": ("inference", durable.cancel_batch, "POST"),
-    "/v1/models": ("inference", _models),
-    "/v1/models/{model:path}": ("inference", _model),
+    "/v1/models": ("inference", models_listed),
+    "/v1/models/{model:path}": ("inference", described),
     "/openapi.json": ("inference", openapi),
     "/live": ("public", _live),
-    "/ready": ("inference", _ready),
-    "/ready/{model:path}": ("inference", _ready_model),
-    "/health": ("inference", _ready),
+    "/ready": ("inference", ready),
+    "/ready/{model:path}": ("inference", model_ready),
+    "/health": ("inference", ready),
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
+    "/models": ("admin", models_told),
+    "/models/load": ("admin", load_model, "POST"),
+    "/models/unload": ("admin", unload_model, "POST"),
     "/requests": ("inference", finished),
     "/debug/engine": ("admin", engine_view),
     "/debug/trace": ("admin", trace_file),

@@ -102,7 +102,7 @@ class Run:
 
     async def _answer(self, path: Path, sha256: str) -> None:
         """Answers lines until none is left, the batch is cancelled or its time is over, or one has to wait."""
-        window = AT_ONCE * self.context.llm.engine.config.max_num_seqs
+        window = AT_ONCE * self.context.served.config.max_num_seqs
         waiting, running = self._waiting(path), set[asyncio.Task[Done | None]]()
         done: list[Done] = []
         committed, exhausted = time.monotonic(), False
@@ -158,7 +158,8 @@ class Run:
             try:
                 body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
                 asked = await off_loop(len(body), partial(self.answerer.decode, body))
-                return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), self.context))
+                context = await self.context.use(asked.model, len(body))
+                return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), context))
             except OverLimit as error:
                 resume_at = time.monotonic() + max(RETRY_SECONDS, error.retry_after)
                 self.resume_at = min(resume_at, self.resume_at or resume_at)
@@ -166,7 +167,7 @@ class Run:
             except PenstockError as error:
                 # not the line's fault: it comes again, in this process or the next
                 if error.status == 503 or error.code in ("engine_dead", "engine_closed"):
-                    caller.leave()
+                    caller.leave()  # so that its model may make room for others meanwhile
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
                 log_fault(error)
@@ -185,7 +186,6 @@ class Run:
                 )
             asked.seed = seed if asked.seed is None else asked.seed
         asked.priority = min(MAX_PRIORITY, (asked.priority or 0) + BEHIND)
-        self.context.admit(asked.model)
         return asked
 
     def _done(self, line: Line, name: str, status: int, body: Any) -> Done:

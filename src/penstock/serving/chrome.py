@@ -18,6 +18,7 @@ from penstock.core.trace import RequestTrace, StepTrace, Trace
 from penstock.serving.context import context_of
 from penstock.serving.history import Visit, phases
 from penstock.serving.limits import MAX_TRACE_SECONDS
+from penstock.serving.model_routes import in_memory
 from penstock.serving.operations import operation
 from penstock.serving.requestlog import line_of
 from penstock.serving.steps import Composition, Seconds, Tokens, look, number_of
@@ -39,15 +40,22 @@ class Slice(NamedTuple):
 
 class Last(msgspec.Struct, kw_only=True):
     seconds: Seconds = 10.0
+    model: str | None = None
 
 
 @operation("The engine's last steps and requests as a file for Perfetto.", query=Last, gives=dict[str, Any])
 async def trace_file(request: Request) -> Response:
-    """GET /debug/trace: the last ``seconds`` (10), of all that the engine and the server still know of them."""
-    context, seconds = context_of(request), number_of(request.query_params, "seconds", 10.0, MAX_TRACE_SECONDS)
+    """GET /debug/trace: the last ``seconds`` (10), of all that the engine and the server still know of them.
+
+    ``model``: by default the first that is in memory. Of requests to others nothing is told.
+    """
+    query = request.query_params
+    seconds = number_of(query, "seconds", 10.0, MAX_TRACE_SECONDS)
+    context = in_memory(context_of(request), query.get("model"))
     seen = await look(context, seconds)
     visits = [visit for visit in context.history.visits if visit.arrived + visit.line.total_s >= seen.now - seconds]
     visits += [Visit.of(caller, line_of(caller, "", 0)) for caller in context.gate.live]
+    visits = [visit for visit in visits if visit.line.model in (None, context.name)]
     body = await asyncio.to_thread(lambda: msgspec.json.encode(chrome_trace(seen, visits)))
     kept = {"content-disposition": 'attachment; filename="penstock-trace.json"'}
     return Response(body, headers=kept, media_type="application/json")

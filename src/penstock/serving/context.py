@@ -7,21 +7,26 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
+from starlette.types import Receive
 
 from penstock.base import PenstockError, Unavailable
+from penstock.core.service import engine_stopped
 from penstock.llm import AsyncLLM, TokensPrompt
 from penstock.serving.errors import HTTPError
 from penstock.serving.gate import Gate, current
 from penstock.serving.history import History
 from penstock.serving.limits import MAX_CHOICES, REQUESTS_AT_ONCE
 from penstock.serving.metrics import Metrics
+from penstock.serving.models import Models, Served
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.response_store import ResponseStore
 from penstock.serving.schemas import PromptTokensDetails, Usage
+from penstock.serving.sse import unless_disconnected
 from penstock.serving.turns import Turnstile
 from penstock.spec import SamplingParams
 from penstock.text import Delta
@@ -35,10 +40,11 @@ T = TypeVar("T")
 
 @dataclass(slots=True, kw_only=True)
 class Context:
-    """One served model.
+    """A server, as a request to one of its models sees it.
 
     Attributes:
-        name: what clients call it.
+        models: all that it serves.
+        served: the one that the request is for; the first where none is named.
         live: engine ids of the requests under way that generate.
         tasks: those that make vectors, or choose among samples.
         history: those that ended last.
@@ -50,11 +56,10 @@ class Context:
         turnstile: bounds what requests that arrive together take of a turn of the loop.
     """
 
-    llm: AsyncLLM
+    models: Models
+    served: Served
     metrics: Metrics
     gate: Gate
-    name: str
-    created: int
     log: RequestLog | None = None
     spans: Spans | None = None
     live: set[str] = field(default_factory=set)
@@ -67,19 +72,53 @@ class Context:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     turnstile: Turnstile = field(default_factory=lambda: Turnstile(REQUESTS_AT_ONCE))
 
-    def admit(self, model: str | None) -> None:
-        """Refuses any model but this one, by its name or as the engine was given it, and everything while it ends."""
+    @property
+    def name(self) -> str:
+        return self.served.name
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """Raises Unavailable: (engine_stopped) it is not in memory."""
+        if self.served.llm is None:
+            raise engine_stopped()
+        return self.served.llm
+
+    def of(self, model: Served) -> Context:
+        """The same for one of its models."""
+        view = copy(self)
+        view.served = model
+        return view
+
+    def admit(self, model: str | None) -> Served:
+        """Refuses what is not served here, and everything while it ends."""
         if self.draining:
             raise shutting_down()
-        if model not in (None, self.name, self.llm.engine.config.model):
-            raise HTTPError(
-                "model_not_found",
-                "This server does not have the model that was asked for",
-                why=f"it serves {self.name!r}",
-                fix="see GET /v1/models",
-                param="model",
-                status=404,
-            )
+        return self.models.find(model)
+
+    async def use(self, model: str | None, size: int, receive: Receive | None = None) -> Context:
+        """The same for one of its models, which stays in memory until the caller leaves. Waits for it if need be.
+
+        Args:
+            size: of the request, in bytes: no prompt has more tokens.
+            receive: of a client that may go away meanwhile.
+
+        Raises:
+            HTTPError: as ``admit``.
+            ClientDisconnect: it went away.
+            Unavailable: it cannot be loaded, or too many wait.
+        """
+        view, caller = self.of(self.admit(model)), current.get()
+        caller.model = view.name
+        ticket = self.models.ask(view.served)
+        caller.let_go = lambda: self.models.leave(ticket)
+        if not ticket.granted:
+            caller.reserve(size)
+            try:
+                waiting = self.until_aborted(self.models.granted(ticket))
+                await (waiting if receive is None else unless_disconnected(receive, waiting))
+            finally:
+                caller.release()
+        return view
 
     @property
     def own_llm(self) -> AsyncLLM:
@@ -103,7 +142,7 @@ class Context:
         for task in tuple(self.tasks):
             task.cancel()
         for engine_id in tuple(self.live):
-            await self.llm.abort(engine_id)
+            await self.models.abort(engine_id)
 
 
 def context_of(request: Request) -> Context:

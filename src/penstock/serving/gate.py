@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,8 @@ class Caller:
         booked: False for a line of a batch, which is bounded where it comes from and stands behind all others; only its
             tokens count at its tenant's rate.
         ahead: requests under way when it came.
+        waits: for its model to be loaded.
+        let_go: gives up the model that it uses.
         model, ..., stalls: what became of it, for the log; times in seconds of ``time.monotonic``.
         starved_first: how much of ``starved`` was before its first token.
         stalls: since when and for how many seconds its client did not take what was written.
@@ -63,6 +65,8 @@ class Caller:
     arrived: float = field(default_factory=time.monotonic)
     visit: Visit | None = None
     ahead: int = 0
+    waits: bool = False
+    let_go: Callable[[], None] | None = None
     model: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -119,6 +123,17 @@ class Caller:
         self.admitted = self.admitted or now
         self.prompt_tokens += prompt
 
+    def reserve(self, tokens: int) -> None:
+        """Takes room in the queue until ``release``, before it is known how long it can get. Raises Unavailable."""
+        self.waits = True
+        if self.visit is not None:
+            self.gate.admission.reserve(self.visit, tokens, time.monotonic())
+
+    def release(self) -> None:
+        self.waits = False
+        if self.visit is not None and not self.visit.left:
+            self.gate.admission.release(self.visit)
+
     def began(self, timing: Timing | None) -> None:
         """A first token is here, and what the engine says of the time before it."""
         if self.first_token is None:
@@ -143,6 +158,9 @@ class Caller:
         return headers
 
     def leave(self) -> None:
+        if self.let_go is not None:
+            self.let_go()
+            self.let_go = None
         if self.visit is not None:
             used = self.prompt_tokens + self.completion_tokens
             self.gate.admission.leave(self.visit, time.monotonic(), used)
@@ -173,6 +191,10 @@ class Gate:
         self.live: set[Caller] = set()
         self._share()
         self._own: tuple[Key, ...] = ()
+
+    def widen(self, budget: int) -> None:
+        """There is room for so many tokens, if that is more than before."""
+        self.admission.budget = max(self.admission.budget, budget)
 
     def own_key(self) -> str | None:
         """A key of the role admin that is in no file, good until the process ends; None if nobody needs one."""

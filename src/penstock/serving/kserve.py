@@ -18,12 +18,12 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from penstock.core.service import engine_stopped
 from penstock.serving.completions import CompletionTask
-from penstock.serving.context import Context, context_of, shutting_down
+from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json, parse
 from penstock.serving.errors import invalid, plain_body, unsupported
 from penstock.serving.limits import MAX_TEXTS
+from penstock.serving.model_routes import check_model_ready, check_ready, in_memory
 from penstock.serving.operations import operation
 from penstock.serving.schemas import CompletionRequest, Harmless, ModelRequest, Name, refuse_unsupported
 from penstock.serving.sse import Dialect, event
@@ -220,25 +220,22 @@ async def live(_: Request) -> Response:
 @operation("Whether new requests are welcome.", gives=dict[str, Any])
 async def ready(request: Request) -> Response:
     """Raises Unavailable."""
-    context = context_of(request)
-    if context.draining or not context.llm.engine.service.alive:
-        raise shutting_down() if context.draining else engine_stopped()
+    check_ready(context_of(request))
     return as_json({"ready": True})
 
 
-@operation("Whether new requests to a model are.", gives=dict[str, Any])
+@operation("Whether a model can compute now.", gives=dict[str, Any])
 async def model_ready(request: Request) -> Response:
     """Raises Unavailable, and HTTPError: (model_not_found)."""
-    context_of(request).admit(request.path_params["model"])
-    await ready(request)
+    check_model_ready(context_of(request), request.path_params["model"])
     return as_json({"name": request.path_params["model"], "ready": True})
 
 
 @operation("Describe a model and its tensors.", gives=dict[str, Any])
 async def model(request: Request) -> Response:
-    """Raises HTTPError: (model_not_found)."""
+    """Raises HTTPError: (model_not_found), and Unavailable: (not_in_memory)."""
     context = context_of(request)
-    context.admit(request.path_params["model"])
+    context = in_memory(context, context.admit(request.path_params["model"]).name)
     engine = context.llm.engine
     vector = {"name": "embedding", "datatype": "FP32", "shape": [-1, engine.spec.hidden]}
     texts = [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in ("text_output", "finish_reason")]

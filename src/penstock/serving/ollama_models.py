@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from hashlib import blake2b
 from importlib import metadata
@@ -11,7 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from penstock.serving.context import Context, context_of
-from penstock.serving.edge import as_json
+from penstock.serving.decoding import decode
+from penstock.serving.edge import as_json, body_of
+from penstock.serving.model_routes import in_memory
+from penstock.serving.models import Models, Served
 from penstock.serving.ollama_schemas import LATEST, Body
 from penstock.serving.operations import operation
 from penstock.serving.schemas import ModelRequest, Name
@@ -37,15 +41,26 @@ class ShowRequest(ModelRequest, kw_only=True):
 
 @operation("Ollama: list the models.", gives=dict[str, Any])
 async def tags(request: Request) -> Response:
-    return as_json({"models": [_listed(context_of(request))]})
+    context = context_of(request)
+    return as_json({"models": [_listed(context.of(model)) for model in context.models.all.values()]})
 
 
 @operation("Ollama: list the models in memory.", gives=dict[str, Any])
 async def running(request: Request) -> Response:
-    context = context_of(request)
-    model = _listed(context)
-    longest = context.llm.engine.config.max_model_len
-    return as_json({"models": [model | {"expires_at": NEVER, "size_vram": 0, "context_length": longest}]})
+    context, told = context_of(request), []
+    for model in context.models.all.values():
+        if model.llm is not None:
+            end, longest = _end(context.models, model), model.llm.engine.config.max_model_len
+            told.append(_listed(context.of(model)) | {"expires_at": end, "size_vram": 0, "context_length": longest})
+    return as_json({"models": told})
+
+
+def _end(models: Models, model: Served) -> str:
+    """When it leaves if nothing asks for it any more."""
+    resident, now = models.policy.models[model.name], time.monotonic()
+    if resident.stay.keep_alive is None or resident.stay.pinned:
+        return NEVER
+    return _time(time.time() + resident.stay.keep_alive - (0.0 if resident.running else now - resident.used))
 
 
 @operation("Ollama: the version.", gives=dict[str, Any])
@@ -53,7 +68,18 @@ async def version(_: Request) -> Response:
     return as_json({"version": metadata.version("penstock")})
 
 
-async def show(request: ShowRequest, context: Context) -> Body:
+@operation("Ollama: describe a model.", takes=ShowRequest, gives=dict[str, Any])
+async def show(request: Request) -> Response:
+    """Of one in memory: who looks at all models shall not have them all loaded. Raises HTTPError: as ``Context.admit``,
+    and Unavailable: (not_in_memory).
+    """
+    context = context_of(request)
+    async with body_of(request) as body:
+        asked = decode(body, ShowRequest)
+    return as_json(_shown(in_memory(context, context.admit(asked.model).name)))
+
+
+def _shown(context: Context) -> Body:
     engine = context.llm.engine
     spec, formats = engine.spec, engine.formats
     abilities = {
@@ -78,21 +104,19 @@ async def show(request: ShowRequest, context: Context) -> Body:
             f"{spec.family}.attention.head_count": spec.heads,
         },
         "capabilities": [name for name, able in abilities.items() if able],
-        "modified_at": _time(context),
+        "modified_at": _time(context.served.created),
     }
 
 
 def _listed(context: Context) -> Body:
-    """``digest`` names the weights and their arithmetic: servers with the same one give the same answers."""
+    """``digest`` names the weights and their arithmetic: servers with the same one give the same answers. Of a model
+    that is not in memory its name is known, and no more.
+    """
+    named = {"name": context.name, "model": context.name, "modified_at": _time(context.served.created)}
+    if context.served.llm is None:
+        return named
     digest = blake2b(context.llm.engine.setup.numerics_id, digest_size=32).hexdigest()
-    return {
-        "name": context.name,
-        "model": context.name,
-        "modified_at": _time(context),
-        "size": _size(context)[1],
-        "digest": digest,
-        "details": _details(context),
-    }
+    return named | {"size": _size(context)[1], "digest": digest, "details": _details(context)}
 
 
 def _details(context: Context) -> Body:
@@ -117,5 +141,5 @@ def _size(context: Context) -> tuple[int, int]:
     return parameters(engine.spec), weight_bytes(engine.spec, dtype, engine.config.quant)
 
 
-def _time(context: Context) -> str:
-    return datetime.fromtimestamp(context.created, UTC).isoformat().replace("+00:00", "Z")
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")

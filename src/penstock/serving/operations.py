@@ -19,6 +19,8 @@ IDEMPOTENCY_KEY = "Idempotency-Key"
 KEY = r"[!-~]{1,255}"
 """What such a header may hold."""
 
+PLAIN_TEXT = "text/plain"
+
 E = TypeVar("E", bound=Endpoint)
 
 

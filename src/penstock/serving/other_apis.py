@@ -39,7 +39,7 @@ def other_apis(generate: Generate, answer: Answer) -> dict[str, Entry]:
         "/api/generate": post("Ollama: complete.", generate, OllamaGenerate, task.generate, ollama.LINES, **lines),
         "/api/embed": post("Ollama: embed texts.", answer, OllamaEmbed, ollama.embed),
         "/api/embeddings": post("Ollama: embed a text.", answer, OllamaEmbedding, ollama.embedding),
-        "/api/show": post("Ollama: describe a model.", answer, ollama_models.ShowRequest, ollama_models.show),
+        "/api/show": ("inference", ollama_models.show, "POST"),
         "/api/tags": ("inference", ollama_models.tags),
         "/api/ps": ("inference", ollama_models.running),
         "/api/version": ("inference", ollama_models.version),

@@ -370,6 +370,8 @@ class Model(msgspec.Struct):
     id: str
     created: int
     max_model_len: int | None
+    aliases: list[str]
+    state: str
     object: str = "model"
     owned_by: str = "penstock"
 

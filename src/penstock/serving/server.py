@@ -19,13 +19,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.base import ConfigError
 from penstock.base.logs import unhurried
-from penstock.llm import AsyncLLM
 from penstock.serving.admin import build_admin
 from penstock.serving.app import build_app
 from penstock.serving.context import Context
 from penstock.serving.edge import LOOPBACK
 from penstock.serving.gate import Gate
 from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
+from penstock.serving.models import Models
 from penstock.serving.protocol import Connection
 from penstock.serving.pulse import Pulse
 from penstock.serving.requestlog import RequestLog
@@ -125,7 +125,7 @@ def check_access(gate: Gate, *, public: bool, admin: bool) -> None:
 
 
 def serve(
-    llm: AsyncLLM,
+    models: Models,
     bound: socket.socket,
     announce: Callable[[], None],
     store: Path | None = None,
@@ -143,6 +143,7 @@ def serve(
     A second signal ends it at once. SIGHUP reads the keys and the certificate again and opens the log anew.
 
     Args:
+        models: those that shall be there at once are.
         store: as for ``build_app``. Batches that an earlier process left go on.
         gate: who may use it; anybody by default.
         admin: where administration is spoken to.
@@ -153,25 +154,23 @@ def serve(
     Raises:
         KeyboardInterrupt: it was Ctrl-C.
     """
-    app, context = build_app(llm, store, hosts=_own_names(bound), gate=gate, log=log, spans=spans)
+    app, context = build_app(models, store, hosts=_own_names(bound), gate=gate, log=log, spans=spans)
     app = shared_with(app, origins)
-    sockets = [bound]
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
-        sockets.append(admin)
     server = uvicorn.Server(_settings(app, certificate))
     ending = _Ending(server, context, certificate)
 
-    pulse = Pulse(context.metrics.registry, lambda: bool(context.gate.live))
-
     async def run() -> None:
-        companions = [asyncio.create_task(ending.accompany(announce)), asyncio.create_task(pulse.beat())]
+        pulse = Pulse(context.metrics.registry, lambda: bool(context.gate.live))
+        companions = [asyncio.create_task(work) for work in (ending.accompany(announce), pulse.beat())]
         try:
-            await server.serve(sockets=sockets)
+            await server.serve(sockets=[sock for sock in (bound, admin) if sock is not None])
         finally:
             for companion in companions:
                 companion.cancel()
             await context.batches.close()
+            await asyncio.to_thread(models.close)
 
     _have_nobody_wait()
     # uvicorn raises the signal that ended it once more when it is done: SIGTERM shall then end nothing else.
@@ -180,7 +179,6 @@ def serve(
         asyncio.run(run())
     finally:
         signal.signal(signal.SIGTERM, previous)
-        llm.close()
         for sink in (log, spans):
             if sink is not None:
                 sink.close()

@@ -12,12 +12,14 @@ from penstock.serving.context import context_of
 from penstock.serving.edge import as_json
 from penstock.serving.gate import Caller
 from penstock.serving.limits import MAX_SHOWN
+from penstock.serving.model_routes import ModelStatus, told
 from penstock.serving.operations import operation
 
 
 class Progress(msgspec.Struct, kw_only=True):
     id: str
     tenant: str | None
+    model: str | None
     phase: str
     seconds: float
     prompt_tokens: int
@@ -43,11 +45,12 @@ class EngineStatus(msgspec.Struct, kw_only=True):
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """``requests``: those under way, the oldest of them. ``tenants``: how many each has."""
+    """``requests``: those under way, the oldest of them. ``tenants``: how many each has. ``engine``: of all models."""
 
     model: str
     draining: bool
     alive: bool
+    models: list[ModelStatus]
     queue: Queue
     requests: list[Progress]
     tenants: dict[str, int]
@@ -57,12 +60,14 @@ class Status(msgspec.Struct, kw_only=True):
 @operation("What the server is doing.", gives=Status)
 async def status(request: Request) -> Response:
     context = context_of(request)
-    engine, admission = context.llm.engine.service.status(), context.gate.admission
+    models, admission = context.models, context.gate.admission
+    engine = models.status()
     return as_json(
         Status(
-            model=context.name,
+            model=", ".join(models.all),
             draining=context.draining,
-            alive=context.llm.engine.service.alive,
+            alive=any(map(models.may_come, models.all.values())),
+            models=[told(models, model) for model in models.all.values()],
             queue=Queue(requests=admission.running, tokens=admission.held, tokens_limit=admission.budget),
             requests=[_progress(caller) for caller in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]],
             tenants={name or "-": count for name, count in admission.held_by().items() if count},
@@ -86,11 +91,13 @@ def _arrival(caller: Caller) -> float:
 
 
 def _progress(caller: Caller) -> Progress:
-    """A request before its first token has not been computed yet, or its prompt is being computed."""
+    """A request before its first token waits for its model, or has not been computed yet, or its prompt is being."""
+    phase = "upload" if caller.model is None else "load" if caller.waits else "prompt"
     return Progress(
         id=caller.id,
         tenant=caller.tenant or None,
-        phase="upload" if caller.model is None else "prompt" if caller.first_token is None else "decode",
+        model=caller.model,
+        phase=phase if caller.first_token is None else "decode",
         seconds=round(time.monotonic() - caller.arrived, 3),
         prompt_tokens=caller.prompt_tokens,
         completion_tokens=caller.completion_tokens,

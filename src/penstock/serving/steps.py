@@ -17,6 +17,7 @@ from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import LOOK_SECONDS, MAX_BLOCKS_SHOWN, MAX_LIVE_SECONDS, MAX_SHOWN, MAX_STEPS_SHOWN
+from penstock.serving.model_routes import in_memory
 from penstock.serving.operations import operation
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -83,18 +84,20 @@ def number_of(query: Mapping[str, str], name: str, default: float, most: float) 
 class Since(msgspec.Struct, kw_only=True):
     after: int | None = None
     seconds: Seconds = 10.0
+    model: str | None = None
 
 
 @operation("The engine's last steps, its requests and its KV blocks.", query=Since, gives=dict[str, Any])
 async def engine_view(request: Request) -> Response:
-    """``after``: the number of the last step that is known, so that only later ones are told.
+    """``after``: the number of the last step that is known, so that only later ones are told. ``model``: by default the
+    first that is in memory.
 
     What was computed again is known as such if it was computed first within the ``seconds``.
     """
     query = request.query_params
     after = int(number_of(query, "after", 0.0, 2.0**53)) if "after" in query else -1
     seconds = number_of(query, "seconds", 10.0, MAX_LIVE_SECONDS)
-    trace = await look(context_of(request), seconds, MAX_BLOCKS_SHOWN)
+    trace = await look(in_memory(context_of(request), query.get("model")), seconds, MAX_BLOCKS_SHOWN)
     return await asyncio.to_thread(functools.partial(_told, trace, after))
 
 

@@ -31,10 +31,13 @@ from penstock.wire.frames import MAX_FRAME, bad_frame
 
 
 class Start(Struct, tag="start", frozen=True):
-    """The first word to an engine process. ``epoch`` counts the engines of a service; what another says is ignored."""
+    """The first word to an engine process. ``epoch`` counts the engines of a service; what another says is ignored.
+    ``taken``: bytes that seem to be free, and that other engines will need.
+    """
 
     epoch: int
     config: EngineConfig
+    taken: int = 0
 
 
 class Submit(Struct, tag="submit", frozen=True):
@@ -84,8 +87,17 @@ class Look(Struct, tag="look", frozen=True):
     blocks: int
 
 
+class Loading(Struct, tag="loading", frozen=True):
+    """How much of a model is in memory, from 0 to 1."""
+
+    epoch: int
+    share: float
+
+
 class Ready(Struct, tag="ready", frozen=True):
-    """A model is in memory: the numbers that ``assemble.engine_setup`` makes an EngineSetup of."""
+    """A model is in memory: the numbers that ``assemble.engine_setup`` makes an EngineSetup of. ``held``: bytes of its
+    weights and KV that may seem to be free.
+    """
 
     epoch: int
     config: EngineConfig
@@ -93,6 +105,7 @@ class Ready(Struct, tag="ready", frozen=True):
     numerics_id: bytes
     whole: bool
     one_answer: bool
+    held: int = 0
 
 
 class Refused(Struct, tag="refused", frozen=True):
@@ -146,7 +159,7 @@ class Tokens(Struct, tag="tokens", frozen=True):
 
 
 ToEngine = Start | Submit | Cancel | Look
-FromEngine = Ready | Refused | News | Seen
+FromEngine = Loading | Ready | Refused | News | Seen
 ToTexts = Opening | Text | Chat
 FromTexts = Tokens | Refused
 

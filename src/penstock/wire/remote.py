@@ -16,14 +16,26 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from penstock.base import EngineError, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id, engine_stopped
 from penstock.core.trace import Trace
 from penstock.spec import EngineConfig
 from penstock.wire.frames import Connection, WireError, bad_frame
-from penstock.wire.messages import Cancel, Look, News, Ready, Refused, Seen, Start, Submit, decode_from_engine, encode
+from penstock.wire.messages import (
+    Cancel,
+    Loading,
+    Look,
+    News,
+    Ready,
+    Refused,
+    Seen,
+    Start,
+    Submit,
+    decode_from_engine,
+    encode,
+)
 from penstock.wire.process import LEAVE_SECONDS, EngineProcess
 from penstock.wire.under_way import UnderWay
 
@@ -37,6 +49,8 @@ FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
 MAX_DEATHS = 3
 """Engines that may die of a request. After the last but one, those that were there are let in one by one: whoever kills
 the next engine has come alone."""
+WATCH_SECONDS = 0.5
+"""Between two looks at an engine's progress."""
 
 
 class RemoteService:
@@ -47,10 +61,21 @@ class RemoteService:
     Args:
         argv: the command line of the process; the path of the socket is added.
         config: what it shall load; sent to every process that is started.
+        taken: bytes that seem to be free, and that other engines will need.
+
+    Attributes:
+        step_timeout: seconds without news, while requests are under way, after which an engine counts as hung and is
+            killed; None waits for ever.
+        held: bytes of this engine's weights and KV that may seem to be free to others.
+        progress: share of its model that an engine has in memory while it loads it.
     """
 
-    def __init__(self, argv: Sequence[str], config: EngineConfig) -> None:
-        self._argv, self._config = list(argv), config
+    def __init__(self, argv: Sequence[str], config: EngineConfig, taken: int = 0) -> None:
+        self._argv, self._config, self._taken = list(argv), config, taken
+        self.step_timeout: float | None = None
+        self.progress = 0.0
+        self.held = 0
+        self._frames = 0  # from all engines, that tell of progress
         self._requests: dict[str, UnderWay] = {}
         self._lock = threading.Lock()
         self._mail: queue.SimpleQueue[bytes | None] | None = None  # of the engine that is there, if one is
@@ -106,7 +131,7 @@ class RemoteService:
     def status(self) -> Status:
         """As the engine last told, at most a tenth of a second ago; counters go on from one engine to the next."""
         status = self._status
-        return replace(status, counters=_sum(self._gone, status.counters))
+        return replace(status, counters=self._gone + status.counters)
 
     def look(self, seconds: float, blocks: int = 0) -> Future[Trace]:
         """As of ``Service``. Whoever gives up cancels it."""
@@ -125,6 +150,11 @@ class RemoteService:
     def alive(self) -> bool:
         """There is an engine right now."""
         return self._mail is not None and not self._closing.is_set()
+
+    @property
+    def fault(self) -> EngineError | None:
+        """Why it is dead for good."""
+        return self._fault
 
     def close(self) -> None:
         """Ends the process, and tells everybody whose request was under way."""
@@ -227,14 +257,18 @@ class RemoteService:
         return mail is not None, f"The engine process {self._process.fate()}"
 
     def _listen(self, connection: Connection) -> None:
-        connection.send(encode(Start(self._epoch, self._config)))
+        self.progress = 0.0
+        connection.send(encode(Start(self._epoch, self._config, self._taken)))
         while (frame := connection.receive()) is not None:
             message = decode_from_engine(frame)
+            self._frames += not isinstance(message, Seen)  # a hung engine answers looks
             if isinstance(message, Refused):
                 raise message.error
             if message.epoch != self._epoch:
                 raise bad_frame(f"it is of engine {message.epoch}, and this is {self._epoch}")
-            if isinstance(message, News):
+            if isinstance(message, Loading):
+                self.progress = message.share
+            elif isinstance(message, News):
                 self._status = message.status
                 for update in message.updates:
                     self._hear(update)
@@ -257,8 +291,24 @@ class RemoteService:
                 else:
                     self._held.append(id)
             self._try_next()
+        watched = (self._process, mail)
+        threading.Thread(target=self._watch, args=watched, name="penstock-engine-watch", daemon=True).start()
+        self.held = ready.held
         if not self._first.done():
             self._first.set_result(ready)
+
+    def _watch(self, process: EngineProcess, mail: queue.SimpleQueue[bytes | None]) -> None:
+        """Kills an engine that is silent although it has requests: each step tells something. Looks are counted, not
+        time, so that a machine that was suspended, or a debugger that stopped both processes, costs no engine its life.
+        """
+        frames, looks = -1, 0
+        while not self._closing.wait(WATCH_SECONDS) and self._mail is mail:
+            looks = looks + 1 if self._frames == frames and self._requests else 0
+            frames = self._frames
+            if self.step_timeout is not None and looks * WATCH_SECONDS >= self.step_timeout:
+                log.error("the engine has told nothing for %g s: it hangs, and is killed", looks * WATCH_SECONDS)
+                process.process.kill()
+                return
 
     def _continue(self, request: UnderWay) -> None:
         """Sends a request, and who of it was aborted meanwhile. The lock is held, and there is an engine."""
@@ -293,7 +343,7 @@ class RemoteService:
 
     def _bury(self, served: bool) -> None:
         """An engine is gone, and with it what killed it the last time that may be."""
-        self._gone = _sum(self._gone, self._status.counters)
+        self._gone += self._status.counters
         self._status = replace(self._status, running=0, waiting=0, blocks_used=0, counters=Counters())
         for id, request in list(self._requests.items()):
             request.deaths += served and self._tried in (None, id)
@@ -321,10 +371,6 @@ def _tell(request: UnderWay, update: Update) -> bool:
         log.exception("the sink of request %s raised", update.id)
         return False
     return True
-
-
-def _sum(a: Counters, b: Counters) -> Counters:
-    return Counters(**{field.name: getattr(a, field.name) + getattr(b, field.name) for field in fields(Counters)})
 
 
 def _dead(why: str) -> EngineError:

@@ -1,6 +1,6 @@
 // Which view is shown, and the key.
 
-import { $, json, key } from "./api.js";
+import { $, el, json, key } from "./api.js";
 import * as engine from "./engine.js";
 import * as inspector from "./inspector.js";
 import * as live from "./live.js";
@@ -31,7 +31,10 @@ function askForKey() {
 async function start() {
   try {
     const { data } = await json("/v1/models");
-    $("model").textContent = data[0].id;
+    const one = data.length === 1 && data[0].id;
+    const choice = el("select", { ariaLabel: "Model", onchange: () => playground.serve(choice.value) });
+    choice.append(...data.map(({ id }) => el("option", { value: id, textContent: id })));
+    $("model").replaceChildren(one || choice);
     playground.serve(data[0].id);
   } catch {
     // The live view asks next, goes on asking, and says what is wrong.

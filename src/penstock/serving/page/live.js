@@ -61,6 +61,11 @@ function take(status) {
   $("preemptions").textContent = whole(engine.preemptions);
   $("state").textContent = status.draining ? "draining" : status.alive ? "ready" : "engine stopped";
   $("state").className = status.draining || !status.alive ? "bad" : "";
+  for (const { name, state, progress } of status.models) {
+    const option = [...document.querySelectorAll("#model option")].find(({ value }) => value === name);
+    const far = progress === null ? state : `${state} ${(100 * progress).toFixed(0)} %`;
+    if (option) option.textContent = state === "loaded" ? name : `${name} (${far})`;
+  }
   if (visible) {
     draw(now);
     $("under-way").replaceChildren(...status.requests.map(row));

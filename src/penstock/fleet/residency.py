@@ -1,0 +1,279 @@
+"""Which models are in memory, and which request waits for one: several models, and room for only some of them.
+
+A request asks for a model and gets a ticket; it may go on once the ticket is granted, and leaves when it has ended. A
+ticket is granted when its model is in memory and is not about to leave. Models are brought in one at a time, in the
+order of their oldest waiting ticket. What makes room is an idle model, the least recently used one first; if none is
+idle, the one that came in first takes no more requests and leaves when its last one has ended.
+
+So nobody starves: a model that has come in serves all who waited for it before it can be chosen to leave, and then
+whoever asks for it stands behind those who wait for others. Of N models at most N - 1 come in before the one that a
+ticket waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from penstock.base import ConfigError, PenstockError, Unavailable
+
+LONGEST_WAIT = 600.0
+"""Seconds after which a request that still waits for its model is refused."""
+FIRST_PAUSE, LAST_PAUSE = 5.0, 300.0
+"""Seconds before a model that could not be loaded is tried again; twice as long after each failure."""
+
+MEMORY_CODES = ("model_too_large", "kv_memory_too_large", "kv_memory_too_small")
+"""Of errors that say in numbers how much memory there is too little of."""
+
+State = Literal["unloaded", "loading", "loaded", "unloading"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stay:
+    """How long a model stays in memory.
+
+    Attributes:
+        keep_alive: seconds after its last request; None for ever.
+        pinned: it makes no room for others.
+    """
+
+    keep_alive: float | None = None
+    pinned: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request for a model. ``granted``: it may use it, until it leaves."""
+
+    model: str
+    asked: float
+    granted: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Resident:
+    """A model as the books have it.
+
+    Attributes:
+        running: tickets granted that have not left.
+        came, used: when it came in, and when it was last asked for or left.
+        wanted, unwanted: an operator said so.
+        crowded: the last try failed for lack of memory, with others in it.
+        hopeless: it did not fit although all others had left, so that none leaves for it again.
+        failures: in a row; until ``again`` it is not tried.
+    """
+
+    stay: Stay
+    state: State = "unloaded"
+    running: int = 0
+    came: float = 0.0
+    used: float = 0.0
+    wanted: bool = False
+    unwanted: bool = False
+    crowded: bool = False
+    hopeless: bool = False
+    failures: int = 0
+    again: float = 0.0
+    error: PenstockError | None = None
+
+
+@dataclass(slots=True)
+class Turn:
+    """What to do now: tickets that may go on or are refused; a model to load, models to unload."""
+
+    granted: list[Ticket] = field(default_factory=list)
+    refused: list[tuple[Ticket, PenstockError]] = field(default_factory=list)
+    load: str | None = None
+    unload: list[str] = field(default_factory=list)
+
+
+class Residency:
+    """Tell it what happens, then ask for a ``turn``. Not for several threads at a time.
+
+    Args:
+        stays: by the name of the model.
+        room: models that may be in memory at a time, those that come and go included.
+
+    Raises:
+        ConfigError: (too_many_pinned) there is no room left for the others.
+    """
+
+    def __init__(self, stays: Mapping[str, Stay], room: int) -> None:
+        pinned = sum(stay.pinned for stay in stays.values())
+        if pinned > room or pinned == room < len(stays):
+            raise ConfigError(
+                "too_many_pinned",
+                "Some models could never be loaded",
+                why=f"{pinned} of {len(stays)} are pinned, and max_loaded is {room}",
+                fix="pin fewer, or raise --max-loaded",
+            )
+        self.models = {name: Resident(stay=stay) for name, stay in stays.items()}
+        self.room = room
+        self.waiting: list[Ticket] = []
+        self._leaving: str | None = None  # takes no more requests, so that there will be room for another
+
+    # -- what happens --------------------------------------------------------------------------------
+
+    def ask(self, model: str, now: float) -> Ticket:
+        """Raises what the model failed with, until it is time for another try."""
+        resident = self.models[model]
+        if resident.error is not None and now < resident.again:
+            raise refusal(resident.error, resident.again - now)
+        ticket = Ticket(model, now)
+        resident.used = now
+        self.waiting.append(ticket)
+        return ticket
+
+    def leave(self, ticket: Ticket, now: float) -> None:
+        """A request has ended, or waits no longer."""
+        if ticket in self.waiting:
+            self.waiting.remove(ticket)
+        elif ticket.granted:
+            ticket.granted = False
+            self.models[ticket.model].running -= 1
+            self.models[ticket.model].used = now
+
+    def want(self, model: str) -> None:
+        """An operator wants it in memory, now even if it has failed."""
+        resident = self.models[model]
+        resident.hopeless = False
+        resident.wanted, resident.unwanted, resident.again = resident.state != "loaded", False, 0.0
+
+    def unwant(self, model: str) -> None:
+        """An operator wants it out of memory once what runs has ended. Whoever asks later brings it back."""
+        resident = self.models[model]
+        resident.wanted, resident.unwanted = False, resident.state in ("loading", "loaded")
+
+    def loaded(self, model: str, now: float) -> None:
+        resident = self.models[model]
+        resident.state, resident.came, resident.used = "loaded", now, now
+        resident.wanted = resident.crowded = resident.hopeless = False
+        resident.failures, resident.error = 0, None
+
+    def failed(self, model: str, error: PenstockError, now: float) -> None:
+        """It could not be loaded, or has died. For lack of memory it is tried again as soon as another has left, if one
+        can.
+        """
+        resident = self.models[model]
+        resident.state, resident.error = "unloaded", error
+        others = any(self._removable(name) for name in self.models)
+        resident.hopeless |= error.code in MEMORY_CODES and not others
+        resident.crowded = error.code in MEMORY_CODES and others and not resident.hopeless
+        if not resident.crowded:
+            resident.again = now + min(FIRST_PAUSE * 2.0**resident.failures, LAST_PAUSE)
+            resident.failures += 1
+            resident.wanted = resident.unwanted = False
+
+    def unloaded(self, model: str) -> None:
+        self.models[model].state, self.models[model].unwanted = "unloaded", False
+        for resident in self.models.values():
+            resident.crowded = False
+
+    # -- what to do ----------------------------------------------------------------------------------
+
+    def turn(self, now: float) -> Turn:
+        """To be carried out; every load and unload in it is told of with ``loaded``, ``failed`` or ``unloaded``."""
+        turn = Turn()
+        self._refuse(turn, now)
+        following = self._following()
+        if following is None or not self._in_the_way(following):
+            self._leaving = None
+        self._grant(turn)
+        for name, resident in self.models.items():
+            end = self._end(resident)
+            unwanted = resident.unwanted and resident.state == "loaded" and not resident.running
+            if unwanted or (end is not None and now >= end):
+                self._unload(turn, name)
+        self._make_room(turn, following)
+        return turn
+
+    def wake(self, now: float) -> float | None:
+        """Seconds after which there is something to do although nothing happens."""
+        times = [ticket.asked + LONGEST_WAIT for ticket in self.waiting]
+        times += [end for resident in self.models.values() if (end := self._end(resident)) is not None]
+        return max(0.0, min(times) - now) if times else None
+
+    def _end(self, resident: Resident) -> float | None:
+        """When it has been idle for long enough; None if it runs something, or stays."""
+        keep_alive = None if resident.stay.pinned else resident.stay.keep_alive
+        idle = resident.state == "loaded" and not resident.running
+        return resident.used + keep_alive if idle and keep_alive is not None else None
+
+    def _refuse(self, turn: Turn, now: float) -> None:
+        for ticket in tuple(self.waiting):
+            resident = self.models[ticket.model]
+            if resident.state == "unloaded" and resident.error is not None and now < resident.again:
+                error: PenstockError = refusal(resident.error, resident.again - now)
+            elif now >= ticket.asked + LONGEST_WAIT:
+                error = too_long(ticket.model, now - ticket.asked)
+            else:
+                continue
+            self.waiting.remove(ticket)
+            turn.refused.append((ticket, error))
+
+    def _following(self) -> str | None:
+        """The model to come in next: first those that requests wait for, then those that an operator wants."""
+        asked = [ticket.model for ticket in self.waiting]
+        wanted = [name for name, resident in self.models.items() if resident.wanted]
+        return next((name for name in [*asked, *wanted] if self.models[name].state == "unloaded"), None)
+
+    def _in_the_way(self, model: str) -> bool:
+        """Whether another has to leave before it can come in."""
+        taken = sum(resident.state != "unloaded" for resident in self.models.values())
+        return taken >= self.room or self.models[model].crowded
+
+    def _grant(self, turn: Turn) -> None:
+        for ticket in tuple(self.waiting):
+            resident = self.models[ticket.model]
+            if resident.state == "loaded" and not resident.unwanted and ticket.model != self._leaving:
+                self.waiting.remove(ticket)
+                ticket.granted = True
+                resident.running += 1
+                turn.granted.append(ticket)
+
+    def _make_room(self, turn: Turn, following: str | None) -> None:
+        """One change at a time, so that what is free when a model comes in is what it was found to be."""
+        if following is None or any(r.state in ("loading", "unloading") for r in self.models.values()):
+            return
+        if not self._in_the_way(following):
+            self.models[following].state = "loading"
+            turn.load = following
+            return
+        removable = [name for name in self.models if self._removable(name)]
+        idle = [name for name in removable if not self.models[name].running]
+        if idle:
+            self._leaving = None
+            self._unload(turn, min(idle, key=lambda name: self.models[name].used))
+        elif removable and self._leaving not in removable:
+            self._leaving = min(removable, key=lambda name: self.models[name].came)
+
+    def _removable(self, name: str) -> bool:
+        return self.models[name].state == "loaded" and not self.models[name].stay.pinned
+
+    def _unload(self, turn: Turn, name: str) -> None:
+        self.models[name].state = "unloading"
+        turn.unload.append(name)
+
+
+def refusal(error: PenstockError, seconds: float) -> Unavailable:
+    """To whoever asks for a model that could not be loaded. What may name files stays in the log."""
+    if error.code in MEMORY_CODES:
+        return Unavailable(error.code, error.what, why=error.why, fix=error.fix, retry_after=seconds)
+    return Unavailable(
+        "model_not_loaded",
+        "The model could not be loaded",
+        why=f"it failed with {error.code}, and is tried again in {max(1, round(seconds))} s",
+        fix="ask whoever runs the server, whose log says more",
+        retry_after=seconds,
+    )
+
+
+def too_long(model: str, seconds: float) -> Unavailable:
+    return Unavailable(
+        "model_not_loaded",
+        f"The model {model!r} could not be loaded in time",
+        why=f"the request has waited for {seconds:.0f} s; others are busy, or it takes longer to load",
+        fix="try again later, or serve with a higher --max-loaded",
+        retry_after=30.0,
+    )

@@ -1,0 +1,192 @@
+"""For whoever uses or runs a server of several models: how each is, and to bring one in or out of memory by hand."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from penstock.base import Unavailable
+from penstock.core.service import engine_stopped
+from penstock.serving.context import Context, context_of, shutting_down
+from penstock.serving.edge import as_json, body_of, parse
+from penstock.serving.limits import MAX_MODEL_NAME
+from penstock.serving.models import Models, Served
+from penstock.serving.operations import PLAIN_TEXT, operation
+from penstock.serving.schemas import Model, ModelList
+
+
+class ModelChoice(msgspec.Struct, kw_only=True):
+    """POST /models/load and /models/unload"""
+
+    model: Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
+
+
+class Users(msgspec.Struct, kw_only=True):
+    """Requests to a model: those that use it, and those that wait until it is there."""
+
+    running: int
+    waiting: int
+
+
+class ModelStatus(msgspec.Struct, kw_only=True):
+    """``keep_alive``: seconds; null for ever. ``retry_seconds``: until one that failed is tried again."""
+
+    name: str
+    aliases: list[str]
+    state: str
+    alive: bool
+    progress: float | None
+    pinned: bool
+    keep_alive: float | None
+    idle_seconds: float | None
+    requests: Users
+    waited_seconds: float
+    kv_blocks: int
+    kv_blocks_used: int
+    failure: str | None
+    retry_seconds: float | None
+
+
+class AllModels(msgspec.Struct, kw_only=True):
+    models: list[ModelStatus]
+    max_loaded: int
+
+
+@operation("List the models that are served.", gives=ModelList)
+async def models_listed(request: Request) -> Response:
+    models = context_of(request).models
+    return as_json(ModelList([_listed(models, model) for model in models.all.values()]))
+
+
+@operation("Describe a model.", gives=Model)
+async def described(request: Request) -> Response:
+    context = context_of(request)
+    return as_json(_listed(context.models, context.admit(request.path_params["model"])))
+
+
+def _listed(models: Models, model: Served) -> Model:
+    config = model.config if model.llm is None else model.llm.engine.config
+    state = models.policy.models[model.name].state
+    return Model(model.name, model.created, config.max_model_len, list(model.aliases), state)
+
+
+@operation("Whether new requests are welcome.", gives=PLAIN_TEXT)
+async def ready(request: Request) -> Response:
+    """New requests are welcome. Raises Unavailable."""
+    check_ready(context_of(request))
+    return PlainTextResponse("ok\n")
+
+
+@operation("Whether a model can compute now.", gives=PLAIN_TEXT)
+async def model_ready(request: Request) -> Response:
+    """One model can compute now. Raises Unavailable."""
+    check_model_ready(context_of(request), request.path_params["model"])
+    return PlainTextResponse("ok\n")
+
+
+def check_ready(context: Context) -> None:
+    """Raises Unavailable: (shutting_down), (engine_stopped) no model can compute or be loaded."""
+    if context.draining or not any(map(context.models.may_come, context.models.all.values())):
+        raise shutting_down() if context.draining else engine_stopped()
+
+
+def check_model_ready(context: Context, name: str) -> None:
+    """Raises HTTPError, as ``Context.admit``, and Unavailable: (engine_stopped), (not_in_memory)."""
+    model = context.admit(name)
+    if not context.models.ready(model):
+        raise engine_stopped() if model.llm is not None else not_in_memory(context.models, model)
+
+
+def in_memory(context: Context, name: str | None) -> Context:
+    """The same for a model that is in memory now; the first such one where none is named.
+
+    Raises:
+        HTTPError: as ``Models.find``.
+        Unavailable: (not_in_memory).
+    """
+    models = context.models
+    there = (model for model in models.all.values() if model.llm is not None)
+    model = next(there, models.first) if name is None else models.find(name)
+    if model.llm is None:
+        raise not_in_memory(models, model)
+    return context.of(model)
+
+
+@operation("How each model is, and how many may be in memory.", gives=AllModels)
+async def models_told(request: Request) -> Response:
+    """GET /models"""
+    models = context_of(request).models
+    each = [told(models, model) for model in models.all.values()]
+    return as_json(AllModels(models=each, max_loaded=models.policy.room))
+
+
+@operation("Bring a model into memory.", takes=ModelChoice, gives=ModelStatus)
+async def load_model(request: Request) -> Response:
+    """It comes as soon as there is room, and another leaves for it; answered at once, with how it is now."""
+    models, model = await _chosen(request)
+    models.load(model)
+    return as_json(told(models, model))
+
+
+@operation("Take a model out of memory.", takes=ModelChoice, gives=ModelStatus)
+async def unload_model(request: Request) -> Response:
+    """It leaves once what uses it has ended; answered at once. A request that names it later brings it back."""
+    models, model = await _chosen(request)
+    models.unload(model)
+    return as_json(told(models, model))
+
+
+async def _chosen(request: Request) -> tuple[Models, Served]:
+    """Raises HTTPError, as ``Context.admit``."""
+    context = context_of(request)
+    async with body_of(request) as body:
+        asked = parse(body, ModelChoice)
+    return context.models, context.admit(asked.model)
+
+
+def told(models: Models, model: Served) -> ModelStatus:
+    """How a model is, for people and programs."""
+    alive, status = models.ready(model), model.status()
+    resident, now = models.policy.models[model.name], time.monotonic()
+    waiting = [ticket.asked for ticket in models.policy.waiting if ticket.model == model.name]
+    return ModelStatus(
+        name=model.name,
+        aliases=list(model.aliases),
+        state=resident.state,
+        alive=alive,
+        progress=progress_of(models, model),
+        pinned=resident.stay.pinned,
+        keep_alive=resident.stay.keep_alive,
+        idle_seconds=None if resident.running or model.llm is None else round(now - resident.used, 3),
+        requests=Users(running=resident.running, waiting=len(waiting)),
+        waited_seconds=round(now - min(waiting), 3) if waiting else 0.0,
+        kv_blocks=status.blocks_total,
+        kv_blocks_used=status.blocks_used,
+        failure=None if resident.error is None else resident.error.code,
+        retry_seconds=None if resident.error is None else round(max(0.0, resident.again - now), 3),
+    )
+
+
+def progress_of(models: Models, model: Served) -> float | None:
+    """Share of it that has been loaded; None if it is not being loaded. What a hub has to send first counts as none."""
+    loading = models.policy.models[model.name].state == "loading"
+    return None if not loading else 0.0 if model.service is None else round(model.service.progress, 3)
+
+
+def not_in_memory(models: Models, model: Served) -> Unavailable:
+    resident = models.policy.models[model.name]
+    failure = "" if resident.error is None else f"; the last try failed with {resident.error.code}"
+    progress = progress_of(models, model)
+    share = "" if progress is None else f", {progress:.0%} of it is there"
+    fix = "a request that names it loads it, and waits"
+    return Unavailable(
+        "not_in_memory",
+        f"The model {model.name!r} is not in memory",
+        why=f"it is {resident.state}{share}{failure}",
+        fix=fix,
+    )

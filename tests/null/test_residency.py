@@ -1,0 +1,281 @@
+"""Residency under virtual time: room is kept, nobody waits for ever, nobody is overtaken more often than promised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.base import ConfigError, EngineError, PenstockError, Unavailable
+from penstock.fleet import Residency, Stay, Ticket, residency
+from penstock.fleet.residency import FIRST_PAUSE, LONGEST_WAIT
+
+TOO_LARGE = ConfigError("model_too_large", "The model does not fit", why="needs 9.1 GB, 8.0 GB free")
+BROKEN = ConfigError("weights_missing", "The file /secret is damaged", why="it is")
+
+
+class World:
+    """Carries out turns: loads and unloads take a while, and requests run for as long as they like."""
+
+    def __init__(self, stays: dict[str, Stay], room: int, *, sizes: dict[str, int], memory: int, seed: int) -> None:
+        self.policy, self.dice, self.now = Residency(stays, room), Random(seed), 0.0
+        self.sizes, self.memory = sizes, memory
+        self.running: list[Ticket] = []
+        self.ended: dict[Ticket, PenstockError | None] = {}
+        self.loads: list[tuple[str, float]] = []
+        self.under_way: list[tuple[float, str, bool]] = []  # when it is done, of which model, whether it is a load
+        self.order: list[Ticket] = []
+
+    def act(self) -> None:
+        turn = self.policy.turn(self.now)
+        states = {name: resident.state for name, resident in self.policy.models.items()}
+        for ticket in turn.granted:
+            assert ticket.granted and states[ticket.model] == "loaded" and ticket not in self.ended
+            self.running.append(ticket)
+            self.order.append(ticket)
+            self.ended[ticket] = None
+        for ticket, error in turn.refused:
+            assert not ticket.granted and ticket not in self.ended and isinstance(error, Unavailable)
+            self.ended[ticket] = error
+        running = Counter(ticket.model for ticket in self.running)
+        for name in turn.unload:
+            assert states[name] == "unloading" and not running[name]
+            self.under_way.append((self.now + self.dice.random(), name, False))
+        if turn.load is not None:
+            assert not any(state == "unloading" for state in states.values())
+            self.loads.append((turn.load, self.now))
+            self.under_way.append((self.now + self.dice.random() * 10, turn.load, True))
+        assert sum(state != "unloaded" for state in states.values()) <= self.policy.room
+        assert sum(state == "loading" for state in states.values()) <= 1
+        assert running == Counter({n: r.running for n, r in self.policy.models.items() if r.running})
+
+    def pass_time(self, seconds: float) -> None:
+        end = self.now + seconds
+        while True:
+            wake = self.policy.wake(self.now)
+            times = [at for at, *_ in self.under_way] + ([] if wake is None else [self.now + wake])
+            if not times or min(times) > end:
+                self.now = end
+                self.act()
+                return
+            self.now = max(self.now, min(times))
+            for item in [item for item in self.under_way if item[0] <= self.now]:
+                self.under_way.remove(item)
+                self.done(item[1], loads=item[2])
+            self.act()
+            assert self.policy.wake(self.now) != 0.0, "it has just been woken"
+
+    def done(self, name: str, *, loads: bool) -> None:
+        if not loads:
+            self.policy.unloaded(name)
+        elif sum(self.sizes[n] for n, r in self.policy.models.items() if r.state != "unloaded") > self.memory:
+            self.policy.failed(name, TOO_LARGE, self.now)
+        else:
+            self.policy.loaded(name, self.now)
+
+    def ask(self, name: str) -> Ticket | None:
+        try:
+            ticket = self.policy.ask(name, self.now)
+        except Unavailable as error:
+            assert error.retry_after > 0
+            return None
+        self.act()
+        return ticket
+
+    def end(self, index: int) -> None:
+        if self.running:
+            self.policy.leave(self.running.pop(index % len(self.running)), self.now)
+            self.act()
+
+
+NAMES = "abcde"
+STAYS = st.builds(
+    Stay,
+    keep_alive=st.none() | st.sampled_from([0.0, 1.0, 30.0]),
+    pinned=st.sampled_from([False, False, False, True]),
+)
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["ask", "ask", "end", "pass", "give up", "want", "unwant"]), st.integers(0, 99)),
+    max_size=80,
+)
+
+
+@settings(max_examples=3 * settings.default.max_examples)
+@given(
+    stays=st.lists(STAYS, min_size=1, max_size=5), room=st.integers(1, 5), memory=st.integers(2, 12),
+    sizes=st.lists(st.integers(1, 6), min_size=5, max_size=5), events=EVENTS, seed=st.integers(0, 99),
+)  # fmt: skip
+def test_everybody_is_served_or_told(
+    stays: list[Stay], room: int, memory: int, sizes: list[int], events: list[tuple[str, int]], seed: int
+) -> None:
+    """Whatever operators do and whatever does not fit. ``act`` checks that room is kept; here: every ticket ends."""
+    named, pinned = dict(zip(NAMES, stays, strict=False)), sum(stay.pinned for stay in stays)
+    if pinned > room or pinned == room < len(stays):
+        with pytest.raises(ConfigError, match="too_many_pinned"):
+            Residency(named, room)
+        return
+    world = World(named, room, sizes=dict(zip(NAMES, sizes, strict=True)), memory=memory, seed=seed)
+    tickets = []
+    for kind, number in events:
+        name = NAMES[number % len(stays)]
+        if kind == "ask" and (ticket := world.ask(name)) is not None:
+            tickets.append(ticket)
+        elif kind == "end":
+            world.end(number)
+        elif kind == "pass":
+            world.pass_time(number / 5)
+        elif kind == "give up" and (waiting := world.policy.waiting):
+            gone = waiting[number % len(waiting)]
+            world.policy.leave(gone, world.now)
+            world.ended[gone] = None
+            world.act()
+        elif kind in ("want", "unwant"):
+            getattr(world.policy, kind)(name)
+            world.act()
+    for _ in range(len(tickets) + 1):
+        while world.running:
+            world.end(0)
+        world.pass_time(LONGEST_WAIT / 2)
+    assert not world.policy.waiting and set(tickets) == set(world.ended)
+    assert not any(resident.running for resident in world.policy.models.values())
+
+
+@settings(max_examples=3 * settings.default.max_examples)
+@given(
+    models=st.integers(2, 5),
+    room=st.integers(1, 3),
+    asks=st.lists(st.integers(0, 99), max_size=60),
+    seed=st.integers(0, 99),
+)
+def test_nobody_is_overtaken_more_often_than_promised(models: int, room: int, asks: list[int], seed: int) -> None:
+    """Whoever asks without a pause keeps no other model out: at most N - 1 others come in first."""
+    world = World(dict.fromkeys(NAMES[:models], Stay()), room, sizes=dict.fromkeys(NAMES, 1), memory=99, seed=seed)
+    tickets = []
+    for number in asks:
+        if (ticket := world.ask(NAMES[number % models])) is not None:
+            tickets.append(ticket)
+        if number % 3 == 0:
+            world.pass_time(number / 20)
+        if number % 2 and len(world.running) > 3:  # there is always something running
+            world.end(number)
+    while world.running or world.policy.waiting:
+        world.end(0)
+        world.pass_time(0.5)
+    for ticket in tickets:
+        since = [name for name, at in world.loads if at >= ticket.asked]
+        before = since[: since.index(ticket.model)] if ticket.model in since else []
+        assert world.ended[ticket] is None and len(before) <= models - 1, (ticket, since)
+    for name in NAMES:
+        asked = [ticket for ticket in tickets if ticket.model == name]
+        assert [ticket for ticket in world.order if ticket.model == name] == asked
+
+
+def test_two_models_in_turn() -> None:
+    world = World({"a": Stay(), "b": Stay()}, 1, sizes={"a": 1, "b": 1}, memory=9, seed=0)
+    first = world.ask("a")
+    world.pass_time(20)
+    waits, late = world.ask("b"), world.ask("a")
+    assert first is not None and waits is not None and late is not None
+    assert (first.granted, waits.granted, late.granted) == (True, False, False), "a takes no more: b waits for its room"
+    world.end(0)
+    world.pass_time(20)
+    assert waits.granted and not late.granted
+    world.end(0)
+    world.pass_time(20)
+    assert late.granted and [name for name, _ in world.loads] == ["a", "b", "a"]
+
+
+def test_the_least_recently_used_makes_room() -> None:
+    world = World(
+        dict.fromkeys("abc", Stay()) | {"p": Stay(pinned=True)}, 3, sizes=dict.fromkeys("abcp", 1), memory=9, seed=0
+    )
+    for name in "pabac":
+        world.ask(name)
+        world.pass_time(20)
+        world.end(0)
+    assert {n for n, r in world.policy.models.items() if r.state == "loaded"} == {"p", "a", "c"}
+
+
+def test_an_idle_model_leaves_in_time() -> None:
+    world = World({"a": Stay(keep_alive=60.0), "b": Stay()}, 2, sizes={"a": 1, "b": 1}, memory=9, seed=0)
+    for name in "ab":
+        world.ask(name)
+        world.pass_time(20)
+    world.pass_time(100)
+    world.end(0)  # a's
+    world.pass_time(59)
+    assert world.policy.models["a"].state == "loaded"
+    world.pass_time(3)
+    assert [world.policy.models[name].state for name in "ab"] == ["unloaded", "loaded"]
+
+
+def test_what_does_not_fit_beside_another_waits_for_it() -> None:
+    """And what does not fit at all is refused with the numbers; later with what is left of the pause."""
+    world = World(dict.fromkeys("abc", Stay()), 3, sizes={"a": 4, "b": 4, "c": 9}, memory=6, seed=0)
+    world.ask("a")
+    world.pass_time(20)
+    waits = world.ask("b")
+    world.pass_time(20)
+    assert waits is not None and not waits.granted and not world.ended.get(waits)
+    world.end(0)
+    world.pass_time(40)
+    assert waits.granted and world.policy.models["a"].state == "unloaded"
+    world.end(0)
+    refused = world.ask("c")
+    world.pass_time(25)
+    assert refused is not None
+    error = world.ended[refused]
+    assert error is not None and (error.code, error.why) == ("model_too_large", TOO_LARGE.why)
+    with pytest.raises(Unavailable, match=r"9\.1 GB"):
+        world.policy.ask("c", world.policy.models["c"].again - 1)
+    world.pass_time(300)
+    world.ask("a")
+    world.pass_time(20)
+    world.end(0)
+    for _ in range(3):  # nobody has to leave a second time for what cannot fit
+        world.ask("c")
+        world.pass_time(200)
+        assert world.policy.models["a"].state == "loaded"
+
+
+def test_failures_are_tried_again_less_and_less_often() -> None:
+    policy, now = Residency({"a": Stay(), "b": Stay()}, 1), 100.0
+    pauses = []
+    for _ in range(9):
+        ticket = policy.ask("a", now)
+        assert policy.turn(now).load == "a"
+        policy.failed("a", BROKEN, now)
+        ((refused, error),) = policy.turn(now).refused
+        assert refused is ticket and error.code == "model_not_loaded" and "secret" not in str(error)
+        with pytest.raises(Unavailable) as again:
+            policy.ask("a", now + 1)
+        assert again.value.retry_after == pytest.approx(policy.models["a"].again - now - 1)
+        assert policy.ask("b", now) and policy.turn(now).load == "b"  # the other is none the worse
+        policy.loaded("b", now)
+        policy.leave(policy.turn(now).granted[0], now)
+        assert policy.turn(now).load is None
+        pauses.append(policy.models["a"].again - now)
+        now = policy.models["a"].again
+        policy.unwant("b")
+        assert policy.turn(now).unload == ["b"]
+        policy.unloaded("b")
+    assert pauses[:3] == [FIRST_PAUSE, 2 * FIRST_PAUSE, 4 * FIRST_PAUSE] and pauses[-1] == residency.LAST_PAUSE
+    policy.want("a")  # an operator need not wait
+    policy.loaded("a", now) if policy.turn(now).load == "a" else pytest.fail("it is not tried")
+    assert policy.ask("a", now).model == "a"
+
+
+def test_a_model_that_has_died_is_loaded_again() -> None:
+    policy = Residency({"a": Stay()}, 1)
+    policy.ask("a", 0.0)
+    policy.turn(0.0)
+    policy.loaded("a", 1.0)
+    (running,) = policy.turn(1.0).granted
+    policy.failed("a", EngineError("engine_dead", "The engine stopped"), 2.0)
+    policy.leave(running, 2.0)
+    assert policy.turn(2.0).load is None
+    policy.ask("a", 2.0 + FIRST_PAUSE)
+    assert policy.turn(2.0 + FIRST_PAUSE).load == "a"
