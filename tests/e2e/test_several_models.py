@@ -142,6 +142,7 @@ def test_clients_of_two_models_take_turns(several: Several) -> None:
     assert status["queue"] == {"requests": 0, "tokens": 0} | {"tokens_limit": status["queue"]["tokens_limit"]}
 
 
+@pytest.mark.slow
 def test_one_that_runs_is_waited_for(several: Several) -> None:
     """A stream of one model, a request for the other, and one more for the first: they are answered in that order."""
     several.command("load", "tiny")
