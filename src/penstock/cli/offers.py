@@ -77,7 +77,7 @@ def at_once(configs: Configs) -> EngineConfig:
     return next((config for config, table in configs if table.get("pin")), configs[0][0])
 
 
-def models_of(configs: Configs, service: RemoteService, keeping: Keeping, tokenizers: int) -> Models:
+def models_of(configs: Configs, service: RemoteService, keeping: Keeping, tokenizers: int = 0) -> Models:
     """Args:
     service: of the model that is loaded first.
     tokenizers: as of ``Models``.
