@@ -275,3 +275,20 @@ def test_a_flood_holds_three_quarters_and_one_large_request_all() -> None:
     for _ in range(100):
         alone.charge(alone.enter("acme", Rates(), 0.0), 10, 0.0)
     assert alone.held == 1000
+
+
+def test_waiting_for_a_model_counts_in_the_tenant_s_part_until_it_is_there() -> None:
+    admission = Admission(1000, shared=True)
+    waiting = [admission.enter("acme", Rates(), 0.0) for _ in range(76)]
+    for visit in waiting[:75]:
+        admission.reserve(visit, 10, 0.0)
+    with pytest.raises(Unavailable, match="share_used"):
+        admission.reserve(waiting[75], 10, 0.0)
+    for visit in waiting[:75]:
+        admission.release(visit)
+    admission.charge(waiting[0], 10, 0.0)
+    admission.charge(waiting[75], 700, 0.0)
+    assert admission.held == 710
+    line = admission.stand_behind("acme", Rates(), 0.0)
+    admission.reserve(line, 999, 0.0)
+    assert admission.held == 710

@@ -203,6 +203,17 @@ def test_an_engine_that_hangs_is_replaced(service: RemoteService, caplog: pytest
     assert "it hangs" in caplog.text and "was killed by signal 9 while" in caplog.text
 
 
+def test_looks_do_not_keep_an_engine_that_hangs(service: RemoteService) -> None:
+    """Its other thread answers them."""
+    service.step_timeout = 2.0
+    Heard(service).submit(job("deadly", tokens=(1, ENDLESS)))
+    deadline = time.monotonic() + 10
+    while not service.status().counters.restarts:
+        assert time.monotonic() < deadline
+        service.look(1.0)
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_a_request_that_hangs_engines_ends_alone(service: RemoteService) -> None:
     service.step_timeout = 2.0
