@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -26,11 +27,13 @@ def trace(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="where it is written")] = Path("trace.json"),
     seconds: Annotated[float, typer.Option(min=0, max=3600, help="how far back")] = 10.0,
+    model: Annotated[str | None, typer.Option(help="of several; by default the first that is in memory")] = None,
     api_key: Annotated[str | None, typer.Option(help="key of the role admin, if the server wants one")] = None,
 ) -> None:
     """Write what a server did in its last seconds: steps, requests, KV; no texts."""
     place, own = _place(url)
-    body = _fetched(f"{place}/debug/trace?seconds={seconds:g}", api_key or own)
+    which = "" if model is None else f"&model={quote(model)}"
+    body = _fetched(f"{place}/debug/trace?seconds={seconds:g}{which}", api_key or own)
     write(out, body)
     emit(f"{out}: {len(json.loads(body)['traceEvents'])} events of {seconds:g} s; {OPEN}")
 

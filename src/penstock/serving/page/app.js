@@ -32,7 +32,10 @@ async function start() {
   try {
     const { data } = await json("/v1/models");
     const one = data.length === 1 && data[0].id;
-    const choice = el("select", { ariaLabel: "Model", onchange: () => playground.serve(choice.value) });
+    const choice = el("select", { ariaLabel: "Model", onchange: () => {
+      playground.serve(choice.value);
+      engine.serve(choice.value);
+    } });
     choice.append(...data.map(({ id }) => el("option", { value: id, textContent: id })));
     $("model").replaceChildren(one || choice);
     playground.serve(data[0].id);

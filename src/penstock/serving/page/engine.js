@@ -11,6 +11,11 @@ let steps = [];
 let last = -1; // step that was told of
 let chosen = null; // the number of a step, at which the chart stands still; null follows the last one
 let timer = 0;
+let model = ""; // whose engine; the first that is in memory, unless one is chosen
+
+export function serve(name) {
+  [model, steps, last, chosen] = [name, [], -1, null];
+}
 
 export function shown(yes) {
   clearTimeout(timer);
@@ -21,7 +26,9 @@ async function poll() {
   clearTimeout(timer);
   let pause = 1000;
   try {
-    take(await json(`/debug/engine?${last < 0 ? "seconds=60" : `seconds=5&after=${last}`}`));
+    const [which, since] = [model, last < 0 ? "seconds=60" : `seconds=5&after=${last}`];
+    const told = await json(`/debug/engine?${since}${which && `&model=${encodeURIComponent(which)}`}`);
+    if (which === model) take(told);
   } catch (error) {
     if (error.status === 401 || error.status === 403) return; // the view says so, and another key starts it again
     pause = 3000;
