@@ -127,6 +127,39 @@ def test_names_and_states(several: Several) -> None:
     assert len(several.engines()) == 1
 
 
+def test_other_apis_tell_of_each_without_loading_it(several: Several) -> None:
+    several.text("tiny")
+    tags = {m["model"]: m for m in httpx.get(f"{several.url}/api/tags").json()["models"]}
+    assert list(tags) == ["tiny", "nano", "broken", "huge", "brief"]
+    assert tags["tiny"]["size"] > 0 and "size" not in tags["nano"] and tags["nano"]["modified_at"]
+    assert [m["model"] for m in httpx.get(f"{several.url}/api/ps").json()["models"]] == ["tiny"]
+    for path, body in (("/api/show", {"model": "nano"}), ("/v2/models/nano", None), ("/v2/models/nano/ready", None)):
+        away = httpx.request("POST" if body else "GET", f"{several.url}{path}", json=body)
+        assert (away.status_code, "not_in_memory" in away.text) == (503, True), away.text
+    assert httpx.post(f"{several.url}/api/show", json={"model": "small"}).json()["capabilities"][0] == "completion"
+    assert httpx.get(f"{several.url}/v2/models/tiny/ready").json()["ready"] is True
+    assert httpx.get(f"{several.url}/v2/health/ready").json()["ready"] is True
+    assert several.state("nano") == "unloaded"
+
+
+def test_the_wait_for_a_model_is_told_as_such(several: Several) -> None:
+    several.text("nano" if several.state("tiny") == "loaded" else "tiny")
+    last = httpx.get(f"{several.url}/requests").json()["requests"][0]
+    assert 0 < last["load_s"] < last["admitted_s"] and last["phases"]["load"] == last["load_s"]
+    assert "passed until its model was in memory" in last["why"]
+
+
+def test_each_engine_is_looked_at_by_its_model(several: Several) -> None:
+    several.text("tiny")
+    for path in ("/debug/engine", "/debug/trace"):
+        for query in ("", "?model=tiny", "?model=gpt-4o"):
+            assert httpx.get(f"{several.url}{path}{query}").status_code == 200
+        away, unknown = (httpx.get(f"{several.url}{path}?model={name}") for name in ("nano", "gpt-5"))
+        assert (away.status_code, away.json()["error"]["code"]) == (503, "not_in_memory")
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+    assert httpx.get(f"{several.url}/debug/engine").json()["steps"]
+
+
 @pytest.mark.slow
 def test_clients_of_two_models_take_turns(several: Several) -> None:
     """All at once, with room for one: everybody is answered by the right model, in few turns."""

@@ -113,11 +113,13 @@ class Context:
         caller.let_go = lambda: self.models.leave(ticket)
         if not ticket.granted:
             caller.reserve(size)
+            began = time.monotonic()
             try:
                 waiting = self.until_aborted(self.models.granted(ticket))
                 await (waiting if receive is None else unless_disconnected(receive, waiting))
             finally:
                 caller.release()
+                caller.load += time.monotonic() - began
         return view
 
     @property

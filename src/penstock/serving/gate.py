@@ -48,7 +48,7 @@ class Caller:
         booked: False for a line of a batch, which is bounded where it comes from and stands behind all others; only its
             tokens count at its tenant's rate.
         ahead: requests under way when it came.
-        waits: for its model to be loaded.
+        waits, load: for its model to be loaded; how many seconds it has.
         let_go: gives up the model that it uses.
         model, ..., stalls: what became of it, for the log; times in seconds of ``time.monotonic``.
         starved_first: how much of ``starved`` was before its first token.
@@ -66,6 +66,7 @@ class Caller:
     visit: Visit | None = None
     ahead: int = 0
     waits: bool = False
+    load: float = 0.0
     let_go: Callable[[], None] | None = None
     model: str | None = None
     prompt_tokens: int = 0

@@ -14,7 +14,7 @@ from penstock.serving.limits import MAX_REMEMBERED, MAX_VISITS
 from penstock.serving.operations import operation
 from penstock.serving.requestlog import Line
 
-PHASES = ("read", "queue", "prompt", "decode", "memory", "client")
+PHASES = ("read", "queue", "prompt", "decode", "memory", "client", "load")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,9 @@ def phases(line: Line) -> dict[str, float]:
     """Seconds of each of PHASES that it came to; their sum is ``total_s``.
 
     read: until its body was here, its prompt in tokens, and room in the server's queue; queue: until the engine took it
-    up; prompt: until its first token; decode: until its end. Two are taken out of those that they lie in: memory, when
-    it was not computed for want of KV blocks, and client, when its client did not take what was written.
+    up; prompt: until its first token; decode: until its end. Three are taken out of those that they lie in: memory,
+    when it was not computed for want of KV blocks; client, when its client did not take what was written; load, when
+    its model was not in memory.
     """
     started = line.started_s
     if started is None and line.status < 400:  # vectors: when the engine began with them is not told
@@ -89,6 +90,7 @@ def phases(line: Line) -> dict[str, float]:
         ("memory", "prompt", first),
         ("memory", "decode", line.starved_s - first),
         ("client", last, line.client_s),
+        ("load", "read", line.load_s),
     ):
         if seconds > 0 and phase in spans:
             part = min(seconds, spans[phase])
@@ -110,6 +112,8 @@ def why(line: Line) -> str:
         return f"{head}passed while KV blocks were short: it was preempted {times}; {others}."
     if phase == "client":
         return f"{head}passed until its client took what was written for it: {tokens} tokens."
+    if phase == "load":
+        return f"{head}passed until its model was in memory; {others}."
     if phase == "read":
         return f"{head}passed until its body was here and in tokens, {line.prompt_tokens} of them."
     if phase == "queue":

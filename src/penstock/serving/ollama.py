@@ -152,7 +152,7 @@ class OllamaTask:
         return {"model": self.context.name, "created_at": created, **said, **logprobs, **end}
 
     def _end(self, reason: str) -> Body:
-        """Durations in nanoseconds. The model is there already, so that loading it takes no time."""
+        """Durations in nanoseconds."""
         assert self.generation is not None
         caller, usage, now = current.get(), self.generation.usage(), time.monotonic()
         first = caller.first_token or now
@@ -160,7 +160,7 @@ class OllamaTask:
             "done": True,
             "done_reason": reason,
             "total_duration": _nanoseconds(now - caller.arrived),
-            "load_duration": 0,
+            "load_duration": _nanoseconds(caller.load),
             "prompt_eval_count": usage.prompt_tokens,
             "prompt_eval_duration": _nanoseconds(first - (caller.started or first)),
             "eval_count": usage.completion_tokens,
@@ -193,7 +193,7 @@ async def embed(request: OllamaEmbed, context: Context) -> Body:
     inputs = [request.input] if isinstance(request.input, str) else request.input
     vectors, tokens = await _vectors(inputs, request, context)
     taken = _nanoseconds(time.monotonic() - current.get().arrived)
-    counts = {"total_duration": taken, "load_duration": 0, "prompt_eval_count": tokens}
+    counts = {"total_duration": taken, "load_duration": _nanoseconds(current.get().load), "prompt_eval_count": tokens}
     return {"model": context.name, "embeddings": vectors, **counts}
 
 

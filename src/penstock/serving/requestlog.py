@@ -37,6 +37,7 @@ class Line(msgspec.Struct, kw_only=True):
         starved_s: seconds in which it was not computed for want of KV blocks, once it had begun; starved_first_s: those
             before its first token.
         client_s: seconds in which its client did not take what was written.
+        load_s: seconds in which it waited for its model to be loaded, before it was admitted.
     """
 
     time: datetime
@@ -60,6 +61,7 @@ class Line(msgspec.Struct, kw_only=True):
     starved_s: float = 0.0
     starved_first_s: float = 0.0
     client_s: float = 0.0
+    load_s: float = 0.0
 
 
 def line_of(caller: Caller, path: str, status: int) -> Line:
@@ -91,6 +93,7 @@ def line_of(caller: Caller, path: str, status: int) -> Line:
         starved_s=round(caller.starved, 6),
         starved_first_s=round(caller.starved_first, 6),
         client_s=round(sum(seconds for _, seconds in caller.stalls), 6),
+        load_s=round(caller.load, 6),
     )
 
 

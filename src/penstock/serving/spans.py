@@ -162,5 +162,6 @@ def attributes(visit: Visit, operation: str | None) -> dict[str, str | int | flo
         "penstock.preemptions": line.preempted,
         "penstock.starved_s": line.starved_s,
         "penstock.client_s": line.client_s,
+        "penstock.load_s": line.load_s,
     }
     return {name: value for name, value in told.items() if value is not None}
