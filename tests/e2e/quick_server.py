@@ -1,13 +1,14 @@
 """A server over an engine that takes no time: what remains is the front. ``python quick_server.py [OPTION...]``
 
 Its options are those of ``penstock serve``. The face is the bundled model's, the context is 2 million tokens long. A
-token is a hash of the request's seed, its sample and its length, so that an answer that went to somebody else shows.
+token is a hash of the request's prompt, seed, sample and length, so that an answer that went to somebody else shows.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from array import array
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -18,7 +19,7 @@ from penstock.assemble import Loaded, find_model, read_face
 from penstock.assemble.executor import engine_setup
 from penstock.cli import main as command_line
 from penstock.core.kv.groups import PoolSpec
-from penstock.core.plan import StepPlan, StepResult
+from penstock.core.plan import NewRequest, StepPlan, StepResult
 from penstock.host import main as engine
 from penstock.serving import limits
 from penstock.sim.toy import Done
@@ -27,10 +28,15 @@ from penstock.spec import EngineConfig
 LONGEST = 2_000_000
 
 
-def drawn(seed: int, sample: int, length: int, size: int) -> int:
-    """A token that begins with a letter or a blank, so that each one is a piece of text of its own."""
-    digest = blake2b(b"%d %d %d" % (seed, sample, length), digest_size=4).digest()
-    return 1000 + int.from_bytes(digest) % (size - 1000)
+def root_of(new: NewRequest) -> bytes:
+    """What its tokens are made of: the prompt, and where it is not greedy the seed."""
+    seed = new.seed if new.params.temperature else 0
+    return array("q", new.tokens[: new.prompt_len]).tobytes() + b"%d %d" % (seed, new.sample)
+
+
+def drawn(root: bytes, length: int, size: int) -> int:
+    """A token of two characters or more, so that each one is a piece of text of its own."""
+    return 1000 + int.from_bytes(blake2b(root + b"%d" % length, digest_size=4).digest()) % (size - 1000)
 
 
 @dataclass
@@ -44,18 +50,18 @@ class Quick:
         for id in plan.gone:
             self.rows.pop(id, None)
         for new in plan.new:
-            self.rows[new.id] = [new, len(new.tokens)]
+            self.rows[new.id] = [new, len(new.tokens), blake2b(root_of(new)).digest()]
         result = StepResult([])
         tokens: list[tuple[int, ...]] = []
         for index, (id, start, count) in enumerate(plan.slices):
-            new, length = row = self.rows[id]
+            new, length, root = row = self.rows[id]
             if start + count < length:
                 tokens.append(())
             elif new.task != "generate":
                 tokens.append(())
                 result.vectors[index] = (1.0,) * 8
             else:
-                tokens.append((drawn(new.seed, new.sample, length, self.size),))
+                tokens.append((drawn(root, length, self.size),))
                 row[1] = length + 1
         result.tokens = tokens
         return Done(result)

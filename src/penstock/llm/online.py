@@ -336,7 +336,7 @@ async def _beside_the_loop(prompt: Prompt, work: Callable[[], T], params: Sampli
 LINGER = 0.001
 """Seconds for which a woken loop collects further updates before it delivers them."""
 
-AT_ONCE = 128
+AT_ONCE = 32
 """Updates delivered in one turn of the loop: a few milliseconds' work of whoever hears them, and then it is others'."""
 
 

@@ -230,6 +230,7 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     context.admit(None)
     current.get().enter()
     body = await read_body(request)
+    await context.turnstile.enter()
     asked = await off_loop(len(body), functools.partial(_decode, body, shape))
     context.admit(asked.model)
     current.get().model = context.name

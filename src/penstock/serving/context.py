@@ -17,11 +17,12 @@ from penstock.llm import AsyncLLM, TokensPrompt
 from penstock.serving.errors import HTTPError
 from penstock.serving.gate import Gate, current
 from penstock.serving.history import History
-from penstock.serving.limits import MAX_CHOICES
+from penstock.serving.limits import MAX_CHOICES, REQUESTS_AT_ONCE
 from penstock.serving.metrics import Metrics
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.response_store import ResponseStore
 from penstock.serving.schemas import PromptTokensDetails, Usage
+from penstock.serving.turns import Turnstile
 from penstock.spec import SamplingParams
 from penstock.text import Delta
 
@@ -44,6 +45,7 @@ class Context:
         draining: no new requests; the process is about to end.
         batches: files of requests, answered when there is time.
         stop: set to begin that end.
+        turnstile: bounds what requests that arrive together take of a turn of the loop.
     """
 
     llm: AsyncLLM
@@ -59,6 +61,7 @@ class Context:
     draining: bool = False
     batches: Batches = field(init=False)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    turnstile: Turnstile = field(default_factory=lambda: Turnstile(REQUESTS_AT_ONCE))
 
     def admit(self, model: str | None) -> None:
         """Refuses any model but this one, by its name or as the engine was given it, and everything while it ends."""

@@ -19,6 +19,9 @@ STALL_SECONDS = 60.0
 BODY_SECONDS = 30.0
 """A body must have arrived whole after this long."""
 
+REQUESTS_AT_ONCE = 4
+"""Requests that are read in one turn of the event loop."""
+
 JOINED_BYTES = 64 << 10
 """Answers are written once a turn of the event loop, or when there is more than this."""
 
