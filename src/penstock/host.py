@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from penstock.assemble import Face, Loaded, find_model, load_behind, read_face
 from penstock.base import EngineError, InvalidRequest, PenstockError
+from penstock.base.logs import unhurried
 from penstock.core.engine import Engine, Mail
 from penstock.core.service import Abort, Status, Submission, Update
 from penstock.spec import EngineConfig
@@ -177,6 +178,7 @@ def load(config: EngineConfig) -> tuple[Face, Loaded]:
 
 
 def main(path: str, load: Load = load) -> None:
+    unhurried()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever serves has been told too, and may still be draining
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with suppress(OSError):  # nobody is there any more, here and below

@@ -89,7 +89,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["engine"]:
         engine(sys.argv[2], load)
     else:
-        limits.STILL_SECONDS, limits.STUCK_SECONDS = 1, 3
+        limits.STILL_SECONDS, limits.STUCK_SECONDS, limits.STALL_SECONDS = 1, 3, 3
         signal.signal(signal.SIGUSR1, spin)
         as_module = penstock.wire.python
         own = [sys.executable, str(Path(__file__)), "engine"]

@@ -437,3 +437,39 @@ def test_files_and_batches_are_a_tenant_s_own(keyed: Keyed) -> None:
     ):
         with pytest.raises(openai.NotFoundError):
             refused()
+
+
+def farthest(a: list[float], b: list[float]) -> float:
+    """The statistic of Kolmogorov and Smirnov: how far the two distributions are apart, from 0 to 1."""
+    return max(abs(sum(x <= at for x in a) / len(a) - sum(x <= at for x in b) / len(b)) for at in a + b)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_time_tells_a_tenant_nothing_of_another_s_prompts(keyed: Keyed) -> None:
+    """A tenant times prompts that another has sent, and prompts that nobody has; then some that it sent itself.
+
+    80 of each, in turn, so that whatever else the machine does meets all alike. Of two samples of 80 from the same
+    distribution the statistic exceeds 0.31 once in a thousand times (Smirnov, 1948: 1.95 * sqrt(2 / 80)).
+    """
+    dice = Random(7)
+
+    def timed(prompt: list[int]) -> float:
+        began = time.perf_counter()
+        assert birch.post(COMPLETIONS, json={"prompt": prompt, "max_tokens": 1}).status_code == 200
+        return time.perf_counter() - began
+
+    headers = {"authorization": f"Bearer {keyed.keys['birch']}"}
+    birch = httpx.Client(base_url=keyed.url, headers=headers, timeout=60)  # a kept connection: less noise of its own
+    others, fresh, own = list[float](), list[float](), list[float]()
+    for _ in range(80):
+        seen, unseen = ([1, *(dice.randrange(260, 500) for _ in range(480))] for _ in range(2))
+        assert keyed.ask("acme", prompt=seen, max_tokens=1).status_code == 200
+        first, second = (others, seen), (fresh, unseen)
+        for times, prompt in (first, second) if dice.random() < 0.5 else (second, first):
+            times.append(timed(prompt))
+        own.append(timed(unseen))
+    birch.close()
+    assert farthest(others, fresh) < 0.31, (sorted(others)[40], sorted(fresh)[40])
+    assert farthest(own, fresh) > 0.31, "the cache saves too little time here for this test to mean anything"
+    print(f"apart: others' {farthest(others, fresh):.2f}, its own {farthest(own, fresh):.2f}")

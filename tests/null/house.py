@@ -240,6 +240,7 @@ KINDS = set("Protocol ABC Generic NamedTuple TypedDict Enum IntEnum StrEnum Flag
 FRAMEWORK_BASES = {
     *("Function", "TorchFunctionMode", "H11Protocol", "Collector"),  # torch, uvicorn, prometheus_client
     *("ImmutableSandboxedEnvironment", "Extension", "NodeTransformer", "TemplateError"),  # jinja2
+    "Handler",  # logging
 }
 """Third-party classes whose API *is* subclassing. One is added with the first class that needs it."""
 

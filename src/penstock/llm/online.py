@@ -339,6 +339,8 @@ LINGER = 0.001
 AT_ONCE = 32
 """Updates delivered in one turn of the loop: a few milliseconds' work of whoever hears them, and then it is others'."""
 
+SORTED_AT_ONCE = 2048
+
 
 class _Mailbox:
     """Carries updates from the engine's thread into an event loop, with few wake-ups.
@@ -367,7 +369,7 @@ class _Mailbox:
             if not self._posted:  # posted before the line above: nobody woke us for it
                 return
             self._awake = True
-        while self._posted:
+        for _ in range(min(len(self._posted), SORTED_AT_ONCE)):
             queue, update = self._posted.popleft()
             self._sorted.setdefault(queue, deque()).append(update)
         room = AT_ONCE
@@ -378,7 +380,7 @@ class _Mailbox:
                 room -= 1
             if not updates:
                 del self._sorted[queue]
-        if self._sorted:
+        if self._sorted or self._posted:
             self.loop.call_soon(self._deliver)
         else:
             self.loop.call_later(LINGER, self._deliver)

@@ -28,7 +28,7 @@ from penstock.serving.chat import ChatTask
 from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of, engine_stopped, shutting_down
 from penstock.serving.dashboard import PAGES
-from penstock.serving.edge import Edge, as_json, off_loop, parse, read_body
+from penstock.serving.edge import Edge, as_json, body_of, off_loop, parse
 from penstock.serving.errors import (
     HTTPError,
     on_disconnect,
@@ -229,9 +229,9 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     context = context_of(request)
     context.admit(None)
     current.get().enter()
-    body = await read_body(request)
-    await context.turnstile.enter()
-    asked = await off_loop(len(body), functools.partial(_decode, body, shape))
+    async with body_of(request) as body:
+        await context.turnstile.enter()
+        asked = await off_loop(len(body), functools.partial(_decode, body, shape))
     context.admit(asked.model)
     current.get().model = context.name
     return context, asked

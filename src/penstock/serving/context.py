@@ -42,6 +42,7 @@ class Context:
         tasks: those that make vectors, or choose among samples.
         history: those that ended last.
         responses: those that may be gone on from.
+        uploading: bytes of bodies that are being read or parsed.
         draining: no new requests; the process is about to end.
         batches: files of requests, answered when there is time.
         stop: set to begin that end.
@@ -59,6 +60,7 @@ class Context:
     history: History = field(default_factory=History)
     responses: ResponseStore = field(default_factory=ResponseStore)
     draining: bool = False
+    uploading: int = 0
     batches: Batches = field(init=False)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     turnstile: Turnstile = field(default_factory=lambda: Turnstile(REQUESTS_AT_ONCE))

@@ -13,7 +13,7 @@ from penstock.serving import files
 from penstock.serving.batches import Batches, BatchRequest, shown
 from penstock.serving.context import context_of
 from penstock.serving.database import Part
-from penstock.serving.edge import as_json, off_loop, parse, read_body
+from penstock.serving.edge import as_json, body_of, off_loop, parse
 from penstock.serving.gate import current
 from penstock.serving.store import Store
 
@@ -62,8 +62,8 @@ async def file_content(request: Request) -> Response:
 async def batches_of_all(request: Request) -> Response:
     asked = await _asked(request)
     if request.method == "POST":
-        body = await read_body(request)
-        wanted = await off_loop(len(body), partial(parse, body, BatchRequest))
+        async with body_of(request) as body:
+            wanted = await off_loop(len(body), partial(parse, body, BatchRequest))
         return as_json(await asked.batches.create(wanted, asked.tenant))
     part = files.part_of(request.query_params)
     return await asyncio.to_thread(_batches, asked, part)  # each may have a page of complaints

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import msgspec
@@ -16,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from penstock.serving.context import Context
+from penstock.base import Unavailable
+from penstock.serving.context import Context, context_of
 from penstock.serving.errors import HTTPError, error_response, internal_error
 from penstock.serving.gate import Caller, current
 from penstock.serving.limits import (
@@ -27,6 +29,7 @@ from penstock.serving.limits import (
     MAX_HEADER_BYTES,
     MAX_HEADERS,
     MAX_JSON_DEPTH,
+    MAX_UPLOADING,
 )
 from penstock.serving.requestlog import line_of
 
@@ -136,10 +139,12 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
     return uuid.uuid4().hex
 
 
-async def read_body(request: Request) -> bytes:
-    """The whole body, at most MAX_BODY_BYTES of it, within BODY_SECONDS.
+@asynccontextmanager
+async def body_of(request: Request) -> AsyncIterator[bytes]:
+    """The whole body, at most MAX_BODY_BYTES of it, within BODY_SECONDS. It has its place in memory within the block.
 
     Raises:
+        Unavailable: (uploads_full) the bodies of others take up MAX_UPLOADING bytes; small ones always have a place.
         HTTPError: 413, 408, or 415 unless it is declared to be JSON. A browser sends other types across
             origins without asking first, so the declaration is also what keeps web pages out.
     """
@@ -152,23 +157,39 @@ async def read_body(request: Request) -> bytes:
         )
     if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:  # the HTTP parser saw to the digits
         raise _body_too_large()
-    body = bytearray()
-    received = 0
+    context, body = context_of(request), bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                received += len(chunk)
-                if received <= MAX_BODY_BYTES:
-                    body += chunk
-                elif received > 4 * MAX_BODY_BYTES:
-                    break  # up to here it was drained, so that a client busy sending gets to read the answer
-    except TimeoutError:
-        raise HTTPError(
-            "request_timeout", "The body did not arrive in time", why=f"waited {BODY_SECONDS:g} s", status=408
-        ) from None
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                await _read(request, body, context)
+        except TimeoutError:
+            why = f"waited {BODY_SECONDS:g} s"
+            raise HTTPError("request_timeout", "The body did not arrive in time", why=why, status=408) from None
+        yield bytes(body)
+    finally:
+        context.uploading -= max(0, len(body) - INLINE_BYTES)
+
+
+async def _read(request: Request, body: bytearray, context: Context) -> None:
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received <= MAX_BODY_BYTES:
+            more = max(0, received - INLINE_BYTES) - max(0, len(body) - INLINE_BYTES)
+            if context.uploading + more > MAX_UPLOADING:
+                raise Unavailable(
+                    "uploads_full",
+                    "The server is reading as much as it takes on",
+                    why=f"{context.uploading} of {MAX_UPLOADING} bytes of bodies",
+                    fix="send it again in a few seconds",
+                    retry_after=2.0,
+                )
+            context.uploading += more
+            body += chunk
+        elif received > 4 * MAX_BODY_BYTES:
+            break  # up to here it was drained, so that a client busy sending gets to read the answer
     if received > MAX_BODY_BYTES:
         raise _body_too_large()
-    return bytes(body)
 
 
 def _body_too_large() -> HTTPError:

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from penstock.base.logs import unhurried
 from penstock.core.service import Status
 from penstock.fleet import Admission
 from penstock.serving.gate import Caller
@@ -59,6 +60,8 @@ class QueueCollector(Collector):
         self.admission, self.log = admission, log
 
     def collect(self) -> Iterator[Metric]:
+        text = "Lines for stderr that nobody took"
+        yield CounterMetricFamily("penstock_stderr_lines_dropped", text, value=unhurried().dropped)
         if self.log is not None:
             text = "Requests that the log has no line for"
             yield CounterMetricFamily("penstock_log_lines_dropped", text, value=self.log.dropped)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Histogram
 
+from penstock.base.logs import unhurried
 from penstock.serving import limits
 
 EVERY, IDLE_EVERY = 0.005, 0.1
@@ -64,4 +65,5 @@ class Pulse:
                 _log.error("the event loop has stood still for %d s:\n%s", still, "".join(frames))
             elif still >= limits.STUCK_SECONDS:
                 _log.critical("the event loop has stood still for %d s: this process ends", still)
+                unhurried().flush()
                 os._exit(STUCK_STATUS)

@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.base import ConfigError
+from penstock.base.logs import unhurried
 from penstock.llm import AsyncLLM
 from penstock.serving.admin import build_admin
 from penstock.serving.app import build_app
@@ -167,6 +168,7 @@ def serve(
             await context.batches.close()
 
     sys.setswitchinterval(SWITCH_SECONDS)
+    unhurried()
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that went away
     # uvicorn raises the signal that ended it once more when it is done: SIGTERM shall then end nothing else.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
