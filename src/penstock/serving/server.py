@@ -167,9 +167,7 @@ def serve(
                 companion.cancel()
             await context.batches.close()
 
-    sys.setswitchinterval(SWITCH_SECONDS)
-    unhurried()
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that went away
+    _have_nobody_wait()
     # uvicorn raises the signal that ended it once more when it is done: SIGTERM shall then end nothing else.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -181,6 +179,12 @@ def serve(
             log.close()
     if ending.signals[:1] == [signal.SIGINT]:
         raise KeyboardInterrupt
+
+
+def _have_nobody_wait() -> None:
+    sys.setswitchinterval(SWITCH_SECONDS)
+    unhurried()
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that went away
 
 
 class _Ending:
