@@ -93,8 +93,21 @@ def test_a_worker_that_is_killed_loses_nothing(workers: TextWorkers, prompts: Pr
     assert workers.deaths == before + 2
 
 
-def test_workers_that_always_die_say_so() -> None:
-    workers = TextWorkers([sys.executable, "-c", "pass"], CONFIG, 2)
+NONSENSE = """
+import socket, sys
+from penstock.wire import Connection, Tokens, encode
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+connection = Connection(sock)
+connection.receive(), connection.receive()
+connection.send(encode(Tokens(b"abc")))
+connection.receive()
+"""
+
+
+@pytest.mark.parametrize("code", ["pass", NONSENSE], ids=["dies", "nonsense"])
+def test_workers_of_no_use_say_so(code: str) -> None:
+    workers = TextWorkers([sys.executable, "-c", code], CONFIG, 2)
     asked = [workers.tokenize(Text("a")) for _ in range(3)]
     for each in asked:
         with pytest.raises(EngineError, match="tokenizer_died"):

@@ -104,21 +104,17 @@ class TextWorkers:
             try:
                 worker = worker or self._start()
                 answer = worker.ask(order.frame)
-            except (OSError, PenstockError) as error:
+                if isinstance(answer, Refused):
+                    order.future.set_exception(answer.error)
+                else:
+                    order.future.set_result(Tokenized(array("I", answer.ids), answer.text))
+                return worker
+            except (OSError, ValueError, PenstockError) as error:  # ValueError: of ids that are none
                 self.deaths += 1
                 if worker:
                     self._end(worker)
                 worker, why = None, str(error)
                 log.error("a process that tokenizes has ended: %s", error)
-                continue
-            except BaseException as error:  # whatever it is, nobody may wait for ever
-                order.future.set_exception(error)
-                raise
-            if isinstance(answer, Refused):
-                order.future.set_exception(answer.error)
-            else:
-                order.future.set_result(Tokenized(array("I", answer.ids), answer.text))
-            return worker
         fix = "send it again, and report it if that fails"
         order.future.set_exception(EngineError("tokenizer_died", "The text could not be tokenized", why=why, fix=fix))
         return None
