@@ -12,6 +12,7 @@ _SAID = {"title", "description", "default", "examples", "$schema", "$id", "$comm
 """What a schema says without demanding anything."""
 _OBJECT = _SAID | {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
 _DEFINITIONS = ("$defs", "definitions")
+_LENGTHS = {"minLength", "maxLength"}
 MAX_LENGTH = 100_000
 ANY_FIELDS = 64
 """Arguments of a tool whose schema names none."""
@@ -84,7 +85,7 @@ class FieldWriter:
     def _text(self, key: str, part: Any, name: str) -> str:
         """The terminal of a value that may be any string, or one of some length."""
         demands = set(part) - _SAID - {"type"} if isinstance(part, Mapping) else set()
-        if demands and demands <= {"minLength", "maxLength"} and _types(part) == {"string"}:
+        if demands and demands <= _LENGTHS and _types(part) == {"string"}:
             least, most = part.get("minLength", 0), part.get("maxLength", MAX_LENGTH)
             if not all(type(number) is int and 0 <= number <= MAX_LENGTH for number in (least, most)) or least > most:
                 raise ValueError(f"the length of {key[:64]!r} must be within 0 and {MAX_LENGTH}")
@@ -92,7 +93,8 @@ class FieldWriter:
             self.rules.append(f"{name.upper()}: /(.|\\n){{{least},{most}}}/ & ~/(.|\\n)*{end}(.|\\n)*/")
             return name.upper()
         if demands and not _is_free(part):
-            raise ValueError(f"a text such as {key[:64]!r} cannot be held to {', '.join(sorted(demands))} in this form")
+            beyond = ", ".join(sorted(demands - _LENGTHS or demands))
+            raise ValueError(f"a text such as {key[:64]!r} cannot be held to {beyond} in this form")
         return "TEXT"
 
 

@@ -103,7 +103,7 @@ class GenerationRequest(ModelRequest, kw_only=True):
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[int], Meta(max_length=MAX_STOP_IDS)] | None = None
     min_tokens: int | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_ID)] | None = None  # 0 is refused where it is used
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
