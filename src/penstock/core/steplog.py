@@ -51,7 +51,7 @@ class StepLog:
                 gone=plan.gone,
                 waiting=scheduler.in_line,
                 free=sum(len(pool.free) for pool in scheduler.kv.pools),
-                cached=sum(len(pool.idle) for pool in scheduler.kv.pools),
+                cached=sum(pool.idle_count for pool in scheduler.kv.pools),
             )
         )
 
@@ -117,7 +117,7 @@ def _told(request: Request, state: str | None = None, ended: float | None = None
 
 def _pool(kv: KVCache, group: int, blocks: int) -> PoolTrace:
     pool = kv.pools[group]
-    free, idle, named = len(pool.free), len(pool.idle), len(pool.by_key)
+    free, idle, named = len(pool.free), pool.idle_count, len(pool.by_key)
     sealed = max(0, named - idle)
     stride = -(-pool.total // blocks) if blocks else 1
     return PoolTrace(
