@@ -280,7 +280,7 @@ struct CodeUnit {
 };
 struct GroupHead {
     int32_t minus;  // the sum of products of neighbours, negative
-    float scale;
+    float scale, offset;
 };
 // The codes again, 32 inputs of neighbouring rows side by side, and what belongs to groups; ``pitch`` from one to the next of
 // a row. Null if no product wants them.
@@ -483,7 +483,7 @@ INLINE void part(
 
 }  // namespace penstock::PENSTOCK_ISA
 
-#include "winograd.h"
+#include "widened.h"
 
 namespace penstock::PENSTOCK_ISA {
 
@@ -537,7 +537,8 @@ INLINE void code_group(const T* x, int8_t* codes, float& scale, float& offset, i
     total = sum_of(sum);
     offset = -(scale * (float)total);
 #if defined(PENSTOCK_UNITS)
-    if (units.codes) store_units<COUNT>(whole, scale, units);
+    if (units.heads) units.heads->scale = scale, units.heads->offset = offset;
+    if (units.codes) store_units<COUNT>(whole, units);
 #endif
 }
 
@@ -567,9 +568,12 @@ void grouped_linears_of(const Linear* products, int64_t count) {
         memory.offsets.resize((size_t)scales);
         memory.totals.resize((size_t)scales);
     }
-    bool wide = any.format.bits == 8 && Widened<CodeRows, GroupedPanel<8>>::worth((int)std::min<int64_t>(rows, MOST_ROWS));
+    int most = (int)std::min<int64_t>(rows, MOST_ROWS);
+    bool eight = any.format.bits == 8;
+    bool wide = eight ? Widened<CodeRows, GroupedPanel<8>>::worth(most) : Widened<CodeRows, GroupedPanel<4>>::worth(most);
     int64_t pitch = (rows + 3) | 1;  // odd, so that a row's units fall into different sets, and of whole fours
-    if (wide && (int64_t)memory.units.size() < any.inputs / 32 * pitch) memory.units.resize((size_t)(any.inputs / 32 * pitch));
+    int64_t units = wide && eight ? any.inputs / 32 * pitch : 0;
+    if ((int64_t)memory.units.size() < units) memory.units.resize((size_t)units);
     if (wide && (int64_t)memory.heads.size() < groups * pitch) memory.heads.resize((size_t)(groups * pitch));
     CodeMemory& m = memory;
     int64_t at_once = std::max<int64_t>(1, CODED_AT_ONCE / group);
@@ -578,9 +582,9 @@ void grouped_linears_of(const Linear* products, int64_t count) {
             int8_t* codes = m.codes.data() + i / groups * stride + i % groups * GROUP;
             size_t n = (size_t)i;
             int64_t row = i / groups, g = i % groups;
-            Units units{};
-            if (wide) units = {m.units.data() + g * (GROUP / 32) * pitch + row, m.heads.data() + g * pitch + row, pitch};
-            code_group<GROUP>(x + i * GROUP, codes, m.scales[n], m.offsets[n], m.totals[n], units);
+            Units own{};
+            if (wide) own = {eight ? m.units.data() + g * (GROUP / 32) * pitch + row : nullptr, m.heads.data() + g * pitch + row, pitch};
+            code_group<GROUP>(x + i * GROUP, codes, m.scales[n], m.offsets[n], m.totals[n], own);
         }
     };
     parallel((scales + at_once - 1) / at_once, [&](int64_t item, int) {
@@ -604,7 +608,7 @@ void grouped_linears_of(const Linear* products, int64_t count) {
 #endif
     using At = decltype(rows_at);
     auto compute = any.format.bits == 8 ? all_outputs<T, GroupedPanel<8>, At> : all_outputs<T, GroupedPanel<4>, At>;
-    compute(products, count, any.inputs * (wide ? 2 : 1), rows_at);
+    compute(products, count, any.inputs * (units ? 2 : 1), rows_at);
 }
 
 template <class T>
