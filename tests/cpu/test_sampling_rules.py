@@ -437,8 +437,8 @@ def test_an_own_rule_that_fails_ends_its_request_alone(how: str, temperature: fl
 
 
 def test_a_penalty_that_overflows_is_told_and_not_drawn_from() -> None:
-    logits = torch.arange(1.0, V + 1).repeat(2, 1)
-    drawn = draw(logits, [request(temperature=0.0, repetition_penalty=1e-40), request(temperature=0.0)])
+    logits = torch.arange(1.0, V + 1).repeat(2, 1) * torch.tensor([[1e36], [1.0]])
+    drawn = draw(logits, [request(temperature=0.0, repetition_penalty=1e-4), request(temperature=0.0)])
     assert drawn.codes_R.tolist() == [UNSOUND, V - 1]
 
 
