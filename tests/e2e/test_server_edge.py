@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -419,3 +421,36 @@ def test_what_a_request_leaves_open_is_as_the_model_recommends(llm: AsyncLLM, pa
     assert greedy[1] == 7 and answer(recommended) == greedy == answer(recommended, temperature=None)
     drawn = answer(plain, seed=1, max_tokens=9)
     assert drawn[1] == 9 and answer(recommended, temperature=1, seed=1, max_tokens=9) == drawn != greedy
+
+
+RACE = """
+import sys, threading, msgspec
+from typing import Annotated
+from penstock.serving.edge import settle
+
+sys.setswitchinterval(1e-6)
+count = Annotated[int, msgspec.Meta(ge=0)]
+shapes = []
+for i in range(200):
+    inner = msgspec.defstruct(f"Inner{i}", [(f"g{k}", count | None, None) for k in range(20)])
+    fields = [(f"f{k}", list[count] | str | inner | None, None) for k in range(20)]
+    shapes.append(msgspec.defstruct(f"Outer{i}", fields))
+if sys.argv[1] == "settled":
+    settle()
+
+def read(shape):
+    ready.wait()
+    for _ in range(20):
+        msgspec.json.decode(b'{"f19": [2], "f3": {"g19": 3}}', type=shape)
+
+for shape in shapes:
+    ready = threading.Barrier(4)
+    threads = [threading.Thread(target=read, args=(shape,)) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+"""
+
+
+def test_threads_may_decode_a_shape_at_once() -> None:
+    """Without it the process ends by SIGSEGV: seen in a server whose first batch came while another body was read."""
+    subprocess.run([sys.executable, "-c", RACE, "settled"], check=True, timeout=120)

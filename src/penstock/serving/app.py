@@ -28,7 +28,7 @@ from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of
 from penstock.serving.dashboard import PAGES
 from penstock.serving.decoding import Task, decode, in_batches
-from penstock.serving.edge import Edge, as_json, body_of, off_loop
+from penstock.serving.edge import Edge, as_json, body_of, off_loop, settle
 from penstock.serving.errors import (
     AnthropicErrorBody,
     ErrorBody,
@@ -117,6 +117,7 @@ def build_app(
         log: has a line for each request.
         spans: sends one for each.
     """
+    settle()
     models = Models.of(models) if isinstance(models, AsyncLLM) else models
     metrics = Metrics(models.status, frozenset(ROUTES))
     gate = gate or Gate(Admission(sum(map(queue_budget, models.engines))))
