@@ -103,12 +103,17 @@ def test_generate(server: Server) -> None:
         ("infer", {"inputs": [text("a")], "parameters": {"use_beam_search": True}}, "use_beam_search"),
         ("infer", {"inputs": [text("a")], "parameters": {"stream": True}}, "stream"),
         ("infer", {"inputs": [text("a")], "outputs": [{"name": "x"}]}, "outputs"),
+        ("infer", {"inputs": [text("a"), text("b")]}, "inputs"),
+        ("infer", {"inputs": [text("a")], "outputs": [{"name": "embedding"}, {"name": "text_output"}]}, "outputs"),
+        ("infer", {"inputs": [text("a")], "parameters": {"exclude_input_in_output": "no"}}, "exclude_input_in_output"),
         ("generate", {"text_input": "a", "stream": True}, "stream"),
         ("generate", {"text_input": "a", "parameters": {"stream": True}}, "stream"),
         ("generate", {"text_input": "a", "sampling_parameters": '{"max_tokens": NaN}'}, "sampling_parameters"),
         ("generate", {"text_input": "a", "sampling_parameters": "[" * 9000}, "sampling_parameters"),
         ("generate", {}, "text_input"),
+        ("generate", {"text_input": "a", "parameters": {"exclude_input_in_output": []}}, "exclude_input_in_output"),
         ("generate_stream", {"text_input": "a", "parameters": {"best_of": 2}}, "best_of"),
+        ("generate_stream", {"text_input": "a", "parameters": {"n": 2}}, "n"),
     ],
 )
 def test_what_cannot_be_asked(server: Server, path: str, body: dict[str, Any], param: str) -> None:
