@@ -98,6 +98,7 @@ def test_generate(server: Server) -> None:
         ("infer", {"inputs": [text("a") | {"shape": [-1]}]}, "inputs[0].shape[0]"),
         ("infer", {"inputs": [text("a") | {"datatype": "FP32"}]}, "inputs[text_input].datatype"),
         ("infer", {"inputs": [text("a") | {"data": [1]}]}, "inputs[text_input].data"),
+        ("infer", {"inputs": [text("a") | {"data": [["a"]]}]}, "inputs[text_input].data"),
         ("infer", {"inputs": [text("a")], "parameters": {"max_tokens": 0.5}}, "max_tokens"),
         ("infer", {"inputs": [text("a")], "parameters": {"temperature": -1}}, "temperature"),
         ("infer", {"inputs": [text("a")], "parameters": {"use_beam_search": True}}, "use_beam_search"),

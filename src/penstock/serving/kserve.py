@@ -7,9 +7,10 @@ vectors gives ``embedding``.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import metadata
+from itertools import chain
 from math import prod
 from typing import Annotated, Any, ClassVar
 
@@ -173,21 +174,16 @@ def _completion(texts: list[str], fields: Body) -> CompletionRequest:
 
 
 def _flat(tensor: Tensor) -> list[Any]:
-    """Its elements. Raises HTTPError: (invalid_parameter) they are not as many as its shape says."""
-    data = list(_elements(tensor.data))
+    """Its elements, perhaps in lists within lists. Raises HTTPError: (invalid_parameter) its shape says otherwise."""
+    data = tensor.data
+    for _ in tensor.shape[1:]:
+        if set(map(type, data)) == {list}:
+            data = list(chain.from_iterable(data))
     if len(data) != prod(tensor.shape):
         raise invalid(f"inputs[{tensor.name[:64]}].data", f"it has {len(data)} elements for the shape {tensor.shape}")
     if tensor.name in (TEXT, SAMPLING) and tensor.datatype != "BYTES":
         raise invalid(f"inputs[{tensor.name}].datatype", "it must be BYTES")
     return data
-
-
-def _elements(data: list[Any]) -> Iterator[Any]:
-    for part in data:
-        if isinstance(part, list):
-            yield from _elements(part)
-        else:
-            yield part
 
 
 def _texts(inputs: dict[str, list[Any]], name: str) -> list[str]:
