@@ -16,10 +16,11 @@ What a server answers at, what it takes and what it gives. A running server says
 `/openapi.json`, with an example of each body. What fields about the draw mean is in
 [sampling parameters](sampling.md).
 
-Bodies are JSON, declared so by `Content-Type: application/json`, but for files, which are forms. A field that is left
-out or null has its default. Unknown fields are ignored, and the log names them. Every answer carries `x-request-id`;
-429 and 503 carry `retry-after` in seconds, which official clients wait for before they try again. An upload or a new
-batch that carries an `Idempotency-Key` may be sent again for a day: what it made the first time is the answer.
+Bodies are JSON, declared so by `Content-Type: application/json`, but for files, which are forms; below `/api/`
+[any type will do](../how-to/other-apis.md#ollama). A field that is left out or null has its default. Unknown fields
+are ignored, and the log names them. Every answer carries `x-request-id`; 429 and 503 carry `retry-after` in seconds,
+which official clients wait for before they try again. An upload or a new batch that carries an `Idempotency-Key` may
+be sent again for a day: what it made the first time is the answer.
 
 """
 ACCESS = """

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from penstock import AsyncLLM
-from penstock.base import EngineError
+from penstock.base import EngineError, Unavailable
 from penstock.fleet import Admission
 from penstock.runtime.service import LocalService
 from penstock.serving import build_app
@@ -113,6 +113,27 @@ def test_lines_wait_for_an_engine_that_is_dead(llm: AsyncLLM, tmp_path: Path) ->
         batch = await batching.until(id, "completed")
         assert batch["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
 
+    over(llm, tmp_path, work)
+
+
+def test_a_model_that_cannot_be_had_holds_up_nobody(
+    llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use, failed = Context.use, Unavailable("model_not_loaded", "The model could not be loaded")
+
+    async def or_fail(context: Context, model: str | None, *rest: Any) -> Context:
+        if model == "broken":
+            raise failed
+        return await use(context, model, *rest)
+
+    async def work(batching: Batching) -> None:
+        lines: list[Body] = [{"prompt": "A", "max_tokens": 1}, {"model": "broken", "prompt": "A"}]
+        ids = [await batching.begin(await batching.upload(some)) for some in (lines, lines[:1])]
+        await batching.until(ids[1], "completed")
+        held = await batching.until(ids[0], "in_progress")
+        assert held["request_counts"] == {"total": 2, "completed": 1, "failed": 0}
+
+    monkeypatch.setattr(Context, "use", or_fail)
     over(llm, tmp_path, work)
 
 

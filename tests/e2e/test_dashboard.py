@@ -261,6 +261,8 @@ def test_completions_go_on_from_a_text(page: Page, served: Server, keys: dict[st
     page.click("#look")
     expect(page.locator(".rendered")).to_have_text("Once upon")
     page.click("nav >> text=Playground")
+    say(page, "Once upon", echo=True, **saying(" a time.", tokenizer))
+    expect(page.locator(".turn pre").last).to_have_text("Once upon a time.")
     page.fill("#fields", "[")
     page.fill("#text", "x")
     page.click("#send")

@@ -197,6 +197,20 @@ def test_what_cannot_be_asked(hermes: Server, path: str, fields: dict[str, Any],
     assert (response.status_code, error["code"]) == code and isinstance(error["error"], str), error
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", ""])
+def test_bodies_need_no_type_unless_a_page_may_send_them(hermes: Server, kind: str) -> None:
+    def status(path: str, **headers: str) -> int:
+        body = {"model": "m"} | ({} if path == "/api/show" else {"prompt": "a", "options": GREEDY})
+        declared = {"content-type": kind} if kind else {}
+        content = json.dumps(body)
+        return httpx.post(hermes.url + path, content=content, headers=declared | headers, timeout=60).status_code
+
+    assert (status("/api/generate"), status("/api/show")) == (200, 200)
+    for page in ({"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+        assert (status("/api/generate", **page), status("/api/show", **page)) == (415, 415)
+    assert (status("/v1/completions"), status("/v2/models/m/generate")) == (415, 415)
+
+
 def test_its_client_raises_what_went_wrong(client: Make) -> None:
     with pytest.raises(ollama.ResponseError, match="does not have the model") as refused:
         client().chat("other", [USER])

@@ -105,6 +105,8 @@ def test_the_official_client_over_https(secure: Secure, folder: Path) -> None:
     listed = [json.loads(line) for line in penstock("ps", "--json").stdout.splitlines()]
     (shown,) = [each for each in listed if each["pid"] == secure.process.pid]
     assert shown["url"] == secure.url and shown["status"]["alive"]
+    traced = penstock("trace", secure.url, "--out", folder / "trace.json")
+    assert traced.returncode == 0 and json.loads((folder / "trace.json").read_text())["traceEvents"], traced.stderr
 
 
 def test_another_certificate_without_a_connection_lost(secure: Secure, folder: Path) -> None:

@@ -162,6 +162,7 @@ def test_a_schema_that_cannot_be_held_is_refused(schema: Any, code: str) -> None
         {"properties": {"a": False}, "required": ["a"]},
         {"properties": []},
         {"required": 1},
+        {"properties": {"a": {}}, "required": [["a"]]},
         False,
     ],
 )

@@ -446,6 +446,17 @@ def test_a_schema_that_is_none_says_nothing(schema: Any, written: str) -> None:
         assert set(json.loads(arguments)) == {"a", "b"}
 
 
+def test_a_schema_may_lead_from_one_reference_to_the_next() -> None:
+    chain = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)} | {"d3000": {"type": "integer"}}
+    text = "<function=add><parameter=a>1</parameter><parameter=b>1</parameter></function>"
+    for first in ("d0", "d2990"):
+        properties = {name: {"$ref": f"#/$defs/{first}"} for name in "ab"}
+        schema = json.dumps({"properties": properties, "$defs": chain})
+        reader = Formats(CALL_FORMATS.get("qwen3_coder")).parser({"add": schema})
+        [(_, arguments)] = calls(merged(reader.feed(text) + reader.finish()))
+        assert arguments == '{"a": 1, "b": 1}'
+
+
 def test_channels() -> None:
     found = Formats(CALL_FORMATS.get("harmony"), THOUGHT_FORMATS.get("harmony"))
     text = (

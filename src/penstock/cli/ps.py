@@ -14,6 +14,7 @@ from penstock.cli.exits import emit
 
 if TYPE_CHECKING:
     import ssl
+    import urllib.request
 
     from rich.table import Table
 
@@ -79,15 +80,21 @@ def status_of(server: Presence) -> Status | None:
     headers = {} if server.token is None else {"Authorization": f"Bearer {server.token}"}
     request = urllib.request.Request(f"{server.admin}/status", headers=headers)
     try:
-        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]  # it is on this machine
-        if server.certificate is not None:
-            handlers.append(urllib.request.HTTPSHandler(context=_trusting(server.certificate)))
-        direct = urllib.request.build_opener(*handlers)
-        with direct.open(request, timeout=SECONDS_TO_ANSWER) as answer:
+        with directly(server.certificate).open(request, timeout=SECONDS_TO_ANSWER) as answer:
             status: Status = json.loads(answer.read())
         return status
     except (OSError, ValueError):
         return None
+
+
+def directly(certificate: str | None) -> urllib.request.OpenerDirector:
+    """Asks without a proxy. ``certificate``: of a server on this machine, to be believed. Raises OSError."""
+    import urllib.request
+
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if certificate is not None:
+        handlers.append(urllib.request.HTTPSHandler(context=_trusting(certificate)))
+    return urllib.request.build_opener(*handlers)
 
 
 def _trusting(certificate: str) -> ssl.SSLContext:

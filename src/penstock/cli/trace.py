@@ -11,7 +11,7 @@ import typer
 
 from penstock.base import ConfigError, InvalidRequest, NotFound, PenstockError, Unavailable
 from penstock.cli.exits import emit
-from penstock.cli.ps import chosen
+from penstock.cli.ps import chosen, directly
 
 if TYPE_CHECKING:
     from penstock.core.service import Service
@@ -31,35 +31,35 @@ def trace(
     api_key: Annotated[str | None, typer.Option(help="key of the role admin, if the server wants one")] = None,
 ) -> None:
     """Write what a server did in its last seconds: steps, requests, KV; no texts."""
-    place, own = _place(url)
+    place, own, certificate = _place(url)
     which = "" if model is None else f"&model={quote(model)}"
-    body = _fetched(f"{place}/debug/trace?seconds={seconds:g}{which}", api_key or own)
+    body = _fetched(f"{place}/debug/trace?seconds={seconds:g}{which}", api_key or own, certificate)
     write(out, body)
     emit(f"{out}: {len(json.loads(body)['traceEvents'])} events of {seconds:g} s; {OPEN}")
 
 
-def _place(url: str | None) -> tuple[str, str | None]:
-    """Where administration is spoken to, and a key for it if the server is ours."""
+def _place(url: str | None) -> tuple[str, str | None, str | None]:
+    """Where administration is spoken to; if the server is ours a key for it, and its certificate."""
     from penstock.serving.presence import servers
 
     if url is None:
         server = chosen(None)
-        return server.admin, server.token
+        return server.admin, server.token, server.certificate
     url = url.rstrip("/").removesuffix("/v1")
     if not url.startswith(("http://", "https://")):
         raise InvalidRequest("invalid_url", f"{url!r} is no address of a server", fix="begin it with http://")
     ours = next((server for server in servers() if url in (server.url, server.admin)), None)
-    return (url, None) if ours is None else (ours.admin, ours.token)
+    return (url, None, None) if ours is None else (ours.admin, ours.token, ours.certificate)
 
 
-def _fetched(url: str, key: str | None) -> bytes:
+def _fetched(url: str, key: str | None, certificate: str | None) -> bytes:
     import urllib.error
     import urllib.request
 
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, headers=headers)
     try:
-        with direct.open(urllib.request.Request(url, headers=headers), timeout=SECONDS_TO_ANSWER) as answer:
+        with directly(certificate).open(request, timeout=SECONDS_TO_ANSWER) as answer:
             body: bytes = answer.read()
         json.loads(body)["traceEvents"]
         return body

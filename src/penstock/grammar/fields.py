@@ -40,8 +40,9 @@ class FieldWriter:
             beyond = sorted(set(schema) - _OBJECT) if isinstance(schema, Mapping) else ["false"]
             raise ValueError(f"arguments that are written one by one cannot be held to {', '.join(beyond)}")
         properties, required = schema.get("properties", {}), schema.get("required", [])
-        if not isinstance(properties, Mapping) or not isinstance(required, list):
-            raise ValueError("properties must be an object, and required a list")
+        named = isinstance(required, list) and all(isinstance(name, str) for name in required)
+        if not isinstance(properties, Mapping) or not named:
+            raise ValueError("properties must be an object, and required a list of names")
         if missing := [name for name in required if name not in properties or properties[name] is False]:
             raise ValueError(f"{missing[0]!r} is required, but not among the properties")
         if not properties and schema.get("additionalProperties") is not False:

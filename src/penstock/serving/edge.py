@@ -154,9 +154,11 @@ async def body_of(request: Request) -> AsyncIterator[bytes]:
     Raises:
         Unavailable: (uploads_full) the bodies of others take up MAX_UPLOADING bytes; small ones always have a place.
         HTTPError: 413, 408, or 415 unless it is declared to be JSON. A browser sends other types across
-            origins without asking first, so the declaration is also what keeps web pages out.
+            origins without asking first, so the declaration is also what keeps web pages out. Ollama's clients declare
+            whatever they like, and are read unless they may be a browser.
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    json = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+    if not json and (not request.scope["path"].startswith("/api/") or _may_be_a_page(request)):
         raise HTTPError(
             "unsupported_media_type",
             "The body is not declared to be JSON",
@@ -176,6 +178,11 @@ async def body_of(request: Request) -> AsyncIterator[bytes]:
         yield bytes(body)
     finally:
         context.uploading -= max(0, len(body) - INLINE_BYTES)
+
+
+def _may_be_a_page(request: Request) -> bool:
+    """A browser that sends a POST for a page of another site says from where (Fetch Standard, "Origin header")."""
+    return "origin" in request.headers or "sec-fetch-site" in request.headers
 
 
 async def _read(request: Request, body: bytearray, context: Context) -> None:
@@ -243,8 +250,8 @@ _PLAIN = re.compile(r"(Expected `[^`]{1,80}`( (<=|>=|<|>) [-\d.]+| of length (<=
 def settle(shape: type = msgspec.Struct) -> int:
     """Has msgspec look at every shape that there is, before there are threads; returns how many.
 
-    It does so when a shape is first decoded, bit by bit: a second thread that decodes one at that moment reads what is not
-    there yet, and the process ends (0.22; likely enough with short turns of the interpreter).
+    It does so when a shape is first decoded, bit by bit: a second thread that decodes it at that moment reads what is
+    not there yet, and the process ends (0.22; likely enough with short turns of the interpreter).
     """
     settled = 0
     for each in shape.__subclasses__():

@@ -7,9 +7,10 @@ vectors gives ``embedding``.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import metadata
+from itertools import chain
 from math import prod
 from typing import Annotated, Any, ClassVar
 
@@ -82,11 +83,14 @@ class GenerateRequest(ModelRequest, kw_only=True):
         sampling = self.sampling_parameters or {}
         given = _object(sampling, SAMPLING) if isinstance(sampling, str) else sampling
         fields = own | given | (self.parameters or {})
-        excluded = fields.pop(EXCLUDE, self.exclude_input_in_output)
+        excluded = _flag(EXCLUDE, fields.pop(EXCLUDE, self.exclude_input_in_output))
         if fields.pop(STREAM, False) and not self.stream:
             raise invalid(STREAM, "streams are at generate_stream")
         echo = not self.stream and not excluded
-        return _completion([self.text_input], {"echo": echo, **fields, "stream": bool(self.stream)})
+        asked = _completion([self.text_input], {"echo": echo, **fields, "stream": bool(self.stream)})
+        if self.stream and asked.n not in (None, 1):
+            raise invalid("n", "a piece of a stream does not say which answer it is of")
+        return asked
 
 
 class GenerateStreamRequest(GenerateRequest, kw_only=True):
@@ -125,6 +129,8 @@ class GenerateTask:
 async def infer(request: InferRequest, context: Context) -> Body:
     """Raises HTTPError and InvalidRequest before anything is computed."""
     inputs = {tensor.name: _flat(tensor) for tensor in request.inputs}
+    if len(inputs) < len(request.inputs):
+        raise invalid("inputs", "two have the same name")
     if TEXT not in inputs:
         raise invalid("inputs", f"there is none named {TEXT!r}")
     texts, fields = _texts(inputs, TEXT), dict(request.parameters or {})
@@ -132,11 +138,13 @@ async def infer(request: InferRequest, context: Context) -> Body:
         fields |= _object(text, SAMPLING)
     if any(inputs.get(STREAM, ())) or fields.pop(STREAM, False):
         raise unsupported(STREAM, what="an inference has one answer; streams are at generate_stream")
-    excluded = any(inputs.get(EXCLUDE, ())) or bool(fields.pop(EXCLUDE, False))
+    excluded = any(_flag(EXCLUDE, flag) for flag in [*inputs.get(EXCLUDE, ()), fields.pop(EXCLUDE, None)])
     wanted = {output.name for output in request.outputs or ()}
     known = {"embedding"} if not context.llm.engine.generates else {"embedding", "text_output", "finish_reason"}
     if strange := sorted(wanted - known):
         raise invalid("outputs", f"there is no output {strange[0][:64]!r}, but {', '.join(sorted(known))}")
+    if "embedding" in wanted and len(wanted) > 1:
+        raise invalid("outputs", "embedding comes alone")
     if not context.llm.engine.generates or "embedding" in wanted:
         outputs = await _embedded(texts, fields, context)
     else:
@@ -166,8 +174,11 @@ def _completion(texts: list[str], fields: Body) -> CompletionRequest:
 
 
 def _flat(tensor: Tensor) -> list[Any]:
-    """Its elements. Raises HTTPError: (invalid_parameter) they are not as many as its shape says."""
-    data = list(_elements(tensor.data))
+    """Its elements, perhaps in lists within lists. Raises HTTPError: (invalid_parameter) its shape says otherwise."""
+    data = tensor.data
+    for _ in tensor.shape[1:]:
+        if set(map(type, data)) == {list}:
+            data = list(chain.from_iterable(data))
     if len(data) != prod(tensor.shape):
         raise invalid(f"inputs[{tensor.name[:64]}].data", f"it has {len(data)} elements for the shape {tensor.shape}")
     if tensor.name in (TEXT, SAMPLING) and tensor.datatype != "BYTES":
@@ -175,19 +186,17 @@ def _flat(tensor: Tensor) -> list[Any]:
     return data
 
 
-def _elements(data: list[Any]) -> Iterator[Any]:
-    for part in data:
-        if isinstance(part, list):
-            yield from _elements(part)
-        else:
-            yield part
-
-
 def _texts(inputs: dict[str, list[Any]], name: str) -> list[str]:
     texts = inputs.get(name, [])
     if not all(isinstance(text, str) for text in texts):
         raise invalid(f"inputs[{name}].data", "its elements must be texts")
     return texts
+
+
+def _flag(name: str, value: object) -> bool:
+    if value not in (None, False, True):
+        raise invalid(name, "it must be true or false")
+    return bool(value)
 
 
 def _object(text: str, name: str) -> Body:

@@ -208,7 +208,7 @@ def _refine(schema: Schema, shape: Any) -> None:
         fields[name] = {"enum": [*harmless, None], "description": "Not supported: it may ask for nothing only."}
 
 
-@operation("This document.", gives=JSON)
+@operation("This document.", gives=dict[str, Any])
 async def openapi(request: Request) -> Response:
     """Made when it is first asked for."""
     state = request.app.state

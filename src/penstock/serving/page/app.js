@@ -10,7 +10,7 @@ const VIEWS = { live, playground, inspector };
 
 function show() {
   const [wanted, rest] = location.hash.slice(1).split("/");
-  const name = wanted in VIEWS ? wanted : "live";
+  const name = Object.hasOwn(VIEWS, wanted) ? wanted : "live";
   for (const [other, view] of Object.entries(VIEWS)) {
     $(other).hidden = other !== name;
     const link = document.querySelector(`nav a[href="#${other}"]`);

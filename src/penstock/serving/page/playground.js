@@ -72,7 +72,9 @@ class Answer {
       this.tokens.push({ token: one.token, logprob: one.logprob, top: one.top_logprobs.map((top) => [top.token, top.logprob]) });
     }
     logprobs?.tokens?.forEach((token, i) => {
-      this.tokens.push({ token, logprob: logprobs.token_logprobs[i], top: Object.entries(logprobs.top_logprobs[i]) });
+      const logprob = logprobs.token_logprobs[i];
+      if (logprob === null) return; // the first of an echoed prompt
+      this.tokens.push({ token, logprob, top: Object.entries(logprobs.top_logprobs[i]) });
     });
   }
 
@@ -116,7 +118,7 @@ async function send() {
   }
   if (chat) bubble("user", text);
   $("text").value = chat ? "" : text;
-  await stream(chat ? "/v1/chat/completions" : "/v1/completions", request, new Answer(chat ? "" : text));
+  await stream(chat ? "/v1/chat/completions" : "/v1/completions", request, new Answer(chat || request.echo ? "" : text));
 }
 
 async function stream(path, request, answer) {

@@ -11,7 +11,12 @@ from penstock.text.parsers.jsontext import JsonText
 
 ALL = frozenset({"string", "number", "boolean", "null", "array", "object"})
 STRING = frozenset({"string"})
+MOST_REFERENCES = 64
+"""That are followed for one argument."""
 _KINDS = {"integer": "number"}
+_TYPES: Mapping[type, str] = {
+    str: "string", int: "number", float: "number", bool: "boolean", type(None): "null", list: "array", dict: "object"
+}  # fmt: skip
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _FIRST = {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}
 _PYTHON = {"True": "true", "False": "false", "None": "null"}  # which some chat templates show
@@ -22,12 +27,16 @@ class Values:
 
     def __init__(self, schema: str | None) -> None:
         self._schema: Any = json.loads(schema) if schema else {}
+        self._kinds: dict[str, frozenset[str]] = {}
 
     def kinds(self, name: str) -> frozenset[str]:
         """Of JSON that the argument may be, as far as its schema says at its top; all if that is nothing."""
         properties = self._schema.get("properties") if isinstance(self._schema, Mapping) else None
-        part = properties.get(name) if isinstance(properties, Mapping) else None
-        return kinds_of(part, self._schema, set()) or ALL
+        if not isinstance(properties, Mapping) or name not in properties:
+            return ALL
+        if name not in self._kinds:  # a model may write an argument many times, and a schema may be long
+            self._kinds[name] = kinds_of(properties[name], self._schema, set()) or ALL
+        return self._kinds[name]
 
 
 def kinds_of(part: Any, root: Any, met: set[str]) -> frozenset[str]:
@@ -41,13 +50,15 @@ def kinds_of(part: Any, root: Any, met: set[str]) -> frozenset[str]:
     if isinstance(ref := part.get("$ref"), str):
         if ref in met:
             return frozenset()
+        if len(met) == MOST_REFERENCES:
+            return ALL
         met.add(ref)
         kinds &= kinds_of(_target(root, ref), root, met)
     if types := part.get("type"):
         kinds &= {_KINDS.get(str(kind), str(kind)) for kind in (types if isinstance(types, list) else [types])}
     for values in (part.get("enum"), [part["const"]] if "const" in part else None):
         if isinstance(values, list):
-            kinds &= {str(kind_of(json.dumps(value))) for value in values}
+            kinds &= {_TYPES[type(value)] for value in values}
     for options in (part.get("anyOf"), part.get("oneOf")):
         if isinstance(options, list):
             kinds &= frozenset[str]().union(*(kinds_of(option, root, met) for option in options))
