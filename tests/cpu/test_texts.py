@@ -6,9 +6,11 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -116,6 +118,27 @@ def test_workers_of_no_use_say_so(code: str) -> None:
     workers.close()
     with pytest.raises(EngineError, match="engine_closed"):
         workers.tokenize(Text("a"))
+
+
+def test_whoever_asks_while_they_are_closed_is_answered() -> None:
+    workers = TextWorkers(python("penstock.texthost"), CONFIG, 1)
+    put = workers._orders.put
+    closing = threading.Thread(target=workers.close)
+
+    class Orders:
+        """Lets ``close`` in where it hurts."""
+
+        get = workers._orders.get
+
+        def put(self, order: Any) -> None:
+            if order is not None:
+                closing.start()
+                closing.join(0.2)
+            put(order)
+
+    workers._orders = Orders()  # type: ignore[assignment]
+    assert isinstance(workers.tokenize(Text("a")).exception(20), EngineError | None)
+    closing.join()
 
 
 def test_a_worker_ends_with_whoever_started_it() -> None:
