@@ -187,6 +187,13 @@ def test_a_request_that_kills_engines_ends_alone(service: RemoteService) -> None
     assert service.status().counters.restarts == remote.MAX_DEATHS
 
 
+def test_an_engine_that_is_started_again_leaves_others_what_they_need_by_then(service: RemoteService) -> None:
+    service.taken = lambda: 41
+    kill(service)
+    until(lambda: service.status().counters.restarts and service.alive)
+    until(lambda: service.held == 42)  # of the toy, which adds one
+
+
 def test_an_engine_that_hangs_is_replaced(service: RemoteService, caplog: pytest.LogCaptureFixture) -> None:
     """Stopped, it is there and silent. One that has nothing to do is silent too, and lives."""
     service.step_timeout = 2.0
