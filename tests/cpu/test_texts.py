@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 
 from penstock.assemble import find_model, read_face
 from penstock.base import EngineError, InvalidRequest
+from penstock.llm import AsyncLLM
+from penstock.llm.online import FAR_CHARS
 from penstock.llm.prompts import Prompts, packed
 from penstock.spec import EngineConfig
 from penstock.wire import (
@@ -79,6 +82,19 @@ def test_what_is_wrong_with_a_text_is_said_as_here(workers: TextWorkers, prompts
     with pytest.raises(InvalidRequest, match="request_unsendable"):
         workers.tokenize(Text("\ud800"))
     assert workers.deaths == 0
+
+
+def test_what_no_frame_holds_is_read_by_a_thread(workers: TextWorkers) -> None:
+    """Of a long conversation as of a short one: JSON's integers have no end."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"maximum": 10**30}}}
+    llm = AsyncLLM(EngineConfig(), texts=workers)
+    try:
+        for count in (1, FAR_CHARS):
+            talk = [{"role": "user", "content": "a " * count}]
+            made = asyncio.run(llm.tokenize_chat(talk, tools=[tool]))
+            assert len(made["prompt_token_ids"]) > count and str(10**30) in str(made.get("prompt"))
+    finally:
+        llm.engine.close()
 
 
 def test_a_worker_that_is_killed_loses_nothing(workers: TextWorkers, prompts: Prompts) -> None:
