@@ -79,6 +79,7 @@ port = 0
 num_threads = 1
 max_loaded = 1
 step_timeout = 3
+store = "{folder / "store"}"
 [models.tiny]
 path = "penstock-tiny"
 aliases = ["gpt-4o", "small"]
@@ -125,6 +126,29 @@ def test_names_and_states(several: Several) -> None:
     assert httpx.post(f"{several.url}/models/load", json={"name": "tiny"}).status_code == 400
     assert several.models()["tiny"]["requests"] == {"running": 0, "waiting": 0}
     assert len(several.engines()) == 1
+
+
+def test_a_batch_whose_model_cannot_be_loaded_holds_up_no_other(several: Several) -> None:
+    def begin(model: str) -> str:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": 4}
+        line = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}).encode()
+        file = httpx.post(f"{several.url}/v1/files", files={"file": ("in.jsonl", line)}, data={"purpose": "batch"})
+        asked = {"input_file_id": file.json()["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        return str(httpx.post(f"{several.url}/v1/batches", json=asked).json()["id"])
+
+    def told(batch: str) -> dict[str, Any]:
+        return dict(httpx.get(f"{several.url}/v1/batches/{batch}").json())
+
+    stuck, other = begin("broken"), begin("tiny")
+    deadline = time.monotonic() + 30
+    while told(other)["status"] != "completed":
+        assert time.monotonic() < deadline, (told(stuck), told(other))
+        time.sleep(0.05)
+    assert told(stuck)["status"] == "in_progress" and told(stuck)["request_counts"]["failed"] == 0
+    httpx.post(f"{several.url}/v1/batches/{stuck}/cancel")
+    while told(stuck)["status"] != "cancelled":
+        assert time.monotonic() < deadline, told(stuck)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from penstock.base import OverLimit, PenstockError
+from penstock.base import PenstockError, Unavailable
 from penstock.core.service import MAX_PRIORITY
 from penstock.serving.batch_table import Batch, Complaint, Done, Line, Status
 from penstock.serving.context import Context
@@ -62,10 +62,11 @@ class BatchLine(msgspec.Struct, kw_only=True):
 
 
 class Run:
-    """One batch, from the state in which it is found to its end, or until its tenant has no tokens left for a while.
+    """One batch, from the state in which it is found to its end, or until it has to wait: its tenant has no tokens
+    left, or a model is not there.
 
     Attributes:
-        resume_at: when it has some again, by ``time.monotonic``; None if it went on to the end.
+        resume_at: when it is worth another try, by ``time.monotonic``; None if it went on to the end.
     """
 
     def __init__(self, store: Store, batch: Batch, context: Context, answerer: Answerer) -> None:
@@ -146,37 +147,33 @@ class Run:
             return [(line, os.pread(file.fileno(), line.length, line.start)) for line in lines]
 
     async def _line(self, line: Line, raw: bytes, sha256: str) -> Done | None:
-        """None if it has to wait for its tenant's tokens.
+        """None if it has to wait: for its tenant's tokens, or until there is a model again.
 
         The same file gets the same answers whenever it is sent, so that a line's seed and ids are made of both.
         """
         digest = blake2b(f"{sha256}:{line.number}".encode(), digest_size=16).digest()
         seed, name = int.from_bytes(digest[:8], "little") >> 1, digest.hex()
-        while True:
-            caller = Caller(self.context.gate, name, tenant=self.batch.tenant, booked=False)
-            current.set(caller)
-            try:
-                body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
-                asked = await off_loop(len(body), partial(self.answerer.decode, body))
-                context = await self.context.use(asked.model, len(body))
-                return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), context))
-            except OverLimit as error:
-                resume_at = time.monotonic() + max(RETRY_SECONDS, error.retry_after)
+        caller = Caller(self.context.gate, name, tenant=self.batch.tenant, booked=False)
+        current.set(caller)
+        try:
+            body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
+            asked = await off_loop(len(body), partial(self.answerer.decode, body))
+            context = await self.context.use(asked.model, len(body))
+            return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), context))
+        except PenstockError as error:
+            # not the line's fault: it comes again, in this process or the next, and others' batches go on meanwhile
+            if isinstance(error, Unavailable) or error.code in ("engine_dead", "engine_closed"):
+                seconds = error.retry_after if isinstance(error, Unavailable) else 0.0
+                resume_at = time.monotonic() + max(RETRY_SECONDS, seconds)
                 self.resume_at = min(resume_at, self.resume_at or resume_at)
                 return None
-            except PenstockError as error:
-                # not the line's fault: it comes again, in this process or the next
-                if error.status == 503 or error.code in ("engine_dead", "engine_closed"):
-                    caller.leave()  # so that its model may make room for others meanwhile
-                    await asyncio.sleep(RETRY_SECONDS)
-                    continue
-                log_fault(error)
-                return self._done(line, name, error.status, body_of(error))
-            except Exception:
-                _log.exception("line %d of batch %s failed", line.number, self.batch.id)
-                return self._done(line, name, 500, body_of(internal_error()))
-            finally:
-                caller.leave()
+            log_fault(error)
+            return self._done(line, name, error.status, body_of(error))
+        except Exception:
+            _log.exception("line %d of batch %s failed", line.number, self.batch.id)
+            return self._done(line, name, 500, body_of(internal_error()))
+        finally:
+            caller.leave()
 
     def _behind(self, asked: ModelRequest, seed: int) -> ModelRequest:
         if isinstance(asked, GenerationRequest):

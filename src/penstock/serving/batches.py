@@ -102,7 +102,7 @@ def shown(batch: Batch) -> BatchObject:
 class Batches:
     """Carries out the batches of one store, one after another; tenants take turns, and so do batches that cannot go on.
 
-    One whose tenant has no tokens left rests, and the others go on.
+    One whose tenant has no tokens left, or whose model cannot be loaded, rests, and the others go on.
 
     Args:
         folder: of the store; made when the first file comes, so that a server that never sees one writes nothing.
