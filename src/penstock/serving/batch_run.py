@@ -158,7 +158,8 @@ class Run:
         try:
             body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
             asked = await off_loop(len(body), partial(self.answerer.decode, body))
-            context = await self.context.use(asked.model, len(body))
+            model = self.batch.model if asked.model is None else asked.model
+            context = await self.context.use(model, len(body))
             return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), context))
         except PenstockError as error:
             # not the line's fault: it comes again, in this process or the next, and others' batches go on meanwhile

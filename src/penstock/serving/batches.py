@@ -192,7 +192,7 @@ class Batches:
         while True:
             self._wake.clear()
             try:
-                batches = await asyncio.to_thread(self._store.batches.unfinished, self.context.name)
+                batches = await asyncio.to_thread(self._store.batches.unfinished, tuple(self.context.models.all))
                 rests = {batch.id: self._rest(batch) for batch in batches}
                 if not (ready := [batch for batch in batches if rests[batch.id] <= 0]):
                     with suppress(TimeoutError):
