@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -342,3 +343,13 @@ def test_the_socket_is_private_and_short_lived() -> None:
         process.connect()
     assert not folder.exists()
     process.end(1)
+
+
+def test_a_folder_whose_path_is_too_long_for_a_socket_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(ConfigError, match="TMPDIR is short"):
+        RemoteService(ARGV, EngineConfig())
+    assert not list(folder.iterdir())
