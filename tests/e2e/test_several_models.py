@@ -315,6 +315,20 @@ def test_who_is_refused_before_he_waits_hears_of_it(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_those_who_go_away_together_are_looked_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        models = Models([Served(name="a", config=EngineConfig(model=str(tmp_path / "nothing")))])
+        turn = mock.Mock(wraps=models.policy.turn)
+        with mock.patch.object(models.policy, "turn", turn):
+            for ticket in [models.ask(models.first) for _ in range(100)]:
+                models.leave(ticket)
+            await asyncio.sleep(0)
+        assert turn.call_count == 1 and not models.policy.waiting and not models._waiting
+        models.close()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("wrong", [{"keep_alive": "5 years"}, {"max_loaded": 0}, {"step_timeout": -1.0}])
 def test_options_that_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"not a span|cannot be used"):

@@ -130,7 +130,7 @@ class Models:
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._tasks = set[asyncio.Task[None]]()
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
+        self._due = self._closed = False
 
     @classmethod
     def of(cls, llm: AsyncLLM) -> Models:
@@ -181,7 +181,10 @@ class Models:
         """
         self._look(model)
         ticket = self.policy.ask(model.name, time.monotonic())
-        self._act()
+        if self.policy.models[model.name].state == "loaded":
+            self._act()
+        else:
+            self._act_soon()
         if not ticket.granted:  # here, since it may be granted or refused before anybody awaits it
             self._waiting[ticket] = asyncio.get_running_loop().create_future()
         return ticket
@@ -195,7 +198,7 @@ class Models:
         if future is not None and not future.cancel() and not future.cancelled():
             future.exception()  # nobody may have been there to hear it
         self.policy.leave(ticket, time.monotonic())
-        self._act()
+        self._act_soon()
 
     def load(self, model: Served) -> None:
         """An operator wants it; it comes as soon as there is room."""
@@ -242,7 +245,14 @@ class Models:
 
     # -- what the policy decides ---------------------------------------------------------------------
 
+    def _act_soon(self) -> None:
+        """Once a turn of the event loop: each looks at everybody who waits, and a thousand may go away together."""
+        if not self._due:
+            self._due = True
+            asyncio.get_running_loop().call_soon(self._act)
+
     def _act(self) -> None:
+        self._due = False
         if self._closed:
             return
         turn, loop = self.policy.turn(time.monotonic()), asyncio.get_running_loop()
