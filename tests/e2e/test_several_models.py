@@ -128,29 +128,6 @@ def test_names_and_states(several: Several) -> None:
     assert len(several.engines()) == 1
 
 
-def test_a_batch_whose_model_cannot_be_loaded_holds_up_no_other(several: Several) -> None:
-    def begin(model: str) -> str:
-        body = {"model": model, "prompt": PROMPT, "max_tokens": 4}
-        line = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}).encode()
-        file = httpx.post(f"{several.url}/v1/files", files={"file": ("in.jsonl", line)}, data={"purpose": "batch"})
-        asked = {"input_file_id": file.json()["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
-        return str(httpx.post(f"{several.url}/v1/batches", json=asked).json()["id"])
-
-    def told(batch: str) -> dict[str, Any]:
-        return dict(httpx.get(f"{several.url}/v1/batches/{batch}").json())
-
-    stuck, other = begin("broken"), begin("tiny")
-    deadline = time.monotonic() + 30
-    while told(other)["status"] != "completed":
-        assert time.monotonic() < deadline, (told(stuck), told(other))
-        time.sleep(0.05)
-    assert told(stuck)["status"] == "in_progress" and told(stuck)["request_counts"]["failed"] == 0
-    httpx.post(f"{several.url}/v1/batches/{stuck}/cancel")
-    while told(stuck)["status"] != "cancelled":
-        assert time.monotonic() < deadline, told(stuck)
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_clients_of_two_models_take_turns(several: Several) -> None:
     """All at once, with room for one: everybody is answered by the right model, in few turns."""
@@ -218,6 +195,29 @@ def test_one_that_cannot_be_loaded_harms_nobody(several: Several) -> None:
     error = large.json()["error"]
     assert large.status_code == 503 and error["code"] == "kv_memory_too_large" and "are free" in error["message"]
     assert several.text("tiny")
+
+
+def test_a_batch_whose_model_cannot_be_loaded_holds_up_no_other(several: Several) -> None:
+    def begin(model: str) -> str:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": 4}
+        line = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}).encode()
+        file = httpx.post(f"{several.url}/v1/files", files={"file": ("in.jsonl", line)}, data={"purpose": "batch"})
+        asked = {"input_file_id": file.json()["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        return str(httpx.post(f"{several.url}/v1/batches", json=asked).json()["id"])
+
+    def told(batch: str) -> dict[str, Any]:
+        return dict(httpx.get(f"{several.url}/v1/batches/{batch}").json())
+
+    stuck, other = begin("broken"), begin("tiny")
+    deadline = time.monotonic() + 30
+    while told(other)["status"] != "completed":
+        assert time.monotonic() < deadline, (told(stuck), told(other))
+        time.sleep(0.05)
+    assert told(stuck)["status"] == "in_progress" and told(stuck)["request_counts"]["failed"] == 0
+    httpx.post(f"{several.url}/v1/batches/{stuck}/cancel")
+    while told(stuck)["status"] != "cancelled":
+        assert time.monotonic() < deadline, told(stuck)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
