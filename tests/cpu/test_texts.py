@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +19,8 @@ from hypothesis import strategies as st
 
 from penstock.assemble import find_model, read_face
 from penstock.base import EngineError, InvalidRequest
+from penstock.llm import AsyncLLM
+from penstock.llm.online import FAR_CHARS
 from penstock.llm.prompts import Prompts, packed
 from penstock.spec import EngineConfig
 from penstock.wire import (
@@ -79,6 +84,19 @@ def test_what_is_wrong_with_a_text_is_said_as_here(workers: TextWorkers, prompts
     assert workers.deaths == 0
 
 
+def test_what_no_frame_holds_is_read_by_a_thread(workers: TextWorkers) -> None:
+    """Of a long conversation as of a short one: JSON's integers have no end."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"maximum": 10**30}}}
+    llm = AsyncLLM(EngineConfig(), texts=workers)
+    try:
+        for count in (1, FAR_CHARS):
+            talk = [{"role": "user", "content": "a " * count}]
+            made = asyncio.run(llm.tokenize_chat(talk, tools=[tool]))
+            assert len(made["prompt_token_ids"]) > count and str(10**30) in str(made.get("prompt"))
+    finally:
+        llm.engine.close()
+
+
 def test_a_worker_that_is_killed_loses_nothing(workers: TextWorkers, prompts: Prompts) -> None:
     """Idle, and in the middle of the first of five texts."""
     expected = prompts.tokenize(text := "Once upon a time. " * 20_000)["prompt_token_ids"]
@@ -116,6 +134,27 @@ def test_workers_of_no_use_say_so(code: str) -> None:
     workers.close()
     with pytest.raises(EngineError, match="engine_closed"):
         workers.tokenize(Text("a"))
+
+
+def test_whoever_asks_while_they_are_closed_is_answered() -> None:
+    workers = TextWorkers(python("penstock.texthost"), CONFIG, 1)
+    put = workers._orders.put
+    closing = threading.Thread(target=workers.close)
+
+    class Orders:
+        """Lets ``close`` in where it hurts."""
+
+        get = workers._orders.get
+
+        def put(self, order: Any) -> None:
+            if order is not None:
+                closing.start()
+                closing.join(0.2)
+            put(order)
+
+    workers._orders = Orders()  # type: ignore[assignment]
+    assert isinstance(workers.tokenize(Text("a")).exception(20), EngineError | None)
+    closing.join()
 
 
 def test_a_worker_ends_with_whoever_started_it() -> None:

@@ -79,6 +79,7 @@ port = 0
 num_threads = 1
 max_loaded = 1
 step_timeout = 3
+store = "{folder / "store"}"
 [models.tiny]
 path = "penstock-tiny"
 aliases = ["gpt-4o", "small"]
@@ -229,6 +230,29 @@ def test_one_that_cannot_be_loaded_harms_nobody(several: Several) -> None:
     assert several.text("tiny")
 
 
+def test_a_batch_whose_model_cannot_be_loaded_holds_up_no_other(several: Several) -> None:
+    def begin(model: str) -> str:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": 4}
+        line = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}).encode()
+        file = httpx.post(f"{several.url}/v1/files", files={"file": ("in.jsonl", line)}, data={"purpose": "batch"})
+        asked = {"input_file_id": file.json()["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        return str(httpx.post(f"{several.url}/v1/batches", json=asked).json()["id"])
+
+    def told(batch: str) -> dict[str, Any]:
+        return dict(httpx.get(f"{several.url}/v1/batches/{batch}").json())
+
+    stuck, other = begin("broken"), begin("tiny")
+    deadline = time.monotonic() + 30
+    while told(other)["status"] != "completed":
+        assert time.monotonic() < deadline, (told(stuck), told(other))
+        time.sleep(0.05)
+    assert told(stuck)["status"] == "in_progress" and told(stuck)["request_counts"]["failed"] == 0
+    httpx.post(f"{several.url}/v1/batches/{stuck}/cancel")
+    while told(stuck)["status"] != "cancelled":
+        assert time.monotonic() < deadline, told(stuck)
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_an_engine_dies_or_hangs_while_it_streams(several: Several) -> None:
     ask = {"max_tokens": 300, "ignore_eos": True}
@@ -319,6 +343,20 @@ def test_who_is_refused_before_he_waits_hears_of_it(tmp_path: Path) -> None:
             models.leave(ticket)
         with pytest.raises(Unavailable, match="is tried again"):
             models.ask(models.first)
+        models.close()
+
+    asyncio.run(main())
+
+
+def test_those_who_go_away_together_are_looked_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        models = Models([Served(name="a", config=EngineConfig(model=str(tmp_path / "nothing")))])
+        turn = mock.Mock(wraps=models.policy.turn)
+        with mock.patch.object(models.policy, "turn", turn):
+            for ticket in [models.ask(models.first) for _ in range(100)]:
+                models.leave(ticket)
+            await asyncio.sleep(0)
+        assert turn.call_count == 1 and not models.policy.waiting and not models._waiting
         models.close()
 
     asyncio.run(main())

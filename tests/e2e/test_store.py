@@ -128,3 +128,10 @@ def test_what_is_sent_again_is_not_made_again(store: Store) -> None:
     with store.database.transaction() as db:
         db.execute("update once set created_at = 0")
     assert keep(store, "a", "in", "batch", [b"[]"], "key").id != first.id  # a day is over
+
+
+def test_batches_of_every_model_that_is_served_go_on(store: Store) -> None:
+    """Whichever of them stood first when they came, and stands first now."""
+    for model in "abc":
+        store.batches.begin(batch(store, model))
+    assert [each.model for each in store.batches.unfinished(("c", "a"))] == ["a", "c"]

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,6 +188,13 @@ def test_a_request_that_kills_engines_ends_alone(service: RemoteService) -> None
     assert service.status().counters.restarts == remote.MAX_DEATHS
 
 
+def test_an_engine_that_is_started_again_leaves_others_what_they_need_by_then(service: RemoteService) -> None:
+    service.taken = lambda: 41
+    kill(service)
+    until(lambda: service.status().counters.restarts and service.alive)
+    until(lambda: service.held == 42)  # of the toy, which adds one
+
+
 def test_an_engine_that_hangs_is_replaced(service: RemoteService, caplog: pytest.LogCaptureFixture) -> None:
     """Stopped, it is there and silent. One that has nothing to do is silent too, and lives."""
     service.step_timeout = 2.0
@@ -346,3 +354,13 @@ def test_the_socket_is_private_and_short_lived() -> None:
         process.connect()
     assert not folder.exists()
     process.end(1)
+
+
+def test_a_folder_whose_path_is_too_long_for_a_socket_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(ConfigError, match="TMPDIR is short"):
+        RemoteService(ARGV, EngineConfig())
+    assert not list(folder.iterdir())

@@ -14,6 +14,7 @@ from penstock.fleet import Residency, Stay, Ticket, residency
 from penstock.fleet.residency import FIRST_PAUSE, LONGEST_WAIT
 
 TOO_LARGE = ConfigError("model_too_large", "The model does not fit", why="needs 9.1 GB, 8.0 GB free")
+DEAD = EngineError("engine_dead", "The engine stopped")
 BROKEN = ConfigError("weights_missing", "The file /secret is damaged", why="it is")
 
 
@@ -98,7 +99,7 @@ STAYS = st.builds(
     pinned=st.sampled_from([False, False, False, True]),
 )
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["ask", "ask", "end", "pass", "give up", "want", "unwant"]), st.integers(0, 99)),
+    st.tuples(st.sampled_from(["ask", "ask", "end", "pass", "give up", "want", "unwant", "die"]), st.integers(0, 99)),
     max_size=80,
 )
 
@@ -134,6 +135,11 @@ def test_everybody_is_served_or_told(
             world.act()
         elif kind in ("want", "unwant"):
             getattr(world.policy, kind)(name)
+            world.act()
+        elif kind == "die" and world.policy.models[name].state == "loaded":
+            world.policy.failed(name, DEAD, world.now)
+            for ticket in [ticket for ticket in world.running if ticket.model == name]:
+                world.end(world.running.index(ticket))
             world.act()
     for _ in range(len(tickets) + 1):
         while world.running:
@@ -274,8 +280,35 @@ def test_a_model_that_has_died_is_loaded_again() -> None:
     policy.turn(0.0)
     policy.loaded("a", 1.0)
     (running,) = policy.turn(1.0).granted
-    policy.failed("a", EngineError("engine_dead", "The engine stopped"), 2.0)
+    policy.failed("a", DEAD, 2.0)
     policy.leave(running, 2.0)
     assert policy.turn(2.0).load is None
     policy.ask("a", 2.0 + FIRST_PAUSE)
     assert policy.turn(2.0 + FIRST_PAUSE).load == "a"
+
+
+@pytest.mark.parametrize("leaves", ["by its death", "for it was idle"])
+def test_room_is_also_what_others_leave_behind(leaves: str) -> None:
+    """b did not fit beside a, which then leaves for a reason of its own: b is tried again, and holds up nobody."""
+    policy = Residency({"a": Stay(keep_alive=10.0), "b": Stay(), "c": Stay()}, 3)
+    policy.ask("a", 0.0)
+    assert policy.turn(0.0).load == "a"
+    policy.loaded("a", 0.0)
+    (running,) = policy.turn(0.0).granted
+    if leaves == "by its death":
+        waits = policy.ask("b", 1.0)
+        assert policy.turn(1.0).load == "b"
+        policy.failed("b", TOO_LARGE, 2.0)
+        policy.failed("a", DEAD, 3.0)
+        policy.leave(running, 3.0)
+    else:
+        policy.leave(running, 1.0)
+        waits = policy.ask("b", 9.0)
+        assert policy.turn(9.0).load == "b"
+        assert policy.turn(11.0).unload == ["a"], "while b is being loaded"
+        policy.failed("b", TOO_LARGE, 12.0)
+        assert not policy.turn(12.0).refused, "a is still there, but not for long"
+        policy.unloaded("a")
+    assert policy.turn(12.0).load == "b"
+    policy.loaded("b", 13.0)
+    assert policy.turn(13.0).granted == [waits]

@@ -153,11 +153,13 @@ class Residency:
 
     def failed(self, model: str, error: PenstockError, now: float) -> None:
         """It could not be loaded, or has died. For lack of memory it is tried again as soon as another has left, if one
-        can.
+        can. One that has died has left, too.
         """
         resident = self.models[model]
+        if resident.state == "loaded":
+            self._has_left()
         resident.state, resident.error = "unloaded", error
-        others = any(self._removable(name) for name in self.models)
+        others = any(self._removable(name) or r.state == "unloading" for name, r in self.models.items())
         resident.hopeless |= error.code in MEMORY_CODES and not others
         resident.crowded = error.code in MEMORY_CODES and others and not resident.hopeless
         if not resident.crowded:
@@ -167,8 +169,7 @@ class Residency:
 
     def unloaded(self, model: str) -> None:
         self.models[model].state, self.models[model].unwanted = "unloaded", False
-        for resident in self.models.values():
-            resident.crowded = False
+        self._has_left()
 
     # -- what to do ----------------------------------------------------------------------------------
 
@@ -247,6 +248,10 @@ class Residency:
             self._unload(turn, min(idle, key=lambda name: self.models[name].used))
         elif removable and self._leaving not in removable:
             self._leaving = min(removable, key=lambda name: self.models[name].came)
+
+    def _has_left(self) -> None:
+        for resident in self.models.values():
+            resident.crowded = False
 
     def _removable(self, name: str) -> bool:
         return self.models[name].state == "loaded" and not self.models[name].stay.pinned

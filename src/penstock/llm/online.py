@@ -10,6 +10,7 @@ from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from penstock.assemble import Assembled, build_engine
+from penstock.base import InvalidRequest
 from penstock.core.service import Update
 from penstock.llm.embedding import VectorJob, Vectors
 from penstock.llm.prompts import Message, Prompt, TokensPrompt, packed
@@ -110,9 +111,12 @@ class AsyncLLM:
             InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises.
         """
         if self._texts is not None and sum(len(message.get("content") or "") for message in messages) >= FAR_CHARS:
-            order = Chat([dict(message) for message in messages], options)
-            made = await asyncio.wrap_future(self._texts.tokenize(order))
-            return TokensPrompt(prompt_token_ids=made.ids, prompt=made.text)
+            sent = None
+            with suppress(InvalidRequest):  # no frame holds it, such as a large integer in the schema of a tool
+                sent = self._texts.tokenize(Chat([dict(message) for message in messages], options))
+            if sent is not None:
+                made = await asyncio.wrap_future(sent)
+                return TokensPrompt(prompt_token_ids=made.ids, prompt=made.text)
         return await asyncio.to_thread(self._requests.tokenize_chat, messages, **options)
 
     async def stream(

@@ -62,10 +62,11 @@ class BatchLine(msgspec.Struct, kw_only=True):
 
 
 class Run:
-    """One batch, from the state in which it is found to its end, or until a line has to wait: others go on meanwhile.
+    """One batch, from the state in which it is found to its end, or until it has to wait: its tenant has no tokens
+    left, or a model is not there.
 
     Attributes:
-        resume_at: when the line may be tried again, by ``time.monotonic``; None if it went on to the end.
+        resume_at: when it is worth another try, by ``time.monotonic``; None if it went on to the end.
     """
 
     def __init__(self, store: Store, batch: Batch, context: Context, answerer: Answerer) -> None:
@@ -146,7 +147,7 @@ class Run:
             return [(line, os.pread(file.fileno(), line.length, line.start)) for line in lines]
 
     async def _line(self, line: Line, raw: bytes, sha256: str) -> Done | None:
-        """None if it has to wait: for its tenant's tokens, for its model, or for an engine.
+        """None if it has to wait: for its tenant's tokens, or until there is a model again.
 
         The same file gets the same answers whenever it is sent, so that a line's seed and ids are made of both.
         """
@@ -157,13 +158,14 @@ class Run:
         try:
             body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
             asked = await off_loop(len(body), partial(self.answerer.decode, body))
-            context = await self.context.use(asked.model, len(body))
+            model = self.batch.model if asked.model is None else asked.model
+            context = await self.context.use(model, len(body))
             return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), context))
         except PenstockError as error:
-            # not the line's fault: it comes again, in this process or the next
+            # not the line's fault: it comes again, in this process or the next, and others' batches go on meanwhile
             if isinstance(error, Unavailable) or error.code in ("engine_dead", "engine_closed"):
-                again = error.retry_after if isinstance(error, Unavailable) else RETRY_SECONDS
-                resume_at = time.monotonic() + max(RETRY_SECONDS, again)
+                seconds = error.retry_after if isinstance(error, Unavailable) else 0.0
+                resume_at = time.monotonic() + max(RETRY_SECONDS, seconds)
                 self.resume_at = min(resume_at, self.resume_at or resume_at)
                 return None
             log_fault(error)

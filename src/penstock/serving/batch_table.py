@@ -121,10 +121,11 @@ class BatchTable:
         rows, more = self._database.part("batch", tenant, part)
         return [_batch(row) for row in rows], more
 
-    def unfinished(self, model: str) -> list[Batch]:
-        """Of all tenants, the oldest first."""
+    def unfinished(self, models: tuple[str, ...]) -> list[Batch]:
+        """Those that came to these models, of all tenants, the oldest first."""
+        marks = ", ".join("?" * len(models))
         rows = self._database.all(
-            f"select * from batch where model = ? and status in {LIVE} order by created_at, rowid", (model,)
+            f"select * from batch where model in ({marks}) and status in {LIVE} order by created_at, rowid", models
         )
         return [_batch(row) for row in rows]
 

@@ -102,7 +102,7 @@ def shown(batch: Batch) -> BatchObject:
 class Batches:
     """Carries out the batches of one store, one after another; tenants take turns, and so do batches that cannot go on.
 
-    One rests, and the others go on, whose tenant has no tokens left or whose model cannot be had now.
+    One whose tenant has no tokens left, or whose model cannot be loaded, rests, and the others go on.
 
     Args:
         folder: of the store; made when the first file comes, so that a server that never sees one writes nothing.
@@ -192,7 +192,7 @@ class Batches:
         while True:
             self._wake.clear()
             try:
-                batches = await asyncio.to_thread(self._store.batches.unfinished, self.context.name)
+                batches = await asyncio.to_thread(self._store.batches.unfinished, tuple(self.context.models.all))
                 rests = {batch.id: self._rest(batch) for batch in batches}
                 if not (ready := [batch for batch in batches if rests[batch.id] <= 0]):
                     with suppress(TimeoutError):

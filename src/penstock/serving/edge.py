@@ -247,7 +247,7 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _PLAIN = re.compile(r"(Expected `[^`]{1,80}`( (<=|>=|<|>) [-\d.]+| of length (<=|>=) \d+)?(, got `[^`]{1,40}`)?)")
 
 
-def settle(shape: type = msgspec.Struct) -> int:
+def settle(shape: type[msgspec.Struct] = msgspec.Struct) -> int:
     """Has msgspec look at every shape that there is, before there are threads; returns how many.
 
     It does so when a shape is first decoded, bit by bit: a second thread that decodes it at that moment reads what is

@@ -60,14 +60,15 @@ class Served:
         now = _NOTHING if self.llm is None else self.llm.engine.service.status()
         return replace(now, counters=self.gone + now.counters)
 
-    def bring(self, taken: int = 0, tokenizers: int = 0) -> AsyncLLM:
+    def bring(self, taken: Callable[[], int], tokenizers: int = 0) -> AsyncLLM:
         """Loads it, which takes long. Raises as ``assemble.build_engine``.
 
         Args:
-            taken: bytes that seem to be free, and that other engines will need.
+            taken: as of ``RemoteService``.
             tokenizers: most processes for its long texts, started when there is one.
         """
         service = self.service = self.service or RemoteService(python("penstock.host"), self.config, taken)
+        service.taken = taken
         try:
             front = front_of(service, self.config)
             texts = TextWorkers(python("penstock.texthost"), front.config, tokenizers) if tokenizers else None
@@ -77,13 +78,13 @@ class Served:
             service.close()
             raise
 
-    def close(self) -> None:
+    def part(self) -> Callable[[], None]:
+        """Nobody can use it from here on. Returns what ends its process, which takes long."""
         llm, service, self.llm, self.service = self.llm, self.service, None, None
-        if llm is not None:
-            self.gone += llm.engine.service.status().counters
-            llm.close()
-        elif service is not None:
-            service.close()
+        if llm is None:
+            return (lambda: None) if service is None else service.close
+        self.gone += llm.engine.service.status().counters
+        return llm.close
 
 
 def step_seconds(engine: Assembled) -> float:
@@ -129,7 +130,7 @@ class Models:
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._tasks = set[asyncio.Task[None]]()
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
+        self._due = self._closed = False
 
     @classmethod
     def of(cls, llm: AsyncLLM) -> Models:
@@ -172,7 +173,7 @@ class Models:
         for model in [model for model in self.all.values() if model.stay.pinned] or [self.first]:
             self.policy.want(model.name)
             self.policy.turn(time.monotonic())
-            self._came(model, model.bring(self._held(), self._tokenizers))
+            self._came(model, model.bring(self._held_beside(model), self._tokenizers))
 
     def ask(self, model: Served) -> Ticket:
         """A ticket, which may be granted at once; ``leave`` has to follow. Raises Unavailable: the model could not be
@@ -180,7 +181,10 @@ class Models:
         """
         self._look(model)
         ticket = self.policy.ask(model.name, time.monotonic())
-        self._act()
+        if self.policy.models[model.name].state == "loaded":
+            self._act()
+        else:
+            self._act_soon()
         if not ticket.granted:  # here, since it may be granted or refused before anybody awaits it
             self._waiting[ticket] = asyncio.get_running_loop().create_future()
         return ticket
@@ -194,7 +198,7 @@ class Models:
         if future is not None and not future.cancel() and not future.cancelled():
             future.exception()  # nobody may have been there to hear it
         self.policy.leave(ticket, time.monotonic())
-        self._act()
+        self._act_soon()
 
     def load(self, model: Served) -> None:
         """An operator wants it; it comes as soon as there is room."""
@@ -237,11 +241,18 @@ class Models:
         """Ends every engine, and whatever is being loaded."""
         self._closed = True
         for model in self.all.values():
-            model.close()
+            model.part()()
 
     # -- what the policy decides ---------------------------------------------------------------------
 
+    def _act_soon(self) -> None:
+        """Once a turn of the event loop: each looks at everybody who waits, and a thousand may go away together."""
+        if not self._due:
+            self._due = True
+            asyncio.get_running_loop().call_soon(self._act)
+
     def _act(self) -> None:
+        self._due = False
         if self._closed:
             return
         turn, loop = self.policy.turn(time.monotonic()), asyncio.get_running_loop()
@@ -265,11 +276,16 @@ class Models:
         fault = None if model.llm is None or model.service is None else model.service.fault
         if fault is not None and self.policy.models[model.name].state == "loaded":
             self.policy.failed(model.name, fault, time.monotonic())
-            model.close()  # there is no process left that it could wait for
+            self._begin(asyncio.to_thread(model.part()))
 
-    def _held(self) -> int:
-        """Bytes that seem to be free, and that the models in memory will need."""
-        return sum(0 if model.service is None else model.service.held for model in self.all.values())
+    def _held_beside(self, model: Served) -> Callable[[], int]:
+        """Bytes that seem to be free, and that the other models in memory will need; told on any thread."""
+
+        def held() -> int:
+            services = [other.service for other in self.all.values() if other is not model]
+            return sum(service.held for service in services if service is not None)
+
+        return held
 
     def _begin(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -279,7 +295,7 @@ class Models:
     async def _load(self, model: Served) -> None:
         _log.info("loading %s", model.name)
         try:
-            self._came(model, await asyncio.to_thread(model.bring, self._held(), self._tokenizers))
+            self._came(model, await asyncio.to_thread(model.bring, self._held_beside(model), self._tokenizers))
         except PenstockError as error:
             self._failed(model, error)
         except Exception as error:
@@ -289,7 +305,7 @@ class Models:
         self._act()
 
     async def _unload(self, model: Served) -> None:
-        await asyncio.to_thread(model.close)
+        await asyncio.to_thread(model.part())  # in the loop, where others look at it
         self.policy.unloaded(model.name)
         self._act()
 

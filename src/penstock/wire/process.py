@@ -37,9 +37,13 @@ class EngineProcess:
     def __init__(self, argv: Sequence[str]) -> None:
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="penstock-"))  # 0700
-            self.path = self._folder / "engine"
+        except OSError as error:
+            raise _unstarted(str(error)) from error
+        self.path = self._folder / "engine"
+        try:
             self._listener = listen(self.path)
         except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise _unstarted(str(error)) from error
         try:
             self.process = subprocess.Popen([*argv, str(self.path)], stdin=subprocess.DEVNULL, process_group=0)

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -61,17 +61,17 @@ class RemoteService:
     Args:
         argv: the command line of the process; the path of the socket is added.
         config: what it shall load; sent to every process that is started.
-        taken: bytes that seem to be free, and that other engines will need.
 
     Attributes:
+        taken: bytes that seem to be free, and that other engines will need; asked for each process that is started.
         step_timeout: seconds without news, while requests are under way, after which an engine counts as hung and is
             killed; None waits for ever.
         held: bytes of this engine's weights and KV that may seem to be free to others.
         progress: share of its model that an engine has in memory while it loads it.
     """
 
-    def __init__(self, argv: Sequence[str], config: EngineConfig, taken: int = 0) -> None:
-        self._argv, self._config, self._taken = list(argv), config, taken
+    def __init__(self, argv: Sequence[str], config: EngineConfig, taken: Callable[[], int] = lambda: 0) -> None:
+        self._argv, self._config, self.taken = list(argv), config, taken
         self.step_timeout: float | None = None
         self.progress = 0.0
         self.held = 0
@@ -258,7 +258,7 @@ class RemoteService:
 
     def _listen(self, connection: Connection) -> None:
         self.progress = 0.0
-        connection.send(encode(Start(self._epoch, self._config, self._taken)))
+        connection.send(encode(Start(self._epoch, self._config, self.taken())))
         while (frame := connection.receive()) is not None:
             message = decode_from_engine(frame)
             self._frames += not isinstance(message, Seen)  # a hung engine answers looks

@@ -72,7 +72,7 @@ class TextWorkers:
                 thread = threading.Thread(target=self._serve, name="penstock-texts", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        self._orders.put(sent)
+            self._orders.put(sent)  # not behind what ``close`` puts: nobody would get to it
         return sent.future
 
     def close(self) -> None:
