@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from penstock.bench.context import measure_context, step_limit, table
@@ -15,6 +16,7 @@ from penstock.spec.location import BUNDLED
 from penstock.spec.sizing import kv_bytes_per_token, parameters
 
 
+@pytest.mark.slow
 def test_every_length_and_number_of_threads_is_measured() -> None:
     report = measure_context(EngineConfig(), [40, 300], [1, 2], rounds=2)
     assert [(each.context, each.threads) for each in report.readings] == [(40, 2), (300, 2), (40, 1)]

@@ -20,7 +20,8 @@ from penstock.spec.sizing import active_parameters, parameters
 from penstock.text import load_tokenizer
 
 
-@pytest.mark.parametrize("peer", [None, pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", [None, "transformers"])
 def test_runs_each_side_in_turn(peer: str | None) -> None:
     report = measure_throughput(BUNDLED, peer=peer, prompts=3, inputs=9, outputs=5, threads=1, rounds=2)
     assert [side.name for side in report.sides] == ["penstock", *([peer] if peer else [])]

@@ -200,6 +200,7 @@ def test_ctrl_c_while_loading_is_quiet(stories: Path) -> None:
         assert process.stderr is not None and b"Traceback" not in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_bench_startup(stories: Path) -> None:
     done = penstock("bench", "startup", "--runs", "1", "--json", stories)
     report = json.loads(done.stdout)
