@@ -70,7 +70,7 @@ class Quick:
         pass
 
 
-def load(config: EngineConfig) -> tuple[Any, Loaded]:
+def load(config: EngineConfig, *_: object) -> tuple[Any, Loaded]:
     face = read_face(find_model(None), config)
     tokens = max(config.max_num_batched_tokens, 1 << 16)
     config = replace(config, max_model_len=LONGEST, max_num_batched_tokens=tokens, depth=1, backend="ref")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +48,9 @@ class Server:
 
 
 def start(model: Path, *options: str, log: IO[str] | None = None) -> Server:
-    """Waits for the line that says where it serves."""
+    """Waits for the line that says where it serves. Each has files of its own, unless they are named."""
+    if "--store" not in options:
+        options = (*options, "--store", tempfile.mkdtemp(dir=os.environ["PENSTOCK_DATA"]))
     argv = [sys.executable, "-m", "penstock.cli", "serve", str(model), "--port", "0", "--num-threads", "1", *options]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True)
     assert process.stdout is not None
