@@ -41,7 +41,8 @@ struct Widened<CodeRows, GroupedPanel<8>> {
     alignas(64) __m256i minus[MOST][2];  // the sum of w0 w1, negative
     alignas(64) F scales[MOST];
 
-    static bool worth(int rows) { return rows >= 24; }
+    // Weights of fewer rows come from memory, which is read fastest in long runs.
+    static bool worth(int rows) { return rows > BLOCK; }
 
     void take(CodeRows rows, int, const Linear&, int64_t, int64_t) { x = rows.units; }
 
