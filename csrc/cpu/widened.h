@@ -26,16 +26,50 @@ INLINE void store_units(const I* codes, Units to) {
     to.heads->minus = -sum_of(sums) / 2;
 }
 
+// What both widths of codes share: panels, groups and rows in their order. ``Own`` lays groups of a panel out (widen), and adds
+// them to the sums of four rows, or fewer (some_rows).
+template <int BITS, class Own>
+struct ByPanels {
+    static constexpr int ROWS = MOST_ROWS;
+    static constexpr int64_t DEEP = 128, MOST = DEEP / 32;  // inputs; groups
+    static constexpr int TALL = 4;  // rows whose sums, and some inputs of a panel, fit in the registers
+
+    template <class Do>
+    static INLINE void of_some(int rows, const Do& each_row) {
+        if (rows == TALL) return each<TALL>(each_row);
+        each<TALL - 1>([&](auto r) {
+            if (r < rows) each_row(r);
+        });
+    }
+
+    template <int GROUP>
+    INLINE void by_groups(int rows, const Pair<GroupedPanel<BITS>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
+        auto* own = static_cast<Own*>(this);
+        int64_t first = k0 / GROUP, groups = (k1 - k0) / GROUP;
+        for (int i = 0; i < 2 && pair.panels[i].weight; i++) {
+            own->template widen<GROUP>(pair.panels[i].weight + first * Format{BITS, GROUP}.group_bytes(), groups);
+            for (int row = 0; row < rows; row += TALL) {
+                int some = std::min(TALL, rows - row);
+                own->template some_rows<GROUP>(row, some, first, groups, fresh, out + row * BLOCK + i * PANEL);
+            }
+        }
+    }
+
+    void part(int rows, int64_t, const Pair<GroupedPanel<BITS>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
+        int group = pair.panels[0].group;
+        if (group == 32) return by_groups<32>(rows, pair, k0, k1, fresh, out);
+        if (group == 64) return by_groups<64>(rows, pair, k0, k1, fresh, out);
+        by_groups<MAX_GROUP>(rows, pair, k0, k1, fresh, out);
+    }
+};
+
 // 8-bit codes, where no instruction adds products of bytes to int32. With
 //   x0 w0 + x1 w1 = (x0 + w1) (x1 + w0) - x0 x1 - w0 w1        (Winograd, "A new algorithm for inner product", 1968)
 // half of the multiplications become additions. |w| times x with w's sign takes four instructions for 32 products too, but
 // three of them are for the two ports that multiply; here it is one, and the others suit all four ports. What is taken away is
 // known of each row and of each output before they meet.
 template <>
-struct Widened<CodeRows, GroupedPanel<8>> {
-    static constexpr int ROWS = MOST_ROWS;
-    static constexpr int64_t DEEP = 128, MOST = DEEP / 32;  // inputs; groups
-    static constexpr int TALL = 4;  // rows whose sums, and four inputs of a panel, fit in the registers
+struct Widened<CodeRows, GroupedPanel<8>> : ByPanels<8, Widened<CodeRows, GroupedPanel<8>>> {
     Units x;
     alignas(64) __m256i w[DEEP / 4][4];  // of four inputs and eight outputs the even, the odd; of the other eight outputs
     alignas(64) __m256i minus[MOST][2];  // the sum of w0 w1, negative
@@ -105,43 +139,15 @@ struct Widened<CodeRows, GroupedPanel<8>> {
             auto end = [&](auto r) {
                 store(out + r * BLOCK, fma(to_float(sums[r]), splat(heads[r].scale) * scales[g], load(out + r * BLOCK)));
             };
-            if (rows == TALL) {
-                each<TALL>(end);
-            } else {
-                each<TALL - 1>([&](auto r) {
-                    if (r < rows) end(r);
-                });
-            }
+            of_some(rows, end);
         }
-    }
-
-    template <int GROUP>
-    INLINE void by_groups(int rows, const Pair<GroupedPanel<8>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
-        int64_t first = k0 / GROUP, groups = (k1 - k0) / GROUP;
-        for (int i = 0; i < 2 && pair.panels[i].weight; i++) {
-            widen<GROUP>(pair.panels[i].weight + first * Format{8, GROUP}.group_bytes(), groups);
-            for (int row = 0; row < rows; row += TALL) {
-                int some = std::min(TALL, rows - row);
-                some_rows<GROUP>(row, some, first, groups, fresh, out + row * BLOCK + i * PANEL);
-            }
-        }
-    }
-
-    void part(int rows, int64_t, const Pair<GroupedPanel<8>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
-        int group = pair.panels[0].group;
-        if (group == 32) return by_groups<32>(rows, pair, k0, k1, fresh, out);
-        if (group == 64) return by_groups<64>(rows, pair, k0, k1, fresh, out);
-        by_groups<MAX_GROUP>(rows, pair, k0, k1, fresh, out);
     }
 };
 
 // 4-bit codes: sixteen products of a code below 16 and one below 128 are below 2^15, so that 32 inputs add up in int16 by two
 // instructions for 32 products. What would be most of the work, taking codes out of their bytes, is done once for all rows.
 template <>
-struct Widened<CodeRows, GroupedPanel<4>> {
-    static constexpr int ROWS = MOST_ROWS;
-    static constexpr int64_t DEEP = 128, MOST = DEEP / 32;  // inputs; groups
-    static constexpr int TALL = 4;  // rows whose sums, and eight inputs of a panel, fit in the registers
+struct Widened<CodeRows, GroupedPanel<4>> : ByPanels<4, Widened<CodeRows, GroupedPanel<4>>> {
     CodeRows x;
     alignas(64) __m256i w[DEEP / 8][4];  // of eight inputs and eight outputs the first four, the others; of the other outputs
     alignas(64) F scales[MOST], zeros[MOST];
@@ -211,33 +217,8 @@ struct Widened<CodeRows, GroupedPanel<4>> {
                 F sum = fma(to_float(sums[r]), splat(heads[r].scale) * scales[g], load(out + r * BLOCK));
                 store(out + r * BLOCK, fma(splat(heads[r].offset), zeros[g], sum));
             };
-            if (rows == TALL) {
-                each<TALL>(end);
-            } else {
-                each<TALL - 1>([&](auto r) {
-                    if (r < rows) end(r);
-                });
-            }
+            of_some(rows, end);
         }
-    }
-
-    template <int GROUP>
-    INLINE void by_groups(int rows, const Pair<GroupedPanel<4>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
-        int64_t first = k0 / GROUP, groups = (k1 - k0) / GROUP;
-        for (int i = 0; i < 2 && pair.panels[i].weight; i++) {
-            widen<GROUP>(pair.panels[i].weight + first * Format{4, GROUP}.group_bytes(), groups);
-            for (int row = 0; row < rows; row += TALL) {
-                int some = std::min(TALL, rows - row);
-                some_rows<GROUP>(row, some, first, groups, fresh, out + row * BLOCK + i * PANEL);
-            }
-        }
-    }
-
-    void part(int rows, int64_t, const Pair<GroupedPanel<4>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
-        int group = pair.panels[0].group;
-        if (group == 32) return by_groups<32>(rows, pair, k0, k1, fresh, out);
-        if (group == 64) return by_groups<64>(rows, pair, k0, k1, fresh, out);
-        by_groups<MAX_GROUP>(rows, pair, k0, k1, fresh, out);
     }
 };
 
