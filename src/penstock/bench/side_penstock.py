@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch  # noqa: F401  # as the other sides import their libraries: loading is measured without
-
+from penstock import runtime  # noqa: F401  # as the other sides import their libraries: loading is measured without
 from penstock.bench.job import Complete, Job, Prompts, contend
+from penstock.kernels import cpu  # noqa: F401
 from penstock.llm import LLM, TokensPrompt
 from penstock.spec import SamplingParams
 

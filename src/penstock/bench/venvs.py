@@ -99,7 +99,8 @@ class Workshop:
         if not place.is_symlink() or place.resolve() != package:
             place.unlink(missing_ok=True)
             place.symlink_to(package)
-        return ("env", f"PYTHONPATH={place.parent}", *(f"{name}={value}" for name, value in variables.items()))
+        kept = ("-u", "PYTHONDONTWRITEBYTECODE")  # or ours, which no pip has compiled, is compiled while it loads
+        return ("env", *kept, f"PYTHONPATH={place.parent}", *(f"{name}={value}" for name, value in variables.items()))
 
     def _run(self, log: str, argv: tuple[str, ...]) -> None:
         path = self.folder / "logs" / f"{log}.log"
