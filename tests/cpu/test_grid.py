@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -327,7 +328,8 @@ def test_kinds_do_what_they_say(worlds: Worlds) -> None:
     samples = {name: answer[0] for name, answer in answers.items() if isinstance(answer, tuple) and len(answer) == 2}
     person = json.loads(samples["json"][0].text)
     assert list(person) == ["name", "age"]
-    assert len(answers["prompt logprobs"][1]) == 70
+    assert re.fullmatch(r'<f>\{ *"a" *: *\d\d *\}</f>', samples["tool call"][0].text)
+    assert len(answers["prompt logprobs"][1]) == 70 and len(answers["echo"][1]) == 33
     assert all(sample.stop_reason == "e" and "e" not in sample.text for sample in samples["stop strings"])
     assert len({tuple(sample.token_ids) for sample in samples["n = 3"]}) == 3
     assert "." in samples["thoughts"][0].text
