@@ -5,10 +5,8 @@ A new axis, arithmetic, model or kind of request is one entry here.
 
 from __future__ import annotations
 
-import itertools
-import random
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -365,30 +363,3 @@ REFUSED = (
         asked(stop=["e"], detokenize=False),
     ),
 )
-
-
-# -- cells -------------------------------------------------------------------------------------------------------------
-
-
-def covering_array(axes: Mapping[str, tuple[Any, ...]], seed: int = 0) -> list[Cell]:
-    """Cells in which every pair of values of two axes occurs; greedy over random candidates."""
-    rng, names = random.Random(seed), list(axes)
-    missing = {
-        frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
-    }
-    cells = []
-    while missing:
-        candidates = [{name: rng.choice(values) for name, values in axes.items()} for _ in range(100)]
-        best = max(candidates, key=lambda c: len(missing & pairs(c)))
-        if missing & pairs(best):
-            missing -= pairs(best)
-            cells.append(best)
-    return cells
-
-
-def pairs(values: Cell) -> set[frozenset[tuple[str, Any]]]:
-    return {frozenset(pair) for pair in itertools.combinations(values.items(), 2)}
-
-
-def values_of(axes: Iterable[str] = AXES) -> dict[str, tuple[Any, ...]]:
-    return {name: AXES[name].values for name in axes}
