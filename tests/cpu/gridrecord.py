@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grid import KINDS, Cell
+from grid import AXES, KINDS, Cell
 from gridcells import PRODUCTS, SLICES, World, arrays, label, product
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def added_up(run: dict[str, str], cells: list[dict[str, Any]]) -> dict[str, Any]
     """The table: for two axes ("request" is one) and a value of each, what FIGURES names."""
     pairs: dict[str, dict[str, dict[str, list[int]]]] = {}
     for line in cells:
-        axes = list(line["values"].items())
+        axes = [(axis, line["values"][axis]) for axis in ("model", "arithmetic", *AXES)]
         whole = [sum(column) for column in zip(*line["kinds"].values(), strict=True)]
         for one, other, told in (
             *((one, other, whole) for one, other in itertools.combinations(axes, 2)),
