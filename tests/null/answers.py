@@ -87,7 +87,8 @@ def figures(told: Told | None, axis: str, value: object) -> list[str]:
     if told is None:
         return []
     other, place = ("arithmetic", 0) if axis == "model" else (axis, 1)
-    rows = [row for pair, row in told["pairs"][f"model, {other}"].items() if pair.split(", ")[place] == str(value)]
+    pairs = told["pairs"].get(f"model, {other}", {})  # an axis that is new has not run
+    rows = [row for pair, row in pairs.items() if pair.split(", ")[place] == str(value)]
     return [f"{sum(column):,}" for column in zip(*rows, strict=True)] or ["0"] * len(COLUMNS)
 
 
