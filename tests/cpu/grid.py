@@ -5,10 +5,8 @@ A new axis, arithmetic, model or kind of request is one entry here.
 
 from __future__ import annotations
 
-import itertools
-import random
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from penstock.llm.requests import Requests, TokensPrompt
 from penstock.llm.searches import beams_of, samples_of
 from penstock.search import BeamSearchParams, Search, SearchRun, mean_logprob
 from penstock.spec import SamplingParams, StructuredOutputs
+from penstock.text.gap import Gap
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw"
 CONTEXT = 160
@@ -172,12 +171,13 @@ def story(requests: Requests, count: int) -> TokensPrompt:
     return TokensPrompt(prompt_token_ids=(ids * (1 + count // len(ids)))[:count])
 
 
-def generation(says: str, prompt: int, **params: Any) -> Kind:
-    """``prompt``: its tokens, the story's first ones."""
+def generation(says: str, prompt: int, shown: Callable[[list[int]], list[int]] = list, **params: Any) -> Kind:
+    """``prompt``: its tokens, the story's first ones, as ``shown`` arranges them."""
 
     def ask(requests: Requests, name: str) -> Asked:
         wanted = SamplingParams(**{"seed": number(name), "logprobs": 1} | params)
-        job = requests.job(story(requests, prompt), wanted, request_id=name, priority=number(name) % 3)
+        told = TokensPrompt(prompt_token_ids=shown(story(requests, prompt)["prompt_token_ids"]))
+        job = requests.job(told, wanted, request_id=name, priority=number(name) % 3)
         requests.submit(job, requests.apply)
 
         def answer() -> Any:
@@ -254,6 +254,27 @@ PERSON = {
     "additionalProperties": False,
 }
 SCHEMA = StructuredOutputs(json=PERSON, disable_any_whitespace=True)
+CALL = StructuredOutputs(
+    structural_tag={
+        "structures": [
+            {
+                "begin": "<f>",
+                "schema": {
+                    "type": "object",
+                    "properties": {"a": {"type": "integer", "minimum": 10, "maximum": 99}},
+                    "required": ["a"],
+                    "additionalProperties": False,
+                },
+                "end": "</f>",
+            }
+        ],
+        "triggers": ["<f>"],
+        "at_least": 1,
+        "at_most": 1,
+    }
+)
+GAP = Gap(prefix=300, suffix=301, middle=302)
+"""Its marks are tokens like others: no model here was trained for a gap."""
 PENALTIES: dict[str, Any] = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}
 
 KINDS = {
@@ -261,6 +282,7 @@ KINDS = {
     "top-p": generation("a seeded draw from the nucleus", 30, temperature=0.9, top_p=0.9, max_tokens=12),
     "penalties": generation("penalties and a least length", 21, **PENALTIES, min_tokens=4, max_tokens=12),
     "json": generation("a JSON schema, with penalties", 37, **PENALTIES, structured_outputs=SCHEMA, max_tokens=20),
+    "tool call": generation("one call that must come, and nothing else", 16, structured_outputs=CALL, max_tokens=16),
     "n = 3": generation("three samples of a prompt", 33, n=3, top_k=40, min_p=0.02, max_tokens=8),
     "rules": generation(
         "bias, forbidden words, allowed tokens, DRY, typical, a rule of one's own",
@@ -279,6 +301,10 @@ KINDS = {
         max_tokens=12,
     ),
     "prompt logprobs": generation("of every token of the prompt", 70, n=2, prompt_logprobs=2, max_tokens=4),
+    "echo": generation("the prompt looked at, and nothing written", 33, prompt_logprobs=1, max_tokens=1),
+    "gap": generation(
+        "what comes between two texts", 33, lambda ids: GAP.around(ids[:21], ids[26:]), temperature=0, max_tokens=5
+    ),
     "stop strings": generation("text that ends a completion", 30, n=2, stop=["e", " day"], max_tokens=12),
     "long": generation("a prompt over two segments of attention", LONG, max_tokens=5, temperature=0.8),
     "mean vector": vector("of all positions", 37, "mean"),
@@ -337,30 +363,3 @@ REFUSED = (
         asked(stop=["e"], detokenize=False),
     ),
 )
-
-
-# -- cells -------------------------------------------------------------------------------------------------------------
-
-
-def covering_array(axes: Mapping[str, tuple[Any, ...]], seed: int = 0) -> list[Cell]:
-    """Cells in which every pair of values of two axes occurs; greedy over random candidates."""
-    rng, names = random.Random(seed), list(axes)
-    missing = {
-        frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
-    }
-    cells = []
-    while missing:
-        candidates = [{name: rng.choice(values) for name, values in axes.items()} for _ in range(100)]
-        best = max(candidates, key=lambda c: len(missing & pairs(c)))
-        if missing & pairs(best):
-            missing -= pairs(best)
-            cells.append(best)
-    return cells
-
-
-def pairs(values: Cell) -> set[frozenset[tuple[str, Any]]]:
-    return {frozenset(pair) for pair in itertools.combinations(values.items(), 2)}
-
-
-def values_of(axes: Iterable[str] = AXES) -> dict[str, tuple[Any, ...]]:
-    return {name: AXES[name].values for name in axes}

@@ -1,17 +1,16 @@
 """One answer: tokens, logprobs and vectors are bitwise equal whatever else the engine does (DESIGN.md section 4).
 
 Each cell makes the same requests and searches in another configuration and compares every one of them with itself
-alone in the plainest one. What is covered is said in grid.py.
+alone in the plainest one. What is covered is said in grid.py and gridcells.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import random
+import os
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from safetensors.torch import save_file
 
 import grid
 from grid import AXES, CONTEXT, KINDS, MODELS, PLAIN, Asked, Cell
+from gridcells import PRODUCTS, SLICES, World, arrays, product
+from gridrecord import Record, added_up, counted, read
 from penstock.assemble import Assembled, build_engine
 from penstock.base import InvalidRequest
 from penstock.core.engine import Engine
@@ -37,29 +38,10 @@ from penstock.spec.tensors import checkpoint_tensors
 from penstock.wire import UnderWay
 
 ARITHMETICS = {name: options for name, options in grid.ARITHMETICS.items() if options["backend"] == "ref" or native()}
-SLICED = ("mates", "chunk", "block")
-"""Axes of the full product whose values are tests of their own, which processes share."""
-DRAWN = ("threads", "engine", "faults", "eager")
-"""Axes that are not in the full product: each of its cells draws a value."""
-
 LIVES = (9.0, 22.0, 31.0)
 """Steps after which an engine is lost, in cells where one is."""
 
 Answers = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class World:
-    """A model, and what computes it."""
-
-    model: str
-    arithmetic: str
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.arithmetic}"
-
-
-PRODUCTS = [World("trained", name) for name in ARITHMETICS if name != "ref float32"] + [World("windows", "ref float32")]
 
 
 class Worlds:
@@ -68,6 +50,7 @@ class Worlds:
     def __init__(self, trained: Path, folder: Path) -> None:
         self.trained, self.folder = trained, folder
         self.answers: dict[World, Answers] = {}
+        self.record = Record(os.environ.get("GRID_RECORD"))
 
     def model(self, name: str) -> Path:
         config, folder = MODELS[name].config, self.folder / name
@@ -246,9 +229,9 @@ def check(worlds: Worlds, world: World, cell: Cell) -> Counter[str]:
     """Compares all answers of a cell; returns what happened on the way."""
     expected = worlds.expected(world)
     with Driver(worlds, world, cell) as driver:
-        for _ in range(2 if cell["prefix"] else 1):
-            got = driver.round(cell["mates"])
-            assert [name for name in expected if got[name] != expected[name]] == []
+        rounds = [(expected, driver.round(cell["mates"])) for _ in range(2 if cell["prefix"] else 1)]
+        worlds.record.add(world, cell, rounds)
+        assert [name for _, got in rounds for name in expected if got[name] != expected[name]] == []
         counters, interrupted = driver.loop.scheduler.counters, driver.interrupted
     events = Counter({f"{name} interrupted": 1 for name in interrupted})
     events.update(preempted=counters.preemptions, found=counters.prefix_hit_tokens)
@@ -257,50 +240,48 @@ def check(worlds: Worlds, world: World, cell: Cell) -> Counter[str]:
     return events
 
 
-def label(world: World, cell: Cell) -> str:
-    return "-".join(map(str, (world.model, *world.arithmetic.split(), *cell.values())))
+CELLS = [
+    pytest.param(world, cell, id=id, marks=[pytest.mark.slow] if slow else [])
+    for id, (world, cell, slow) in arrays().items()
+    if world.arithmetic in ARITHMETICS
+]
 
 
-def pairs() -> Iterator[Any]:
-    """For each arithmetic, every pair of values of two axes, the model being one; worlds together, so that a process
-    of the tests meets few of them and makes few baselines. On ``ref``, a cell of each model is all that `make test`
-    has the time for."""
-    cells = grid.covering_array(grid.values_of() | {"model": tuple(MODELS)}, seed=4)
-    for name, model in itertools.product(ARITHMETICS, MODELS):
-        for index, cell in enumerate(cell for cell in cells if cell["model"] == model):
-            world, cell = World(model, name), {axis: cell[axis] for axis in AXES}
-            slow = [pytest.mark.slow] if index and ARITHMETICS[name]["backend"] == "ref" else []
-            yield pytest.param(world, cell, id=label(world, cell), marks=slow)
-
-
-def pairs_of_each_model() -> Iterator[Any]:
-    """For each arithmetic and model, every pair of values of two axes."""
-    for seed, (name, model) in enumerate(itertools.product(ARITHMETICS, MODELS)):
-        for cell in grid.covering_array(grid.values_of(), seed):
-            yield pytest.param(World(model, name), cell, id=label(World(model, name), cell), marks=pytest.mark.slow)
-
-
-CELLS = {cell.id: cell for cell in (*pairs_of_each_model(), *pairs())}
-
-
-@pytest.mark.parametrize(("world", "cell"), CELLS.values())
+@pytest.mark.parametrize(("world", "cell"), CELLS)
 def test_pairs(worlds: Worlds, world: World, cell: Cell) -> None:
     check(worlds, world, cell)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sliced", list(itertools.product(*(AXES[name].values for name in SLICED))), ids=str)
-@pytest.mark.parametrize("world", PRODUCTS, ids=str)
+@pytest.mark.parametrize("sliced", SLICES, ids=str)
+@pytest.mark.parametrize("world", [world for world in PRODUCTS if world.arithmetic in ARITHMETICS], ids=str)
 def test_full_product(worlds: Worlds, world: World, sliced: tuple[Any, ...]) -> None:
-    """Of all axes but those DRAWN."""
-    rng, events = random.Random(f"{world} {sliced}"), Counter[str]()
-    others = [name for name in AXES if name not in SLICED + DRAWN]
-    for values in itertools.product(*(AXES[name].values for name in others)):
-        cell = dict(zip(SLICED + tuple(others), sliced + values, strict=True))
-        if cell["mates"] == "none" and (cell["pool"] == "tight" or cell["policy"] == "priority"):
-            continue  # where nobody competes; the pairs are in the arrays
-        events.update(check(worlds, world, cell | {name: rng.choice(AXES[name].values) for name in DRAWN}))
+    events = Counter[str]()
+    for cell in product(world, sliced):
+        events.update(check(worlds, world, cell))
     assert events["copied"] and events["found"]
+
+
+def test_a_run_leaves_a_record(tmp_path: Path, worlds: Worlds) -> None:
+    """Of all processes together: what was compared, and an answer that differed."""
+    world, cells = World("trained", list(ARITHMETICS)[-1]), [PLAIN, PLAIN | {"mates": "all", "prefix": True}]
+    expected = worlds.expected(world)
+    for process, (cell, name) in enumerate(zip(cells, ("greedy", None), strict=True)):
+        record = Record(str(tmp_path))
+        record.file = tmp_path / f"{process}.jsonl"
+        rounds = [(expected, expected | ({} if name is None else {name: None}))] * (1 + cell["prefix"])
+        record.add(world, cell, rounds)
+        record.add(world, cell, rounds)  # a cell that ran again counts once
+    pairs = added_up(*read(tmp_path))["pairs"]
+    tokens = {name: counted(answer)[0] for name, answer in expected.items()}
+    assert tokens["echo"] == 1 and tokens["n = 3"] == 24 and tokens["mean vector"] == 0
+    assert pairs["mates, chunk"]["none, 512"][::3] == [1, 1] and pairs["mates, chunk"]["all, 512"][::3] == [1, 0]
+    assert pairs["chunk, request"]["512, n = 3"][:2] == [2, 3 * 24] and pairs["chunk, block"]["512, 16"][0] == 2
+    assert pairs["mates, chunk"]["all, 512"][1] == 2 * sum(tokens.values())
+    assert pairs["chunk, request"]["512, greedy"][3] == 1 and pairs["chunk, request"]["512, echo"][3] == 0
+    (tmp_path / "2.jsonl").write_text('{"commit": "another"}\n')
+    with pytest.raises(ValueError, match="of one commit"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -327,7 +308,8 @@ def test_kinds_do_what_they_say(worlds: Worlds) -> None:
     samples = {name: answer[0] for name, answer in answers.items() if isinstance(answer, tuple) and len(answer) == 2}
     person = json.loads(samples["json"][0].text)
     assert list(person) == ["name", "age"]
-    assert len(answers["prompt logprobs"][1]) == 70
+    assert re.fullmatch(r'<f>\{ *"a" *: *\d\d *\}</f>', samples["tool call"][0].text)
+    assert len(answers["prompt logprobs"][1]) == 70 and len(answers["echo"][1]) == 33
     assert all(sample.stop_reason == "e" and "e" not in sample.text for sample in samples["stop strings"])
     assert len({tuple(sample.token_ids) for sample in samples["n = 3"]}) == 3
     assert "." in samples["thoughts"][0].text

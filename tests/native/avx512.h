@@ -71,6 +71,12 @@ inline int reduce_max_epi32(__m512i x) {
     for (int lane : lanes) top = lane > top ? lane : top;
     return top;
 }
+inline int reduce_add_epi32(__m512i x) {
+    unsigned lanes[16], sum = 0;
+    std::memcpy(lanes, &x, sizeof lanes);
+    for (unsigned lane : lanes) sum += lane;
+    return (int)sum;
+}
 inline __m512i maskz_loadu_epi32(__mmask16 mask, const void* p) {
     int lanes[16] = {};
     for (int i = 0; i < 16; i++) {
@@ -93,6 +99,7 @@ inline __m512i maskz_loadu_epi32(__mmask16 mask, const void* p) {
 #define _mm512_cvtepi32_epi16(x) emulated::narrow<short, __m256i>(x)
 #define _mm512_cvtepi32_epi8(x) emulated::narrow<signed char, __m128i>(x)
 #define _mm512_reduce_max_epi32 emulated::reduce_max_epi32
+#define _mm512_reduce_add_epi32 emulated::reduce_add_epi32
 #define _mm512_maskz_loadu_epi32 emulated::maskz_loadu_epi32
 
 #define __AVX512F__ 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import typer.main
 
+from answers import one_answer_page
 from house import ROOT
 from penstock.base import env
 from penstock.cli.app import app
@@ -214,55 +215,3 @@ def traits(family: Any) -> str:
     never = [f"`{key}`" for key, only in family.fixed.items() if not only]
     marks[f"not with {' or '.join(never)}"] = bool(never)
     return ", ".join(mark for mark, has in marks.items() if has)
-
-
-# -- docs/reference/one-answer.md --------------------------------------------------------------------------------------
-
-ONE_ANSWER_HEAD = f"""# What one answer is tested with
-
-Every kind of request below is compared, bit for bit, with itself alone in the plainest engine, while all the others
-run beside it: texts, tokens, logprobs, prompt logprobs, scores and vectors
-([why, and how](../explanation/one-answer.md)).
-
-`make test` runs, for each arithmetic, engines in which every pair of two values of the circumstances and models occurs
-(on `ref`, which is slow, one engine for each model). `make test-all` runs those pairs for each model, and for one model
-of each arithmetic all combinations of the circumstances; threads and faults are drawn for each, and where nobody else
-asks few blocks and priorities are left out.
-
-{MADE}"""
-ONE_ANSWER_TAIL = """
-| not promised | |
-| --- | --- |
-| `torch` kernels | library kernels sum in an order that changes with the shape of the batch and the number of threads |
-| one arithmetic and another | backends, dtypes and instruction sets round differently; they are compared by tolerance |
-"""
-
-
-def one_answer_page() -> str:
-    sys.path.append(str(ROOT / "tests" / "cpu"))
-    import grid
-
-    axes = [(name, axis.says, ", ".join(map(shown, axis.values))) for name, axis in grid.AXES.items()]
-    arithmetics = [
-        (name, ", ".join(f"{key} = {value}" for key, value in options.items()))
-        for name, options in grid.ARITHMETICS.items()
-    ]
-    tables = (
-        (("circumstance", "", "values"), axes),
-        (("request", ""), [(name, kind.says) for name, kind in grid.KINDS.items()]),
-        (("model", ""), [(name, model.says) for name, model in grid.MODELS.items()]),
-        (("arithmetic", "options"), arithmetics),
-        (
-            ("cannot be had together", "", "why", "error"),
-            [(r.one, r.other, r.why, f"`{r.code}`") for r in grid.REFUSED],
-        ),
-    )
-    return ONE_ANSWER_HEAD + "".join("\n" + table(*each) for each in tables) + ONE_ANSWER_TAIL
-
-
-def shown(value: object) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))

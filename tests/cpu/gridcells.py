@@ -1,0 +1,88 @@
+"""Which engines the one-answer grid compares (grid.py says of what). Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grid import ARITHMETICS, AXES, MODELS, Cell
+
+SLICED = ("mates", "chunk", "block")
+"""Axes of the full product whose values are tests of their own, which processes share."""
+DRAWN = ("threads", "engine", "faults", "eager")
+"""Axes that are not in the full product: each of its cells draws a value."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, and what computes it."""
+
+    model: str
+    arithmetic: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.arithmetic}"
+
+
+PRODUCTS = [World("trained", name) for name in ARITHMETICS if name != "ref float32"] + [World("windows", "ref float32")]
+SLICES = list(itertools.product(*(AXES[name].values for name in SLICED)))
+
+
+def label(world: World, cell: Cell) -> str:
+    return "-".join(map(str, (world.model, *world.arithmetic.split(), *cell.values())))
+
+
+def arrays() -> dict[str, tuple[World, Cell, bool]]:
+    """By its label, each cell of the pairs, and whether it is too slow for `make test`.
+
+    For each arithmetic, every pair of values of two axes, the model being one; on ``ref``, a cell of each model is
+    all that there is the time for. And slow, for each arithmetic and model every pair of values of two axes. Worlds
+    stay together, so that a process of the tests meets few of them and makes few baselines.
+    """
+    cells = {}
+    for seed, (name, model) in enumerate(itertools.product(ARITHMETICS, MODELS)):
+        for cell in covering_array(values_of(), seed):
+            cells[label(World(model, name), cell)] = World(model, name), cell, True
+    quick = covering_array(values_of() | {"model": tuple(MODELS)}, seed=4)
+    for name, model in itertools.product(ARITHMETICS, MODELS):
+        for index, each in enumerate(each for each in quick if each["model"] == model):
+            cell, slow = {axis: each[axis] for axis in AXES}, bool(index) and ARITHMETICS[name]["backend"] == "ref"
+            cells[label(World(model, name), cell)] = World(model, name), cell, slow
+    return cells
+
+
+def product(world: World, sliced: tuple[Any, ...]) -> Iterator[Cell]:
+    """All combinations of the values of all axes but those DRAWN, of this slice."""
+    rng, others = random.Random(f"{world} {sliced}"), [name for name in AXES if name not in SLICED + DRAWN]
+    for values in itertools.product(*(AXES[name].values for name in others)):
+        cell = dict(zip(SLICED + tuple(others), sliced + values, strict=True))
+        if cell["mates"] == "none" and (cell["pool"] == "tight" or cell["policy"] == "priority"):
+            continue  # where nobody competes; the pairs are in the arrays
+        yield cell | {name: rng.choice(AXES[name].values) for name in DRAWN}
+
+
+def covering_array(axes: Mapping[str, tuple[Any, ...]], seed: int = 0) -> list[Cell]:
+    """Cells in which every pair of values of two axes occurs; greedy over random candidates."""
+    rng, names = random.Random(seed), list(axes)
+    missing = {
+        frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
+    }
+    cells = []
+    while missing:
+        candidates = [{name: rng.choice(values) for name, values in axes.items()} for _ in range(100)]
+        best = max(candidates, key=lambda c: len(missing & pairs(c)))
+        if missing & pairs(best):
+            missing -= pairs(best)
+            cells.append(best)
+    return cells
+
+
+def pairs(values: Cell) -> set[frozenset[tuple[str, Any]]]:
+    return {frozenset(pair) for pair in itertools.combinations(values.items(), 2)}
+
+
+def values_of(axes: Iterable[str] = AXES) -> dict[str, tuple[Any, ...]]:
+    return {name: AXES[name].values for name in axes}
