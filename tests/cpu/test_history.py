@@ -6,12 +6,14 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import pytest
 
 from penstock.fleet import Admission
 from penstock.serving.gate import Caller, Gate
 from penstock.serving.history import History, Visit, phases, why
-from penstock.serving.limits import MAX_REMEMBERED
+from penstock.serving.keys import Key
+from penstock.serving.limits import MAX_REMEMBERED, MAX_REMEMBERED_IN_ALL
 from penstock.serving.requestlog import Line
 
 
@@ -56,3 +58,28 @@ def test_history_is_bounded_and_leaves_out_what_computed_nothing() -> None:
     for _ in range(MAX_REMEMBERED + 9):
         history.add(Visit(line(1, 2, 3, 4), 0.0))
     assert len(history.seen_by(anybody)) == MAX_REMEMBERED
+
+
+def test_nobody_s_requests_make_those_of_others_go() -> None:
+    """A quiet tenant keeps its own, however much others ask and however many they are."""
+    history, gate = History(), Gate(Admission(1))
+
+    def seen(tenant: str, role: Any = "inference") -> list[Any]:
+        key = Key(id="0" * 8, sha256="0" * 64, tenant=tenant, role=role, created=datetime.now(UTC))
+        return [msgspec.json.decode(told) for told in history.seen_by(Caller(gate, "x", key, tenant=tenant))]
+
+    def add(tenant: str, id: str) -> None:
+        history.add(Visit(line(1, 2, 3, 4, tenant=tenant, id=id), 0.0))
+
+    for i in range(3):
+        add("quiet", f"q{i}")
+    for i in range(20 * MAX_REMEMBERED):
+        add(f"busy {i % 20}", f"b{i}")
+    assert [each["id"] for each in seen("quiet")] == ["q2", "q1", "q0"]
+    assert [each["id"] for each in seen("", "admin")] == [f"b{i}" for i in reversed(range(1900, 2000))]
+    sizes = [len(seen(f"busy {i}")) for i in range(20)]
+    assert sum(sizes) + 3 == MAX_REMEMBERED_IN_ALL and max(sizes) - min(sizes) <= 1
+    assert seen("busy 7")[0]["id"] == "b1987"
+    for i in range(2 * MAX_REMEMBERED_IN_ALL):
+        add(f"tenant {i}", "")
+    assert sum(len(seen(f"tenant {i}")) for i in range(2 * MAX_REMEMBERED_IN_ALL)) == MAX_REMEMBERED_IN_ALL
