@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 
+from penstock.serving.edge import unescaped
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import INLINE_BYTES, MAX_JSON_VALUES, MAX_TEXTS
 
@@ -68,9 +69,11 @@ def refuse_many_values(body: bytes, sign: bytes) -> None:
     """Raises HTTPError: (invalid_json) it has more than MAX_JSON_VALUES of a sign that stands between values."""
     if body.count(sign) <= MAX_JSON_VALUES:
         return
-    text = np.frombuffer(body.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8)
-    quoted = np.bitwise_xor.accumulate(text == ord('"'))
-    if (values := int(np.count_nonzero((text == ord(sign)) & ~quoted))) > MAX_JSON_VALUES:
+    values, quoted = 0, False
+    for text in unescaped(body):
+        inside = np.bitwise_xor.accumulate(text == ord('"')) ^ quoted
+        values, quoted = values + int(np.count_nonzero((text == ord(sign)) & ~inside)), bool(inside[-1])
+    if values > MAX_JSON_VALUES:
         raise HTTPError(
             "invalid_json",
             "The body has too many values",

@@ -207,12 +207,12 @@ def each_of(name: str, value: Texts | array[int], most: int) -> list[str] | list
     if isinstance(value, str):
         return [value]
     if isinstance(value, array):
-        return [value]
+        return cast("list[Sequence[int]]", [value])
     kinds = {type(part) for part in value}
     if len(kinds) != 1 or (kinds != {int} and len(value) > most):
         why = f"it must be a text, token ids, or 1 to {most} of either kind"
         raise HTTPError("invalid_parameter", f"{name} cannot be used", why=why, param=name)
-    return [cast("list[int]", value)] if kinds == {int} else cast("list[str] | list[Sequence[int]]", value)
+    return cast("list[str] | list[Sequence[int]]", [value] if kinds == {int} else value)
 
 
 class ContentPart(msgspec.Struct):
