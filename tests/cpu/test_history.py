@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,7 +18,7 @@ from penstock.serving.gate import Caller, Gate
 from penstock.serving.history import History, Visit, phases, why
 from penstock.serving.keys import Key
 from penstock.serving.limits import MAX_REMEMBERED, MAX_REMEMBERED_IN_ALL
-from penstock.serving.requestlog import Line
+from penstock.serving.requestlog import Line, RequestLog
 
 
 def line(*marks: float | None, **fields: Any) -> Line:
@@ -83,3 +87,27 @@ def test_nobody_s_requests_make_those_of_others_go() -> None:
     for i in range(2 * MAX_REMEMBERED_IN_ALL):
         add(f"tenant {i}", "")
     assert sum(len(seen(f"tenant {i}")) for i in range(2 * MAX_REMEMBERED_IN_ALL)) == MAX_REMEMBERED_IN_ALL
+
+
+def test_a_line_that_a_full_disk_tore_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no place for the end of the second line and the third; then it has."""
+    whole, room = os.write, [700]
+
+    def limited(file: int, data: bytes) -> int:
+        if data and not room[0]:
+            raise OSError(errno.ENOSPC, "no space left")
+        taken = whole(file, data[: room[0]])
+        room[0] -= taken
+        return taken
+
+    monkeypatch.setattr(os, "write", limited)
+    log = RequestLog(tmp_path / "log")
+    log._write([line(1, 2, 3, 4, id=f"{i}") for i in range(3)])
+    size = len(msgspec.json.encode(line(1, 2, 3, 4, id="0"))) + 1
+    assert log.dropped == 3 - 700 // size and size < 700
+    room[0] = 1 << 20
+    log._write([line(1, 2, 3, 4, id="later")])
+    log.close()
+    *good, torn, later = (tmp_path / "log").read_text().splitlines()
+    assert json.loads(later)["id"] == "later" and len(good) == 700 // size and not torn.endswith("}")
+    assert log.dropped == 3 - 700 // size
