@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from penstock.fleet import Admission
 from penstock.serving.gate import Caller, Gate
 from penstock.serving.history import History, Visit, phases, why
-from penstock.serving.limits import MAX_REMEMBERED
-from penstock.serving.requestlog import Line
+from penstock.serving.keys import Key
+from penstock.serving.limits import MAX_REMEMBERED, MAX_REMEMBERED_IN_ALL
+from penstock.serving.requestlog import Line, RequestLog
 
 
 def line(*marks: float | None, **fields: Any) -> Line:
@@ -56,3 +62,52 @@ def test_history_is_bounded_and_leaves_out_what_computed_nothing() -> None:
     for _ in range(MAX_REMEMBERED + 9):
         history.add(Visit(line(1, 2, 3, 4), 0.0))
     assert len(history.seen_by(anybody)) == MAX_REMEMBERED
+
+
+def test_nobody_s_requests_make_those_of_others_go() -> None:
+    """A quiet tenant keeps its own, however much others ask and however many they are."""
+    history, gate = History(), Gate(Admission(1))
+
+    def seen(tenant: str, role: Any = "inference") -> list[Any]:
+        key = Key(id="0" * 8, sha256="0" * 64, tenant=tenant, role=role, created=datetime.now(UTC))
+        return [msgspec.json.decode(told) for told in history.seen_by(Caller(gate, "x", key, tenant=tenant))]
+
+    def add(tenant: str, id: str) -> None:
+        history.add(Visit(line(1, 2, 3, 4, tenant=tenant, id=id), 0.0))
+
+    for i in range(3):
+        add("quiet", f"q{i}")
+    for i in range(20 * MAX_REMEMBERED):
+        add(f"busy {i % 20}", f"b{i}")
+    assert [each["id"] for each in seen("quiet")] == ["q2", "q1", "q0"]
+    assert [each["id"] for each in seen("", "admin")] == [f"b{i}" for i in reversed(range(1900, 2000))]
+    sizes = [len(seen(f"busy {i}")) for i in range(20)]
+    assert sum(sizes) + 3 == MAX_REMEMBERED_IN_ALL and max(sizes) - min(sizes) <= 1
+    assert seen("busy 7")[0]["id"] == "b1987"
+    for i in range(2 * MAX_REMEMBERED_IN_ALL):
+        add(f"tenant {i}", "")
+    assert sum(len(seen(f"tenant {i}")) for i in range(2 * MAX_REMEMBERED_IN_ALL)) == MAX_REMEMBERED_IN_ALL
+
+
+def test_a_line_that_a_full_disk_tore_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no place for the end of the second line and the third; then it has."""
+    whole, room = os.write, [700]
+
+    def limited(file: int, data: bytes) -> int:
+        if data and not room[0]:
+            raise OSError(errno.ENOSPC, "no space left")
+        taken = whole(file, data[: room[0]])
+        room[0] -= taken
+        return taken
+
+    monkeypatch.setattr(os, "write", limited)
+    log = RequestLog(tmp_path / "log")
+    log._write([line(1, 2, 3, 4, id=f"{i}") for i in range(3)])
+    size = len(msgspec.json.encode(line(1, 2, 3, 4, id="0"))) + 1
+    assert log.dropped == 3 - 700 // size and size < 700
+    room[0] = 1 << 20
+    log._write([line(1, 2, 3, 4, id="later")])
+    log.close()
+    *good, torn, later = (tmp_path / "log").read_text().splitlines()
+    assert json.loads(later)["id"] == "later" and len(good) == 700 // size and not torn.endswith("}")
+    assert log.dropped == 3 - 700 // size

@@ -90,6 +90,7 @@ if __name__ == "__main__":
         engine(sys.argv[2], load)
     else:
         limits.STILL_SECONDS, limits.STUCK_SECONDS, limits.STALL_SECONDS = 1, 3, 3
+        limits.MAX_FIELDS_NOTED = 1 << 20  # so that a test can have it log
         signal.signal(signal.SIGUSR1, spin)
         as_module = penstock.wire.python
         own = [sys.executable, str(Path(__file__)), "engine"]

@@ -189,13 +189,25 @@ def test_a_herd_at_a_cold_server() -> None:
                 refusals[0] += 1
                 await asyncio.sleep(int(response.headers["retry-after"]))
 
-        async def herd() -> float:
-            began = time.perf_counter()
-            await asyncio.gather(*(one(i) for i in range(2000)))
-            return time.perf_counter() - began
+        async def herd(at_a_time: int) -> float:
+            """Answers a second."""
+            numbers, began = iter(range(2000)), time.perf_counter()
 
-        seconds = asyncio.run(herd())
-        print(f"2,000 requests in {seconds:.1f} s, {refusals[0]} refusals")
+            async def several() -> None:
+                for number in numbers:
+                    await one(number)
+
+            await asyncio.gather(*(several() for _ in range(at_a_time)))
+            return 2000 / (time.perf_counter() - began)
+
+        async def both() -> tuple[float, float]:
+            rates = await herd(2000), await herd(64)
+            await client.close()
+            return rates
+
+        at_once, steady = asyncio.run(both())
+        print(f"2,000 at once: {at_once:.0f} answers/s, {refusals[0]} refusals; 64 at a time: {steady:.0f} answers/s")
+        assert at_once > 0.3 * steady  # no collapse; what was measured is in docs/reliability.md
         assert len(answers) == 2000 and refusals[0] > 0
         for i in range(0, 2000, 20):
             assert answers[i] == answer(server, f"Chapter {i}", max_tokens=32)

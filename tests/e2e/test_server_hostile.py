@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from unittest import mock
 
 import httpx
 import msgspec
@@ -181,6 +182,8 @@ def test_depth_is_counted_outside_of_strings(parts: list[bytes]) -> None:
             depth += (byte in "[{") - (byte in "]}")
             deepest = max(deepest, depth)
     assert nested_too_deeply(body) == (deepest > MAX_JSON_DEPTH)
+    with mock.patch("penstock.serving.edge.INLINE_BYTES", 7):  # wherever a body is cut
+        assert nested_too_deeply(body) == (deepest > MAX_JSON_DEPTH)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,12 @@ class Limits:
         return min(self.max_model_len, self.max_batch_tokens) if self.whole else self.max_model_len
 
 
+def _span(tokens: Sequence[int]) -> tuple[int, int]:
+    """The least and the largest, by pieces: other threads may have a turn between two of them."""
+    pieces = [tokens[i : i + 8192] for i in range(0, len(tokens), 8192)]
+    return min(map(min, pieces)), max(map(max, pieces))
+
+
 def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary, task: Task = "generate") -> None:
     """Raises InvalidRequest: empty_prompt, prompt_too_long, invalid_prompt, token_out_of_range."""
     if not tokens:
@@ -54,7 +60,7 @@ def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary, 
         )
     if not isinstance(tokens, array) and not {int}.issuperset(map(type, tokens)):
         raise InvalidRequest("invalid_prompt", "Token ids must be integers", fix="convert them to int")
-    low, high = min(tokens), max(tokens)
+    low, high = _span(tokens)
     if low < 0 or high >= vocabulary.size:
         raise InvalidRequest(
             "token_out_of_range",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -15,6 +15,9 @@ from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context
 from penstock.serving.edge import parse
 from penstock.serving.errors import HTTPError
+from penstock.serving.limits import INLINE_BYTES
+from penstock.serving.long_ids import refuse_many_values, take_ids
+from penstock.serving.noted import NotedFields
 from penstock.serving.responses import ResponsesRequest, ResponseTask
 from penstock.serving.schemas import (
     ChatRequest,
@@ -29,6 +32,7 @@ from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreReque
 G = TypeVar("G", bound=GenerationRequest)
 R = TypeVar("R", bound=ModelRequest)
 _log = logging.getLogger(__name__)
+_noted = NotedFields()
 
 
 class Task(Protocol):
@@ -40,12 +44,21 @@ class Task(Protocol):
 
 
 def decode(body: bytes, shape: type[R]) -> R:
+    """Raises HTTPError: as ``parse``; what the shape's own ``check`` raises; unsupported_parameter."""
+    ids: Mapping[str, object] = {}
+    if len(body) > INLINE_BYTES:
+        refuse_many_values(body, b":")
+        fields, ids = take_ids(parse(body, dict[str, msgspec.Raw]), shape.IDS)
+        body = msgspec.json.encode(fields) if ids else body
+        refuse_many_values(body, b",")
     asked = parse(body, shape)
+    for name, taken in ids.items():
+        setattr(asked, name, taken)
     asked.check()
     fields = parse(body, dict[str, msgspec.Raw])
     refuse_unsupported(fields, shape)
-    if unknown := unknown_fields(fields, shape):
-        _log.warning("a request carries unknown fields, which are ignored: %.300r", unknown)
+    if line := _noted.line(unknown_fields(fields, shape)):
+        _log.warning("%s", line)
     return asked
 
 

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -231,15 +232,31 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(_LONG, work)
 
 
+def unescaped(body: bytes) -> Iterator[npt.NDArray[np.uint8]]:
+    """JSON without its escapes, a piece at a time, so that others have a turn of the interpreter in between."""
+    start = 0
+    while start < len(body):
+        piece = body[start : start + INLINE_BYTES]
+        end = start + len(piece) + (len(piece) - len(piece.rstrip(b"\\"))) % 2  # what is escaped belongs to its escape
+        yield np.frombuffer(body[start:end].replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8)
+        start = end
+
+
 def nested_too_deeply(body: bytes) -> bool:
     """Whether JSON has more than MAX_JSON_DEPTH brackets open at a time. Told before anything recurses."""
     if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
         return False
-    text = np.frombuffer(body.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8)
-    steps = ((text == ord("[")) | (text == ord("{"))).astype(np.int8)
-    steps -= (text == ord("]")) | (text == ord("}"))
-    steps[np.bitwise_xor.accumulate(text == ord('"'))] = 0  # between quotes they are text
-    return int(np.cumsum(steps, dtype=np.int32).max()) > MAX_JSON_DEPTH
+    depth, quoted = 0, False
+    for text in unescaped(body):
+        steps = ((text == ord("[")) | (text == ord("{"))).astype(np.int8)
+        steps -= (text == ord("]")) | (text == ord("}"))
+        inside = np.bitwise_xor.accumulate(text == ord('"')) ^ quoted
+        steps[inside] = 0  # between quotes they are text
+        depths = np.cumsum(steps, dtype=np.int32)
+        if depth + int(depths.max()) > MAX_JSON_DEPTH:
+            return True
+        depth, quoted = depth + int(depths[-1]), bool(inside[-1])
+    return False
 
 
 _PATH = re.compile(r"^(?P<text>.*) - at (?:`key` in )?`\$(?P<path>[^`]*)`$", re.DOTALL)

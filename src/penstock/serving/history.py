@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import count
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from penstock.serving.gate import Caller, current
-from penstock.serving.limits import MAX_REMEMBERED, MAX_VISITS
+from penstock.serving.limits import MAX_REMEMBERED, MAX_REMEMBERED_IN_ALL, MAX_VISITS
 from penstock.serving.operations import operation
 from penstock.serving.requestlog import Line
 
@@ -43,27 +44,45 @@ class EndedList(msgspec.Struct):
 
 
 class History:
-    """The last MAX_REMEMBERED requests that were computed, or failed after they were let in, as JSON.
+    """Of each tenant the last MAX_REMEMBERED requests that were computed, or failed after they were let in, as JSON.
+
+    Beyond MAX_REMEMBERED_IN_ALL, who has most of them gives one up, so that nobody who asks much makes others' go.
 
     Attributes:
-        visits: the last MAX_VISITS of them, for a trace.
+        visits: the last MAX_VISITS of all, for a trace.
     """
 
     def __init__(self) -> None:
-        self._ended: deque[tuple[str | None, msgspec.Raw]] = deque(maxlen=MAX_REMEMBERED)
+        self._ended: dict[str | None, deque[tuple[int, msgspec.Raw]]] = {}
+        self._numbers = count()
+        self._size = 0
         self.visits: deque[Visit] = deque(maxlen=MAX_VISITS)
 
     def add(self, visit: Visit) -> None:
         """What is answered from the tokenizer alone is not worth a place."""
         line = visit.line
-        if line.admitted_s is not None or line.status >= 400:
-            told = Ended(**msgspec.structs.asdict(line), phases=phases(line), why=why(line))
-            self._ended.append((line.tenant, msgspec.Raw(msgspec.json.encode(told))))
-            self.visits.append(visit)
+        if line.admitted_s is None and line.status < 400:
+            return
+        self.visits.append(visit)
+        told = Ended(**msgspec.structs.asdict(line), phases=phases(line), why=why(line))
+        own = self._ended.setdefault(line.tenant, deque())
+        own.append((next(self._numbers), msgspec.Raw(msgspec.json.encode(told))))
+        self._size += 1
+        if len(own) > MAX_REMEMBERED:
+            self._forget(line.tenant)
+        elif self._size > MAX_REMEMBERED_IN_ALL:  # of those that have as many, who had its oldest one first
+            self._forget(max(self._ended, key=lambda tenant: (len(self._ended[tenant]), -self._ended[tenant][0][0])))
 
     def seen_by(self, caller: Caller) -> list[msgspec.Raw]:
-        """The latest first."""
-        return [told for tenant, told in reversed(self._ended) if caller.sees(tenant)]
+        """The latest first, MAX_REMEMBERED at most."""
+        seen = [each for tenant, own in self._ended.items() if caller.sees(tenant) for each in own]
+        return [told for _, told in sorted(seen, key=lambda each: -each[0])[:MAX_REMEMBERED]]
+
+    def _forget(self, tenant: str | None) -> None:
+        self._ended[tenant].popleft()
+        self._size -= 1
+        if not self._ended[tenant]:
+            del self._ended[tenant]
 
 
 def phases(line: Line) -> dict[str, float]:

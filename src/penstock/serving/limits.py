@@ -34,8 +34,16 @@ INLINE_BYTES = 32 << 10
 LONG_BYTES = 256 << 10
 """Bodies above this size are parsed one at a time."""
 
+MAX_FIELDS_NOTED = 32
+"""Unknown fields that get a line in the log in NOTED_SECONDS, each one line."""
+
+NOTED_SECONDS = 60.0
+
 MAX_JSON_DEPTH = 160
 """Brackets within brackets. A schema may have 128 levels of its own."""
+
+MAX_JSON_VALUES = 1 << 16
+"""Values in one body but token ids. So many are decoded in some 10 ms, and nobody has a turn meanwhile."""
 
 MAX_PROMPTS = 256
 """Prompts in one request."""
@@ -52,7 +60,9 @@ MAX_SHOWN = 50
 """Requests in a status, the oldest."""
 
 MAX_REMEMBERED = 100
-"""Requests that have ended. The dashboard's inspector shows them."""
+"""Requests of one tenant that have ended. The dashboard's inspector shows them."""
+
+MAX_REMEMBERED_IN_ALL = 1000
 
 MAX_VISITS = 4096
 """Of those, without their sentences: a trace shows them."""

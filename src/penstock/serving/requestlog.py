@@ -112,7 +112,7 @@ class RequestLog:
         self.dropped = 0
         self._pending: deque[Line] = deque()
         self._wake = threading.Event()
-        self._closing = self._moved = self._complained = False
+        self._closing = self._moved = self._complained = self._torn = False
         self._file = self._open()
         self._thread = threading.Thread(target=self._run, name="penstock-log", daemon=True)
         self._thread.start()
@@ -151,7 +151,7 @@ class RequestLog:
             _log.error("the log goes on where it was: %s", error)
         else:
             os.close(old)
-            self._complained = False
+            self._complained = self._torn = False
 
     def _run(self) -> None:
         while not (self._closing and not self._pending):
@@ -163,10 +163,24 @@ class RequestLog:
             while self._pending:
                 count = min(len(self._pending), 256)
                 lines = [self._pending.popleft() for _ in range(count)]
-                try:
-                    os.write(self._file, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-                except OSError as error:
-                    self.dropped += count
-                    if not self._complained:  # once, or a full disk would fill the other log
-                        self._complained = True
-                        _log.error("requests are no longer logged: %s", error)
+                self._write(lines)
+
+    def _write(self, lines: list[Line]) -> None:
+        """A disk that fills up takes a part: what it has no place for counts, and a torn line is ended before others
+        follow it."""
+        data = b"\n" * self._torn + b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+        except OSError as error:
+            self.dropped += len(lines) - max(0, data.count(b"\n", 0, written) - self._torn)
+            self._torn = data[written - 1 : written] != b"\n" if written else self._torn
+            if not self._complained:  # once, or a full disk would fill the other log
+                self._complained = True
+                _log.error("requests are no longer logged: %s", error)
+        else:
+            self._torn = False
+            if self._complained:
+                self._complained = False
+                _log.warning("requests are logged again; %d were not", self.dropped)

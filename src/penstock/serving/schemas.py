@@ -5,7 +5,8 @@ Types are declared here; ranges of sampling parameters are SamplingParams' own. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, cast
 
 import msgspec
@@ -68,9 +69,13 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 
 
 class ModelRequest(msgspec.Struct, kw_only=True):
-    """What all requests to a model have in common."""
+    """What all requests to a model have in common.
+
+    ``IDS``: fields that may be many token ids; such a field is an array then, or a list of arrays.
+    """
 
     HARMLESS: ClassVar[Harmless] = {}
+    IDS: ClassVar[tuple[str, ...]] = ()
 
     model: Name | None = None
     priority: Priority | None = None
@@ -143,6 +148,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         "tool_choice": ("none", "auto"),
         "tools": ([],),
     }
+    IDS: ClassVar[tuple[str, ...]] = ("prompt",)
 
     prompt: Texts
     suffix: str | None = None
@@ -174,7 +180,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         """Nothing is to be generated: the prompt is only to be looked at."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> list[str] | list[Sequence[int]]:
         return each_of("prompt", self.prompt, MAX_PROMPTS)
 
     def sampling_params(self, recommended: Mapping[str, Any]) -> SamplingParams:
@@ -192,7 +198,7 @@ _FORMS_OF_TEXTS = [{"items": {"type": "string"}}, {"items": _IDS["items"]}, {"it
 Texts = str | Annotated[list[str | int | list[int]], Meta(extra_json_schema={"minItems": 1, "anyOf": _FORMS_OF_TEXTS})]
 
 
-def each_of(name: str, value: Texts, most: int) -> list[str] | list[list[int]]:
+def each_of(name: str, value: Texts | array[int], most: int) -> list[str] | list[Sequence[int]]:
     """The four forms OpenAI allows: a text, several texts, token ids, several lists of token ids.
 
     Raises:
@@ -200,11 +206,13 @@ def each_of(name: str, value: Texts, most: int) -> list[str] | list[list[int]]:
     """
     if isinstance(value, str):
         return [value]
+    if isinstance(value, array):
+        return cast("list[Sequence[int]]", [value])
     kinds = {type(part) for part in value}
     if len(kinds) != 1 or (kinds != {int} and len(value) > most):
         why = f"it must be a text, token ids, or 1 to {most} of either kind"
         raise HTTPError("invalid_parameter", f"{name} cannot be used", why=why, param=name)
-    return [cast("list[int]", value)] if kinds == {int} else cast("list[str] | list[list[int]]", value)
+    return cast("list[str] | list[Sequence[int]]", [value] if kinds == {int} else value)
 
 
 class ContentPart(msgspec.Struct):

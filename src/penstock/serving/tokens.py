@@ -40,6 +40,8 @@ class TokenizeRequest(ModelRequest, kw_only=True):
 class DetokenizeRequest(ModelRequest, kw_only=True):
     """POST /detokenize"""
 
+    IDS: ClassVar[tuple[str, ...]] = ("tokens",)
+
     tokens: list[int]
 
 
@@ -83,8 +85,11 @@ async def detokenize(request: DetokenizeRequest, context: Context) -> Prompt:
     """Special tokens by name. Raises HTTPError: (token_out_of_range)."""
     tokenizer = context.llm.engine.tokenizer
     size = tokenizer.vocabulary.size
-    if (wrong := next((i for i in request.tokens if not 0 <= i < size), None)) is not None:
-        why = f"the model's ids are 0 to {size - 1}"
-        raise HTTPError("token_out_of_range", f"The model has no token {wrong}", why=why, param="tokens")
-    work = len(request.tokens) * 8
-    return Prompt(await off_loop(work, lambda: tokenizer.decode(request.tokens, skip_special_tokens=False)))
+
+    def text() -> str:
+        if (wrong := next((i for i in request.tokens if not 0 <= i < size), None)) is not None:
+            why = f"the model's ids are 0 to {size - 1}"
+            raise HTTPError("token_out_of_range", f"The model has no token {wrong}", why=why, param="tokens")
+        return tokenizer.decode(request.tokens, skip_special_tokens=False)
+
+    return Prompt(await off_loop(len(request.tokens) * 8, text))

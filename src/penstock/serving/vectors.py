@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar, cast
 
 import msgspec
@@ -29,6 +29,7 @@ class EmbeddingRequest(ModelRequest, kw_only=True):
     """POST /v1/embeddings"""
 
     HARMLESS: ClassVar[Harmless] = {"add_special_tokens": (True,), "messages": ()}
+    IDS: ClassVar[tuple[str, ...]] = ("input",)
 
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
@@ -39,7 +40,7 @@ class EmbeddingRequest(ModelRequest, kw_only=True):
     def check(self) -> None:
         self.inputs()
 
-    def inputs(self) -> list[str] | list[list[int]]:
+    def inputs(self) -> list[str] | list[Sequence[int]]:
         return each_of("input", self.input, MAX_TEXTS)
 
 

@@ -1,0 +1,48 @@
+"""Unknown fields of requests, told to the operator once in a while: a client must not fill the log with their names."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from penstock.serving import limits
+
+SHOWN = 300
+"""Characters of names in one line."""
+
+
+class NotedFields:
+    """Names that were told in the last NOTED_SECONDS, MAX_FIELDS_NOTED of them at most. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told: set[str] = set()
+        self._until = 0.0
+        self._untold = 0
+
+    def line(self, names: Sequence[str], now: float | None = None) -> str | None:
+        """What the log shall say of a request that carries such fields; None if it is known, or too much.
+
+        Args:
+            now: seconds of a clock that never goes back; the monotonic one by default.
+        """
+        if not names:
+            return None
+        now = time.monotonic() if now is None else now
+        with self._lock:
+            if now >= self._until:
+                self._until, untold = now + limits.NOTED_SECONDS, self._untold
+                self._told.clear()
+                self._untold = 0
+            else:
+                untold = 0
+            fresh = [name for name in names if name[:SHOWN] not in self._told]
+            room = max(0, limits.MAX_FIELDS_NOTED - len(self._told))
+            self._untold += len(fresh[room:])
+            fresh = fresh[:room]
+            self._told.update(name[:SHOWN] for name in fresh)
+        if not fresh and not untold:
+            return None
+        before = f" (and {untold} more in the time before)" if untold else ""
+        return f"a request carries unknown fields, which are ignored{before}: {fresh!r:.{SHOWN}}"
