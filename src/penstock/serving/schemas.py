@@ -6,7 +6,7 @@ Types are declared here; ranges of sampling parameters are SamplingParams' own. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import msgspec
 from msgspec import Meta
@@ -33,6 +33,10 @@ Name = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Breaker = Annotated[str, Meta(min_length=1, max_length=MAX_BREAKER_LENGTH)]
 Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+
+Tier = Literal["auto", "default", "flex", "priority", "scale", "standard_only"]
+TIERS = {"flex": 6, "priority": -6}
+"""Levels of priority that a service tier stands for: by default a minute of waiting."""
 
 Harmless = dict[str, tuple[object, ...]]
 """Fields that are known and cannot be honoured yet, and the values that ask for nothing. Null always does."""
@@ -84,6 +88,7 @@ class GenerationRequest(ModelRequest, kw_only=True):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    service_tier: Tier | None = None
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -124,6 +129,8 @@ class GenerationRequest(ModelRequest, kw_only=True):
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise _contradiction("stream_options", "stream")
+        if self.priority is None and self.service_tier is not None:
+            self.priority = TIERS.get(self.service_tier)
 
     def params(self, defaults: dict[str, Any], **own: int | None) -> SamplingParams:
         """Of what all such requests share, and what each kind has of its ``own``; None leaves a field open."""
@@ -281,7 +288,7 @@ _SHARED = (
 _FORMS = "response_format structured_outputs guided_json guided_regex guided_choice guided_grammar".split()
 
 
-_LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "service_tier", "user"}
+_LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "user"}
 """Fields that could not change the text."""
 
 
