@@ -95,12 +95,15 @@ class Context:
             raise shutting_down()
         return self.models.find(model)
 
-    async def use(self, model: str | None, size: int, receive: Receive | None = None) -> Context:
+    async def use(
+        self, model: str | None, size: int, receive: Receive | None = None, stays: float | None = None
+    ) -> Context:
         """The same for one of its models, which stays in memory until the caller leaves. Waits for it if need be.
 
         Args:
             size: of the request, in bytes: no prompt has more tokens.
             receive: of a client that may go away meanwhile.
+            stays: as of ``ModelRequest.stays``.
 
         Raises:
             HTTPError: as ``admit``.
@@ -120,7 +123,14 @@ class Context:
             finally:
                 caller.release()
                 caller.load += time.monotonic() - began
+        if stays is not None and view.heeds:
+            self.models.keep(view.served, stays)
         return view
+
+    @property
+    def heeds(self) -> bool:
+        """The caller may say how long the model stays, as it may load and unload it by hand."""
+        return current.get().administers and self.models.heeds(self.served)
 
     @property
     def own_llm(self) -> AsyncLLM:

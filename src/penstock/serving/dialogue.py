@@ -126,11 +126,17 @@ class Dialogue:
 
 
 def template_variables(
-    template: ChatTemplate | None, given: Mapping[str, Any] | None, effort: str | None
+    template: ChatTemplate | None,
+    given: Mapping[str, Any] | None,
+    effort: str | None,
+    field: str = "reasoning_effort",
 ) -> dict[str, Any]:
     """What a request may say to the chat template: variables that it reads, of plain kinds.
 
     ``reasoning_effort`` is such a variable of some templates; where others can be told not to think, "none" does.
+
+    Args:
+        field: of the request, which says the effort.
 
     Raises:
         HTTPError: unsupported_parameter, invalid_parameter.
@@ -150,7 +156,7 @@ def template_variables(
     if effort is None:
         return variables
     if effort not in EFFORTS:
-        raise invalid("reasoning_effort", f"it must be one of {', '.join(EFFORTS)}")
+        raise invalid(field, f"it must be one of {', '.join(EFFORTS)}")
     switch = next((name for name in ("enable_thinking", "thinking") if name in reads), None)
     if "reasoning_effort" in reads and not (effort == "none" and switch):
         return {"reasoning_effort": effort, **variables}
@@ -158,4 +164,4 @@ def template_variables(
         return {switch: effort != "none", **variables}
     if effort == "none":
         return variables
-    raise unsupported("reasoning_effort", what="The chat template of this model does not read how much to think")
+    raise unsupported(field, what="The chat template of this model does not read how much to think")

@@ -82,6 +82,16 @@ class ModelRequest(msgspec.Struct, kw_only=True):
     def check(self) -> None:
         """What types cannot say. Raises HTTPError(invalid_parameter)."""
 
+    @property
+    def stays(self) -> float | None:
+        """Seconds for which it has the model stay in memory after it, infinity for ever; None if it does not say."""
+        return None
+
+    @property
+    def only_parts(self) -> bool:
+        """It asks that the model leave memory, and nothing else."""
+        return False
+
 
 class GenerationRequest(ModelRequest, kw_only=True):
     """What completions and chat have in common."""
