@@ -13,7 +13,7 @@ from penstock.serving.errors import HTTPError, invalid, unsupported
 from penstock.serving.gate import current
 from penstock.serving.limits import MAX_TEMPLATE_VARIABLE, MAX_TEMPLATE_VARIABLES
 from penstock.serving.schemas import CompletionTokensDetails, Usage
-from penstock.serving.tools import Offer
+from penstock.serving.tools import Offer, after_thoughts
 from penstock.spec import SamplingParams
 from penstock.text import ChatTemplate, Delta
 from penstock.text.parsers import CallEnd, Event, Parser
@@ -87,6 +87,8 @@ class Dialogue:
         form = params.structured_outputs
         if offer.tools:  # many of them take milliseconds
             form = await asyncio.to_thread(offer.form, formats, form, opened=opened)
+        elif form is not None and tags is not None:
+            form = after_thoughts(form, formats, opened=opened, headed=continue_final_message)
         params = replace(
             params,
             structured_outputs=form,
