@@ -88,7 +88,7 @@ class Dialogue:
         if offer.tools:  # many of them take milliseconds
             form = await asyncio.to_thread(offer.form, formats, form, opened=opened)
         elif form is not None and tags is not None:
-            form = after_thoughts(form, formats, opened=opened, headed=continue_final_message)
+            form = await asyncio.to_thread(after_thoughts, form, formats, opened=opened, headed=continue_final_message)
         params = replace(
             params,
             structured_outputs=form,

@@ -246,7 +246,7 @@ async def model_ready(request: Request) -> Response:
 async def model(request: Request) -> Response:
     """Raises HTTPError: (model_not_found), and Unavailable: (not_in_memory)."""
     context, (name, _, verb) = context_of(request), request.path_params["model"].rpartition("/")
-    if verb in VERBS:  # a model's name may be a path, so that this route is asked for theirs as well
+    if name and verb in VERBS:  # a model's name may be a path, so that this route is asked for theirs as well
         context.admit(name)
         raise HTTPException(405, headers={"Allow": "POST"})
     context = in_memory(context, context.admit(request.path_params["model"]).name)

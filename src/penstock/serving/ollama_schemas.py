@@ -19,7 +19,8 @@ from penstock.spec import SamplingParams
 from penstock.spec.ranges import MAX_ID
 
 Body = dict[str, Any]
-KeepAlive = Annotated[float, Meta(ge=-1e9, le=1e9)] | Name
+LONGEST = 1e9
+KeepAlive = Annotated[float, Meta(ge=-LONGEST, le=LONGEST)] | Name
 """Seconds, or a text such as "5m" or "1h30m": for how long the model is to stay; less than 0 for ever."""
 _SPAN = re.compile(r"([+-]?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)", re.ASCII)
 _PART = re.compile(r"([\d.]+)(\D+)")
@@ -44,7 +45,7 @@ def seconds_of(keep_alive: KeepAlive | None) -> float | None:
             keep_alive *= -1.0 if found[1] == "-" else 1.0
         else:
             raise invalid("keep_alive", 'it must be a number of seconds, or a text such as "5m" or "1h30m"')
-    return inf if keep_alive < 0 else float(keep_alive)
+    return float(keep_alive) if 0 <= keep_alive <= LONGEST else inf
 
 
 class Options(msgspec.Struct, kw_only=True):
