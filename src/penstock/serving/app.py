@@ -285,8 +285,7 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
         await context.turnstile.enter()
         asked, size = await off_loop(len(body), functools.partial(decode, body, shape)), len(body)
     asked.model = request.path_params.get("model", asked.model)
-    if asked.only_parts and (view := context.of(context.admit(asked.model))).heeds:
-        context.models.keep(view.served, 0.0)
+    if asked.only_parts and (view := context.of(context.admit(asked.model))).heeds and view.served.llm is None:
         return view, asked
     return await context.use(asked.model, size, request.receive, asked.stays), asked
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
@@ -124,13 +125,15 @@ class Context:
                 caller.release()
                 caller.load += time.monotonic() - began
         if stays is not None and view.heeds:
-            self.models.keep(view.served, stays)
+            self.models.policy.keep(view.name, None if stays == inf else stays)  # carried out when it leaves
         return view
 
     @property
     def heeds(self) -> bool:
-        """The caller may say how long the model stays, as it may load and unload it by hand."""
-        return current.get().administers and self.models.heeds(self.served)
+        """The caller may say how long the model stays, as it may load and unload it by hand; not of the only model, nor
+        of one that is pinned.
+        """
+        return current.get().administers and len(self.models.all) > 1 and not self.served.stay.pinned
 
     @property
     def own_llm(self) -> AsyncLLM:

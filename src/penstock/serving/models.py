@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Any
 
 from penstock.assemble import Assembled, front_of
@@ -211,15 +210,6 @@ class Models:
         """An operator wants it gone, once what runs has ended."""
         self.policy.unwant(model.name)
         self._act()
-
-    def heeds(self, model: Served) -> bool:
-        """Requests may say how long it stays: not of the only one, nor of one that is pinned."""
-        return len(self.all) > 1 and not model.stay.pinned
-
-    def keep(self, model: Served, seconds: float) -> None:
-        """It stays for so long after its last request, infinity for ever, until it leaves."""
-        self.policy.keep(model.name, None if seconds == inf else seconds)
-        self._act_soon()
 
     def ready(self, model: Served) -> bool:
         """It can compute now."""
