@@ -11,6 +11,7 @@ import pytest
 from openapi_spec_validator import validate
 
 from penstock.serving import admin, app
+from penstock.serving.errors import AnthropicErrorBody, ErrorBody, PlainErrorBody, shape_of_errors
 from penstock.serving.openapi import FILES, JSON, document
 from penstock.serving.operations import operations_of
 from penstock.serving.sse import DONE
@@ -106,6 +107,41 @@ def test_refusals_are_as_described(hermes: Server, told: dict[str, Any]) -> None
                 described = resolved(told, each["responses"][str(answer.status_code)])
                 check(told, described["content"][JSON]["schema"], answer.json())
                 assert answer.headers["x-request-id"]
+
+
+def test_wrong_methods_and_paths_are_refused_in_each_api_s_own_form(hermes: Server, told: dict[str, Any]) -> None:
+    client = httpx.Client(base_url=hermes.url)
+    for path, item in told["paths"].items():
+        here = path.replace("{model}", "m")
+        wrong = "put" if "post" in item else "post"
+        refused, nothing = client.request(wrong, here), client.post(f"{here}/no/such")
+        allowed = {method.strip().lower() for method in refused.headers["allow"].split(",")}
+        assert refused.status_code == 405 and item.keys() - {"parameters"} <= allowed and wrong not in allowed, path
+        for answer in (refused, nothing):
+            assert answer.status_code in (404, 405), (path, answer.text)
+            assert type_of(answer) is shape_of_errors(path), (path, answer.text)
+    assert client.get("/v2/models/m/infer").headers["allow"] == "POST"
+    assert client.get("/v2/models/other/infer").status_code == 404
+
+
+def test_queries_are_as_described(hermes: Server, told: dict[str, Any]) -> None:
+    for path in ("/debug/engine", "/debug/trace"):
+        assert "404" in told["paths"][path]["get"]["responses"]
+        assert httpx.get(f"{hermes.url}{path}?model=").status_code == 404
+    for after, expected in (("0", 200), ("2.0", 200), ("0.5", 400), ("", 400), ("nan", 400), ("-1", 400)):
+        assert httpx.get(f"{hermes.url}/debug/engine?after={after}").status_code == expected, after
+
+
+def type_of(answer: httpx.Response) -> type:
+    """The form of a refusal, by its members."""
+    match answer.json():
+        case {"type": "error", "error": {"type": str(), "message": str()}}:
+            return AnthropicErrorBody
+        case {"error": {"message": str(), "type": str(), "param": _, "code": str()}}:
+            return ErrorBody
+        case {"error": str(), "code": str()}:
+            return PlainErrorBody
+    raise AssertionError(answer.text)
 
 
 def test_bounds_and_what_must_ask_nothing_are_told(told: dict[str, Any]) -> None:

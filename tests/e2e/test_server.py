@@ -9,11 +9,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from penstock.serving.decoding import decode
+from penstock.serving.errors import HTTPError
+from penstock.serving.schemas import CompletionRequest
 from servers import MODEL, PROMPT, Server, start
 
 
@@ -146,6 +150,17 @@ def test_vllm_s_extra_fields(server: Server) -> None:
     assert server.client.completions.create(**ask, temperature=0, extra_body=extra).usage.completion_tokens == 24
     banned = server.client.completions.create(**ask, temperature=0, logit_bias={"432": -100, "15": -100})
     assert banned.choices[0].text != greedy
+
+
+def test_service_tiers_are_priorities() -> None:
+    def priority(**fields: Any) -> int | None:
+        return decode(json.dumps({"prompt": "a"} | fields).encode(), CompletionRequest).priority
+
+    assert priority(service_tier="priority") == -priority(service_tier="flex") < 0  # type: ignore[operator]
+    assert priority(service_tier="priority", priority=3) == 3 and priority(service_tier="auto") is None
+    with pytest.raises(HTTPError) as refused:
+        priority(service_tier="gold")
+    assert refused.value.param == "service_tier"
 
 
 def test_a_stream_is_the_answer_in_pieces(server: Server) -> None:

@@ -143,6 +143,18 @@ def test_a_request_for_nothing_says_that_the_model_is_there(client: Make) -> Non
     assert client().generate("m", keep_alive="5m").done_reason == "load"
     answer = client().chat("m", keep_alive=-1)
     assert answer.done_reason == "load" and answer.message.content == ""
+    assert client().generate("m", keep_alive=0).done_reason == "load", "the only model stays"
+
+
+def test_refusals_name_the_field_that_was_sent(hermes: Server) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "/api/chat": {"messages": [USER], "think": "extreme"},
+        "/v1/responses": {"input": "a", "reasoning": {"effort": "extreme"}},
+        "/v1/chat/completions": {"messages": [USER], "reasoning_effort": "extreme"},
+    }
+    answers = [httpx.post(hermes.url + path, json=body).json() for path, body in bodies.items()]
+    params = [answer["param"] if "param" in answer else answer["error"]["param"] for answer in answers]
+    assert params == ["think", "reasoning.effort", "reasoning_effort"]
 
 
 def test_vectors(client: Make, hermes: Server) -> None:
@@ -181,6 +193,10 @@ def test_models(client: Make, hermes: Server) -> None:
         ("chat", {"messages": [USER], "format": {"$ref": "#"}}, (400, "infinite_schema")),
         ("chat", {"messages": [USER], "think": "extreme"}, (400, "invalid_parameter")),
         ("chat", {"messages": [USER], "n": 2}, (400, "invalid_parameter")),
+        ("chat", {"messages": [], "thinking_soft": 2.0}, (400, "invalid_parameter")),
+        ("generate", {"options": {"temperature": -1}}, (400, "invalid_parameter")),
+        ("chat", {"messages": [USER], "keep_alive": "5 minutes"}, (400, "invalid_parameter")),
+        ("embed", {"input": "a", "keep_alive": "1h-2m"}, (400, "invalid_parameter")),
         ("generate", {"prompt": "a", "images": ["aGk="]}, (400, "unsupported_parameter")),
         ("generate", {"prompt": "a", "template": "{{ .Prompt }}"}, (400, "unsupported_parameter")),
         ("generate", {"prompt": "a", "suffix": "b"}, (400, "unsupported_parameter")),

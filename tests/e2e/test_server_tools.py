@@ -295,7 +295,7 @@ def test_tools_at_their_limits(hermes: Server) -> None:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(EngineConfig(num_threads=1))
+    llm = AsyncLLM(EngineConfig(num_threads=1, logits_rule="scripted:say"))
     yield llm
     llm.close()
 
@@ -320,6 +320,30 @@ def test_every_format_can_be_held(llm: AsyncLLM, name: str) -> None:
         [made] = choice["message"]["tool_calls"]
         name, arguments = made["function"]["name"], made["function"]["arguments"]
         assert json.loads(arguments) == {} if name == "now" else name == "get_weather" and fits(arguments)
+
+
+def test_a_form_is_that_of_the_answer_where_messages_have_heads(llm: AsyncLLM) -> None:
+    engine = llm.engine
+    formats = formats_of(engine.chat, engine.tokenizer, calls="harmony", thoughts="harmony")
+    other = AsyncLLM(replace(engine, formats=formats))
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
+    thought, head = "<|channel|>analysis<|message|>Hm {<|end|><|start|>assistant", "<|channel|>final<|message|>"
+    for says in (thought + head + PARIS, head + PARIS, thought + head + "no"):
+        fields = {"response_format": form, "temperature": 0, "max_tokens": 400} | saying(says, engine.tokenizer)
+        [choice] = ask(other, fields).json()["choices"]
+        message = choice["message"]
+        assert choice["finish_reason"] == "stop" and fits(message["content"]), choice
+        assert message["content"] == PARIS or says.endswith("no")
+        assert message.get("reasoning_content") == ("Hm {" if says.startswith(thought) else None)
+
+
+def test_a_form_is_that_of_the_answer_where_thoughts_have_begun(chat: Any) -> None:
+    begun = [USER, {"role": "assistant", "content": "<think>Hm"}]
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
+    answer = chat(f", {{ so.</think>\n{PARIS}", messages=begun, response_format=form, extra_body=goes_on)
+    message = answer.choices[0].message
+    assert message.reasoning_content == ", { so." and json.loads(message.content) == json.loads(PARIS)
 
 
 def test_a_model_whose_calls_cannot_be_read_is_given_no_tools(llm: AsyncLLM) -> None:

@@ -114,6 +114,16 @@ def admits(tags: dict[str, Any], text: str) -> bool:
             [ONE, '[INST]{"x": 1}'],
             ['{"x": 1}', "[INST]hi"],
         ),
+        (
+            {"structures": [], "thoughts": THOUGHTS, "says": "[INST]", "answer": ANSWER},
+            ['[INST]{"x": 1}', '<think>{"y"</think>\n[INST]{"x": 1}'],
+            ["", "hi", '{"x": 1}', "[INST]hi", '<think>{"x": 1}', '<think>a</think>{"x": 1}'],
+        ),
+        (
+            {"structures": [], "thoughts": THOUGHTS | {"opened": True}, "answer": ANSWER},
+            ['a</think>{"x": 1}'],
+            ['{"x": 1}', 'a</think>{"y": 1}'],
+        ),
         ({"structures": BARE}, ["", "hi", PLAIN, PLAIN * 2, "a {}"], ['{"x": 1}', "[1]", " hi"]),
         ({"structures": BARE, "between": "; "}, [f"{PLAIN}; {PLAIN}"], [PLAIN * 2]),
         (

@@ -194,6 +194,36 @@ def test_two_models_in_turn() -> None:
     assert late.granted and [name for name, _ in world.loads] == ["a", "b", "a"]
 
 
+def test_a_request_may_say_how_long_its_model_stays() -> None:
+    world = World({"a": Stay(keep_alive=30.0), "p": Stay(pinned=True)}, 2, sizes={"a": 1, "p": 1}, memory=9, seed=0)
+
+    def asked(stays: float | None, **after: str) -> None:
+        ticket = world.ask("a")
+        world.pass_time(10)
+        assert ticket is not None and ticket.granted
+        world.policy.keep("a", stays)
+        world.pass_time(100)
+        assert world.policy.models["a"].state == "loaded", "it is in use"
+        world.end(0)
+        for seconds, state in after.items():
+            world.pass_time(float(seconds.removeprefix("s")))
+            assert world.policy.models["a"].state == state, (stays, seconds)
+
+    asked(None, s1e6="loaded")
+    asked(0.0, s2="unloaded")
+    assert world.policy.models["a"].keep_alive == 30.0, "what was said goes with it"
+    asked(60.0, s59="loaded", s3="unloaded")
+    world.policy.keep("a", 0.0)
+    assert world.policy.models["a"].keep_alive == 30.0
+    ticket = world.ask("p")
+    world.pass_time(10)
+    world.policy.keep("p", 0.0)
+    assert ticket is not None and world.running
+    world.end(0)
+    world.pass_time(1e6)
+    assert world.policy.models["p"].state == "loaded", "whoever runs the server pinned it"
+
+
 def test_the_least_recently_used_makes_room() -> None:
     world = World(
         dict.fromkeys("abc", Stay()) | {"p": Stay(pinned=True)}, 3, sizes=dict.fromkeys("abcp", 1), memory=9, seed=0

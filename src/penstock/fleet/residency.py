@@ -61,6 +61,7 @@ class Resident:
         wanted, unwanted: an operator said so.
         crowded: the last try failed for lack of memory, with others in it.
         hopeless: it did not fit although all others had left, so that none leaves for it again.
+        keep_alive: as of ``stay``, until ``keep`` says otherwise.
         failures: in a row; until ``again`` it is not tried.
     """
 
@@ -76,6 +77,7 @@ class Resident:
     failures: int = 0
     again: float = 0.0
     error: PenstockError | None = None
+    keep_alive: float | None = None
 
 
 @dataclass(slots=True)
@@ -108,7 +110,7 @@ class Residency:
                 why=f"{pinned} of {len(stays)} are pinned, and max_loaded is {room}",
                 fix="pin fewer, or raise --max-loaded",
             )
-        self.models = {name: Resident(stay=stay) for name, stay in stays.items()}
+        self.models = {name: Resident(stay=stay, keep_alive=stay.keep_alive) for name, stay in stays.items()}
         self.room = room
         self.waiting: list[Ticket] = []
         self._leaving: str | None = None  # takes no more requests, so that there will be room for another
@@ -134,6 +136,11 @@ class Residency:
             self.models[ticket.model].running -= 1
             self.models[ticket.model].used = now
 
+    def keep(self, model: str, seconds: float | None) -> None:
+        """One in memory stays for so long after its last request, None for ever, until it leaves or is told again."""
+        if self.models[model].state == "loaded":
+            self.models[model].keep_alive = seconds
+
     def want(self, model: str) -> None:
         """An operator wants it in memory, now even if it has failed."""
         resident = self.models[model]
@@ -158,7 +165,7 @@ class Residency:
         resident = self.models[model]
         if resident.state == "loaded":
             self._has_left()
-        resident.state, resident.error = "unloaded", error
+        resident.state, resident.error, resident.keep_alive = "unloaded", error, resident.stay.keep_alive
         others = any(self._removable(name) or r.state == "unloading" for name, r in self.models.items())
         resident.hopeless |= error.code in MEMORY_CODES and not others
         resident.crowded = error.code in MEMORY_CODES and others and not resident.hopeless
@@ -168,7 +175,8 @@ class Residency:
             resident.wanted = resident.unwanted = False
 
     def unloaded(self, model: str) -> None:
-        self.models[model].state, self.models[model].unwanted = "unloaded", False
+        resident = self.models[model]
+        resident.state, resident.unwanted, resident.keep_alive = "unloaded", False, resident.stay.keep_alive
         self._has_left()
 
     # -- what to do ----------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ class Residency:
 
     def _end(self, resident: Resident) -> float | None:
         """When it has been idle for long enough; None if it runs something, or stays."""
-        keep_alive = None if resident.stay.pinned else resident.stay.keep_alive
+        keep_alive = None if resident.stay.pinned else resident.keep_alive
         idle = resident.state == "loaded" and not resident.running
         return resident.used + keep_alive if idle and keep_alive is not None else None
 

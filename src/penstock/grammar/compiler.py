@@ -195,7 +195,8 @@ def _from_tags(tags: Any, table: TokenTable) -> Grammar:
         return Grammar(source, table, is_json=bool(tags.get("at_least")), hints=values)
     except ValueError as error:
         fix = "simplify the named part of the schema; the form in which it must hold knows less than a schema alone"
-        raise _refusal("unsupported_schema", "A schema of these tools cannot be compiled", error, fix=fix) from None
+        what = "A schema of these tools cannot be compiled" if schemas else "This JSON schema cannot be compiled"
+        raise _refusal("unsupported_schema", what, error, fix=fix) from None
 
 
 def _vet(schema: Any) -> None:

@@ -8,7 +8,7 @@ with which one starts. What a call of a tool needs beyond that is said by furthe
 | ``first``, ``between``, ``last`` | written around and between structures that follow each other |
 | ``at_least``, ``at_most`` | how many; with at least one there is no free text |
 | ``thoughts`` | ``start`` and ``end``, lists of texts: thoughts may come first; ``opened``: they have begun already |
-| ``answer`` | a JSON schema, which the text is an instance of if there is no structure |
+| ``answer`` | a JSON schema, which the text is an instance of if there is no structure; then none need be offered |
 | ``says`` | with what a text starts that has no structure |
 
 A structure may have a ``field``: its arguments are then written one by one as plain text, in the order of the schema,
@@ -49,7 +49,9 @@ class _Writer:
     def grammar(self) -> str:
         tags = self._tags
         structures, triggers = tags["structures"], tags.get("triggers") or []
-        if tags.get("at_least"):
+        if not structures:
+            body = f"{self._literal(tags.get('says') or '')} {_json(tags['answer'])}"
+        elif tags.get("at_least"):
             body = self._group(structures, "")
         elif "answer" in tags and ((tags.get("first") or "") + structures[0]["begin"]).startswith("{"):
             options = [_whole(structure) for structure in structures]

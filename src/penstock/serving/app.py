@@ -285,8 +285,9 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
         await context.turnstile.enter()
         asked, size = await off_loop(len(body), functools.partial(decode, body, shape)), len(body)
     asked.model = request.path_params.get("model", asked.model)
-    context = await context.use(asked.model, size, request.receive)
-    return context, asked
+    if asked.only_parts and (view := context.of(context.admit(asked.model))).heeds and view.served.llm is None:
+        return view, asked
+    return await context.use(asked.model, size, request.receive, asked.stays), asked
 
 
 @operation("Whether the process answers.", gives=PLAIN_TEXT)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
@@ -95,12 +96,15 @@ class Context:
             raise shutting_down()
         return self.models.find(model)
 
-    async def use(self, model: str | None, size: int, receive: Receive | None = None) -> Context:
+    async def use(
+        self, model: str | None, size: int, receive: Receive | None = None, stays: float | None = None
+    ) -> Context:
         """The same for one of its models, which stays in memory until the caller leaves. Waits for it if need be.
 
         Args:
             size: of the request, in bytes: no prompt has more tokens.
             receive: of a client that may go away meanwhile.
+            stays: as of ``ModelRequest.stays``.
 
         Raises:
             HTTPError: as ``admit``.
@@ -120,7 +124,16 @@ class Context:
             finally:
                 caller.release()
                 caller.load += time.monotonic() - began
+        if stays is not None and view.heeds:
+            self.models.policy.keep(view.name, None if stays == inf else stays)  # carried out when it leaves
         return view
+
+    @property
+    def heeds(self) -> bool:
+        """The caller may say how long the model stays, as it may load and unload it by hand; not of the only model, nor
+        of one that is pinned.
+        """
+        return current.get().administers and len(self.models.all) > 1 and not self.served.stay.pinned
 
     @property
     def own_llm(self) -> AsyncLLM:

@@ -13,7 +13,7 @@ from penstock.serving.errors import HTTPError, invalid, unsupported
 from penstock.serving.gate import current
 from penstock.serving.limits import MAX_TEMPLATE_VARIABLE, MAX_TEMPLATE_VARIABLES
 from penstock.serving.schemas import CompletionTokensDetails, Usage
-from penstock.serving.tools import Offer
+from penstock.serving.tools import Offer, after_thoughts
 from penstock.spec import SamplingParams
 from penstock.text import ChatTemplate, Delta
 from penstock.text.parsers import CallEnd, Event, Parser
@@ -87,6 +87,8 @@ class Dialogue:
         form = params.structured_outputs
         if offer.tools:  # many of them take milliseconds
             form = await asyncio.to_thread(offer.form, formats, form, opened=opened)
+        elif form is not None and tags is not None:
+            form = await asyncio.to_thread(after_thoughts, form, formats, opened=opened, headed=continue_final_message)
         params = replace(
             params,
             structured_outputs=form,
@@ -126,11 +128,17 @@ class Dialogue:
 
 
 def template_variables(
-    template: ChatTemplate | None, given: Mapping[str, Any] | None, effort: str | None
+    template: ChatTemplate | None,
+    given: Mapping[str, Any] | None,
+    effort: str | None,
+    field: str = "reasoning_effort",
 ) -> dict[str, Any]:
     """What a request may say to the chat template: variables that it reads, of plain kinds.
 
     ``reasoning_effort`` is such a variable of some templates; where others can be told not to think, "none" does.
+
+    Args:
+        field: of the request, which says the effort.
 
     Raises:
         HTTPError: unsupported_parameter, invalid_parameter.
@@ -150,7 +158,7 @@ def template_variables(
     if effort is None:
         return variables
     if effort not in EFFORTS:
-        raise invalid("reasoning_effort", f"it must be one of {', '.join(EFFORTS)}")
+        raise invalid(field, f"it must be one of {', '.join(EFFORTS)}")
     switch = next((name for name in ("enable_thinking", "thinking") if name in reads), None)
     if "reasoning_effort" in reads and not (effort == "none" and switch):
         return {"reasoning_effort": effort, **variables}
@@ -158,4 +166,4 @@ def template_variables(
         return {switch: effort != "none", **variables}
     if effort == "none":
         return variables
-    raise unsupported("reasoning_effort", what="The chat template of this model does not read how much to think")
+    raise unsupported(field, what="The chat template of this model does not read how much to think")

@@ -168,11 +168,11 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such route, wrong method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        refusal = HTTPError("method_not_allowed", "This path does not take this method", fix="see Allow", status=405)
+        fix = f"use {(error.headers or {}).get('Allow', 'another')}"
+        refusal = HTTPError("method_not_allowed", "This path does not take this method", fix=fix, status=405)
     else:
-        paths = "/completions, /chat/completions, /responses, /messages, /embeddings, /score, /rerank and /models"
-        fix = f"the API is /v1 with {paths}"
-        refusal = HTTPError("unknown_path", "There is nothing at this path", fix=fix, status=error.status_code)
+        fix = "GET /openapi.json has every path that there is"
+        refusal = HTTPError("unknown_path", "There is nothing at this path", fix=fix, status=404)
     response = error_response(refusal, request.url.path)
     response.headers.update(error.headers or {})
     return response

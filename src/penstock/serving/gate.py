@@ -100,7 +100,11 @@ class Caller:
 
     def sees(self, tenant: str | None) -> bool:
         """Whether it may be told of a tenant's requests. Administrators are told of all, and so is who needs no key."""
-        return self.key is None or self.key.role == "admin" or self.key.tenant == tenant
+        return self.administers or (self.key is not None and self.key.tenant == tenant)
+
+    @property
+    def administers(self) -> bool:
+        return self.key is None or self.key.role == "admin"
 
     def enter(self) -> None:
         """Counts it among its tenant's requests. Raises OverLimit, as ``Admission.enter``."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -33,6 +34,7 @@ from penstock.serving.vectors import EmbeddingRequest, embedded
 Body = dict[str, Any]
 VERSION = "1"
 TEXT, SAMPLING, EXCLUDE, STREAM = "text_input", "sampling_parameters", "exclude_input_in_output", "stream"
+VERBS = ("infer", "generate", "generate_stream")
 MAX_TENSORS = 16
 MAX_DIMENSIONS = 4
 
@@ -243,7 +245,10 @@ async def model_ready(request: Request) -> Response:
 @operation("Describe a model and its tensors.", gives=dict[str, Any])
 async def model(request: Request) -> Response:
     """Raises HTTPError: (model_not_found), and Unavailable: (not_in_memory)."""
-    context = context_of(request)
+    context, (name, _, verb) = context_of(request), request.path_params["model"].rpartition("/")
+    if name and verb in VERBS:  # a model's name may be a path, so that this route is asked for theirs as well
+        context.admit(name)
+        raise HTTPException(405, headers={"Allow": "POST"})
     context = in_memory(context, context.admit(request.path_params["model"]).name)
     engine = context.llm.engine
     vector = {"name": "embedding", "datatype": "FP32", "shape": [-1, engine.spec.hidden]}

@@ -161,7 +161,7 @@ def told(models: Models, model: Served) -> ModelStatus:
         alive=alive,
         progress=progress_of(models, model),
         pinned=resident.stay.pinned,
-        keep_alive=resident.stay.keep_alive,
+        keep_alive=resident.keep_alive,
         idle_seconds=None if resident.running or model.llm is None else round(now - resident.used, 3),
         requests=Users(running=resident.running, waiting=len(waiting)),
         waited_seconds=round(now - min(waiting), 3) if waiting else 0.0,

@@ -56,7 +56,7 @@ class OllamaTask:
     @classmethod
     async def chat(cls, request: OllamaChat, context: Context) -> OllamaTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
-        if not request.messages:
+        if request.asks_nothing:
             return cls(request, context, None, None)
         offer = await asyncio.to_thread(offer_of, request.tools, None, None)
         return await cls._dialogue(request, context, messages_from(request.messages), offer)
@@ -64,7 +64,7 @@ class OllamaTask:
     @classmethod
     async def generate(cls, request: OllamaGenerate, context: Context) -> OllamaTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
-        if not request.prompt:
+        if request.asks_nothing:
             return cls(request, context, None, None)
         if context.llm.engine.chat is not None and not request.raw and not request.suffix:
             system = [{"role": "system", "content": request.system}] if request.system else []
@@ -103,7 +103,8 @@ class OllamaTask:
 
     async def chunks(self) -> AsyncGenerator[Body, None]:
         if self._news is None:
-            yield self._line("", {"done": True, "done_reason": "load"})
+            parts = self.request.only_parts and self.context.heeds
+            yield self._line("", {"done": True, "done_reason": "unload" if parts else "load"})
             return
         reason = "stop"
         async with aclosing(self._news()) as news:

@@ -58,9 +58,9 @@ async def running(request: Request) -> Response:
 def _end(models: Models, model: Served) -> str:
     """When it leaves if nothing asks for it any more."""
     resident, now = models.policy.models[model.name], time.monotonic()
-    if resident.stay.keep_alive is None or resident.stay.pinned:
+    if resident.keep_alive is None or resident.stay.pinned:
         return NEVER
-    return _time(time.time() + resident.stay.keep_alive - (0.0 if resident.running else now - resident.used))
+    return _time(time.time() + resident.keep_alive - (0.0 if resident.running else now - resident.used))
 
 
 @operation("Ollama: the version.", gives=dict[str, Any])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from math import inf
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -17,13 +19,33 @@ from penstock.spec import SamplingParams
 from penstock.spec.ranges import MAX_ID
 
 Body = dict[str, Any]
-KeepAlive = Annotated[float, Meta(ge=-1e9, le=1e9)] | Name
-"""Seconds, or a text such as "5m": for how long the model is to stay. It does."""
+LONGEST = 1e9
+KeepAlive = Annotated[float, Meta(ge=-LONGEST, le=LONGEST)] | Name
+"""Seconds, or a text such as "5m" or "1h30m": for how long the model is to stay; less than 0 for ever."""
+_SPAN = re.compile(r"([+-]?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)", re.ASCII)
+_PART = re.compile(r"([\d.]+)(\D+)")
+_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_NUMBER = re.compile(r"[+-]?\d{1,9}(?:\.\d{1,9})?", re.ASCII)
 LATEST = ":latest"
 _HARMLESS: Harmless = {"images": ([],), "template": ("",), "context": ([],)}
 
 
 _NAMES = {"num_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
+
+
+def seconds_of(keep_alive: KeepAlive | None) -> float | None:
+    """As of ``ModelRequest.stays``. Raises HTTPError: (invalid_parameter) no span of time (Go's ``ParseDuration``)."""
+    if keep_alive is None:
+        return None
+    if isinstance(keep_alive, str):
+        if _NUMBER.fullmatch(keep_alive):
+            keep_alive = float(keep_alive)
+        elif (found := _SPAN.fullmatch(keep_alive)) is not None:
+            keep_alive = sum(float(count) * _UNITS[unit] for count, unit in _PART.findall(found[2]))
+            keep_alive *= -1.0 if found[1] == "-" else 1.0
+        else:
+            raise invalid("keep_alive", 'it must be a number of seconds, or a text such as "5m" or "1h30m"')
+    return float(keep_alive) if 0 <= keep_alive <= LONGEST else inf
 
 
 class Options(msgspec.Struct, kw_only=True):
@@ -60,6 +82,7 @@ class OllamaRequest(GenerationRequest, kw_only=True):
         self.stream = self.stream is not False
         self.model = None if self.model is None else self.model.removesuffix(LATEST)
         GenerationRequest.check(self)
+        seconds_of(self.keep_alive)
         if self.n not in (None, 1):
             raise invalid("n", "there is one answer")
         if options := self.options:
@@ -74,6 +97,21 @@ class OllamaRequest(GenerationRequest, kw_only=True):
             self.response_format = {"type": "json_schema", "json_schema": {"schema": self.format}}
         elif self.format:
             raise invalid("format", 'it must be "json" or a JSON schema')
+        if self.asks_nothing:
+            self.params({"max_tokens": None}, max_tokens=self.max_tokens)
+
+    @property
+    def asks_nothing(self) -> bool:
+        """But that the model be there, or leave."""
+        return False
+
+    @property
+    def only_parts(self) -> bool:
+        return self.asks_nothing and self.stays == 0
+
+    @property
+    def stays(self) -> float | None:
+        return seconds_of(self.keep_alive)
 
     def sampling_params(self, context: Context) -> SamplingParams:
         """As many tokens as the context holds, unless the request or the model says less."""
@@ -92,7 +130,7 @@ class OllamaRequest(GenerationRequest, kw_only=True):
             reads = frozenset[str]() if engine.chat is None else engine.chat.variables
             switches = {name: True for name in ("enable_thinking", "thinking") if name in reads}
             return template_variables(engine.chat, dict(list(switches.items())[:1]), None)
-        return template_variables(engine.chat, None, "none" if self.think is False else self.think)
+        return template_variables(engine.chat, None, "none" if self.think is False else self.think, "think")
 
 
 class CalledTool(msgspec.Struct, kw_only=True):
@@ -121,6 +159,10 @@ class OllamaChat(OllamaRequest, kw_only=True):
     messages: Annotated[list[OllamaTurn], Meta(max_length=MAX_MESSAGES)] = msgspec.field(default_factory=list)
     tools: list[ToolSpec] | None = None
 
+    @property
+    def asks_nothing(self) -> bool:
+        return not self.messages
+
 
 class OllamaGenerate(OllamaRequest, kw_only=True):
     """POST /api/generate"""
@@ -129,6 +171,10 @@ class OllamaGenerate(OllamaRequest, kw_only=True):
     suffix: str | None = None
     system: str | None = None
     raw: bool | None = None
+
+    @property
+    def asks_nothing(self) -> bool:
+        return not self.prompt
 
 
 class OllamaEmbed(ModelRequest, kw_only=True):
@@ -144,6 +190,11 @@ class OllamaEmbed(ModelRequest, kw_only=True):
 
     def check(self) -> None:
         self.model = None if self.model is None else self.model.removesuffix(LATEST)
+        seconds_of(self.keep_alive)
+
+    @property
+    def stays(self) -> float | None:
+        return seconds_of(self.keep_alive)
 
 
 class OllamaEmbedding(OllamaEmbed, kw_only=True):

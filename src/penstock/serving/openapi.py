@@ -140,7 +140,8 @@ def _operation(refs: Refs, path: str, method: str, said: Operation) -> dict[str,
         told["requestBody"] = {"required": True, "content": {"multipart/form-data" if said.form else JSON: content}}
     refused = [400, 401, 403, 431, 500, 503]
     refused += [408, 409, 413, 415, 429] if method == "POST" else []
-    refused += [404] if method == "POST" or "{" in path else []
+    of_model = said.query is not None and "model" in said.query.__annotations__
+    refused += [404] if method == "POST" or "{" in path or of_model else []
     named = {str(status): _refused(shape_of_errors(path), status) for status in sorted(refused)}
     told["responses"] = {"200": _answer(refs, said)}
     told["responses"] |= {status: {"$ref": f"#/components/responses/{name}"} for status, name in named.items()}

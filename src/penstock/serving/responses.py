@@ -98,7 +98,7 @@ class ResponseTask:
             request.params({"max_tokens": None, **engine.recommended}, max_tokens=request.max_tokens),
             await asyncio.to_thread(_offer, request),
             priority=request.priority or 0,
-            variables=template_variables(engine.chat, None, effort),
+            variables=template_variables(engine.chat, None, effort, "reasoning.effort"),
         )
         return cls(request, context, dialogue, before, given)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import msgspec
 from msgspec import Meta
@@ -34,6 +34,10 @@ Name = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Breaker = Annotated[str, Meta(min_length=1, max_length=MAX_BREAKER_LENGTH)]
 Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+
+Tier = Literal["auto", "default", "flex", "priority", "scale", "standard_only"]
+TIERS = {"flex": 6, "priority": -6}
+"""Levels of priority that a service tier stands for: by default a minute of waiting."""
 
 Harmless = dict[str, tuple[object, ...]]
 """Fields that are known and cannot be honoured yet, and the values that ask for nothing. Null always does."""
@@ -83,12 +87,23 @@ class ModelRequest(msgspec.Struct, kw_only=True):
     def check(self) -> None:
         """What types cannot say. Raises HTTPError(invalid_parameter)."""
 
+    @property
+    def stays(self) -> float | None:
+        """Seconds for which it has the model stay in memory after it, infinity for ever; None if it does not say."""
+        return None
+
+    @property
+    def only_parts(self) -> bool:
+        """It asks that the model leave memory, and nothing else."""
+        return False
+
 
 class GenerationRequest(ModelRequest, kw_only=True):
     """What completions and chat have in common."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    service_tier: Tier | None = None
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -129,6 +144,8 @@ class GenerationRequest(ModelRequest, kw_only=True):
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise _contradiction("stream_options", "stream")
+        if self.priority is None and self.service_tier is not None:
+            self.priority = TIERS.get(self.service_tier)
 
     def params(self, defaults: dict[str, Any], **own: int | None) -> SamplingParams:
         """Of what all such requests share, and what each kind has of its ``own``; None leaves a field open."""
@@ -289,7 +306,7 @@ _SHARED = (
 _FORMS = "response_format structured_outputs guided_json guided_regex guided_choice guided_grammar".split()
 
 
-_LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "service_tier", "user"}
+_LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "user"}
 """Fields that could not change the text."""
 
 

@@ -68,15 +68,16 @@ async def look(context: Context, seconds: float, blocks: int = 0) -> Trace:
         ) from None
 
 
-def number_of(query: Mapping[str, str], name: str, default: float, most: float) -> float:
+def number_of(query: Mapping[str, str], name: str, default: float, most: float, *, whole: bool = False) -> float:
     """A number from 0 to ``most`` of a query. Raises HTTPError: (invalid_parameter)."""
-    text = query.get(name, "")
+    if name not in query:
+        return default
     try:
-        value = float(text) if text else default
+        value = float(query[name])
     except ValueError:
         value = -1.0
-    if not 0 <= value <= most:
-        fix = f"use a number from 0 to {most:g}"
+    if not 0 <= value <= most or (whole and not value.is_integer()):
+        fix = f"use a {'whole number' if whole else 'number'} from 0 to {most:g}"
         raise HTTPError("invalid_parameter", f"{name} is no number of its range", fix=fix, param=name)
     return value
 
@@ -95,7 +96,7 @@ async def engine_view(request: Request) -> Response:
     What was computed again is known as such if it was computed first within the ``seconds``.
     """
     query = request.query_params
-    after = int(number_of(query, "after", 0.0, 2.0**53)) if "after" in query else -1
+    after = int(number_of(query, "after", -1.0, 2.0**53, whole=True))
     seconds = number_of(query, "seconds", 10.0, MAX_LIVE_SECONDS)
     trace = await look(in_memory(context_of(request), query.get("model")), seconds, MAX_BLOCKS_SHOWN)
     return await asyncio.to_thread(functools.partial(_told, trace, after))

@@ -15,7 +15,7 @@ from penstock.serving.limits import MAX_TOOL_CHARS, MAX_TOOL_DEPTH, MAX_TOOLS
 from penstock.spec import StructuredOutputs
 from penstock.spec.structured import depth_of
 from penstock.spec.tools import CallShape, Tool
-from penstock.text.parsers import Formats
+from penstock.text.parsers import Formats, ThoughtTags
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
@@ -83,11 +83,11 @@ class Offer:
         if self.single:
             form["at_most"] = 1
         if tags is not None:
-            form["thoughts"] = {"start": tags.starts, "end": tags.ends, "opened": opened or tags.opened}
+            form["thoughts"] = _thoughts(tags, opened=opened)
         if wanted is not None and not self.forced:
-            if wanted.kind not in ("json", "json_object"):
+            if wanted.kind not in _JSON:
                 raise unsupported("tools", what="tools go together with forms of JSON only")
-            form["answer"] = {"type": "object"} if wanted.json is None else json.loads(str(wanted.json))
+            form["answer"] = _answer(wanted)
         return StructuredOutputs(structural_tag=form)
 
     def _structure(self, tool: Tool, shape: CallShape) -> dict[str, Any]:
@@ -99,6 +99,36 @@ class Offer:
             "end": shape.end,
         }
         return structure if shape.field is None else structure | {"field": [shape.field.begin, shape.field.end]}
+
+
+def after_thoughts(
+    wanted: StructuredOutputs, formats: Formats, *, opened: bool, headed: bool = False
+) -> StructuredOutputs:
+    """What a text must be whose answer is JSON, where the model is thinking already or each message has a head: the
+    thoughts are free. Elsewhere, and of other forms, it is ``wanted`` itself, from the start.
+
+    Args:
+        opened: the text starts within thoughts.
+        headed: it goes on with an answer whose head is there.
+    """
+    tags, calls = formats.thoughts, formats.calls
+    if wanted.kind not in _JSON or tags is None or not (opened or tags.opened or (tags.channels and not headed)):
+        return wanted
+    says = calls.shape.says if calls is not None and tags.channels else ""
+    form = {"structures": [], "thoughts": _thoughts(tags, opened=opened), "answer": _answer(wanted), "says": says}
+    return StructuredOutputs(structural_tag=form)
+
+
+_JSON = ("json", "json_object")
+
+
+def _answer(wanted: StructuredOutputs) -> Any:
+    """Its schema."""
+    return {"type": "object"} if wanted.json is None else json.loads(str(wanted.json))
+
+
+def _thoughts(tags: ThoughtTags, *, opened: bool) -> dict[str, Any]:
+    return {"start": tags.starts, "end": tags.ends, "opened": opened or tags.opened}
 
 
 def offer_of(tools: Sequence[ToolSpec] | None, choice: Any, parallel: bool | None) -> Offer:

@@ -127,7 +127,8 @@ def _tags_text(value: object) -> str:
     text = _schema_text(value, "structural_tag")
     tags = json.loads(text)
     structures = tags.get("structures") if isinstance(tags, dict) else None
-    fits = isinstance(structures, list) and 0 < len(structures) <= MAX_STRUCTURES
+    least = 0 if isinstance(tags, dict) and "answer" in tags else 1
+    fits = isinstance(structures, list) and least <= len(structures) <= MAX_STRUCTURES
     _expect("structural_tag", fits, value, f"it must have 1 to {MAX_STRUCTURES} structures")
     for structure in structures or ():
         whole = isinstance(structure, dict) and isinstance(structure.get("schema"), (dict, bool))

@@ -12,7 +12,7 @@ from penstock.text.parsers.events import (
     merged,
 )
 from penstock.text.parsers.formats import CALL_FORMATS, NONE, THOUGHT_FORMATS, CallFormat, Formats, formats_of
-from penstock.text.parsers.reasoning import Thoughts
+from penstock.text.parsers.reasoning import Thoughts, ThoughtTags
 
 __all__ = [
     "CALL_FORMATS",
@@ -28,6 +28,7 @@ __all__ = [
     "Formats",
     "Parser",
     "Reasoning",
+    "ThoughtTags",
     "Thoughts",
     "formats_of",
     "merged",
