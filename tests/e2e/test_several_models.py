@@ -335,7 +335,7 @@ def test_who_is_refused_before_he_waits_hears_of_it(tmp_path: Path) -> None:
     async def main() -> None:
         models = Models([Served(name="a", config=EngineConfig(model=str(tmp_path / "nothing")))])
         tickets = [models.ask(models.first) for _ in range(2)]
-        while models.policy.waiting:
+        while models.policy.models["a"].waiting:
             await asyncio.sleep(0.01)
         with pytest.raises(Unavailable, match="model_not_found"):
             await asyncio.wait_for(models.granted(tickets[0]), 30)
@@ -356,7 +356,7 @@ def test_those_who_go_away_together_are_looked_at_once(tmp_path: Path) -> None:
             for ticket in [models.ask(models.first) for _ in range(100)]:
                 models.leave(ticket)
             await asyncio.sleep(0)
-        assert turn.call_count == 1 and not models.policy.waiting and not models._waiting
+        assert turn.call_count == 1 and not models.policy.models["a"].waiting and not models._waiting
         models.close()
 
     asyncio.run(main())

@@ -77,7 +77,7 @@ def _check_one_name_for_all(engine: Mapping[str, Any], models: int) -> None:
         raise ConfigError(
             "option_invalid",
             f"--served-model-name {name} cannot be used here",
-            why=f"{models} {'models are' if models > 1 else 'model is'} served, and a table [models.NAME] names its own",
+            why=f"it would be the name of {models} models" if models > 1 else "the table of the model names it already",
             fix=f"leave it out, and call one of them so: aliases = [{name!r}] in its table [models.NAME]",
         )
 
