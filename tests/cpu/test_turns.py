@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 
 from penstock.serving.turns import Turnstile
 
@@ -27,6 +28,22 @@ def test_so_many_in_a_turn_in_order_and_none_lost() -> None:
     passed, by_turn = asyncio.run(run())
     assert passed == [i for i in range(20) if i != 7]
     assert max(b - a for a, b in zip([0, *by_turn], by_turn, strict=False)) <= 3
+
+
+def test_who_was_waited_for_goes_on_so_many_in_a_turn_too() -> None:
+    async def run() -> list[int]:
+        turnstile, by_turn = Turnstile(3), list[int]()
+        futures = [asyncio.get_running_loop().create_future() for _ in range(20)]
+        turnstile.let_in(futures)
+        futures[7].cancel()
+        for _ in range(40):
+            by_turn.append(sum(future.done() for future in futures) - 1)
+            await asyncio.sleep(0)
+        return by_turn
+
+    by_turn = asyncio.run(run())
+    assert by_turn[0] == 0 and by_turn[-1] == 19
+    assert max(b - a for a, b in pairwise(by_turn)) == 3
 
 
 def test_an_idle_one_schedules_nothing() -> None:

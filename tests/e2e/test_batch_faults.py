@@ -17,9 +17,11 @@ from penstock.base import EngineError, Unavailable
 from penstock.fleet import Admission
 from penstock.runtime.service import LocalService
 from penstock.serving import build_app
+from penstock.serving.batch_run import AT_ONCE
 from penstock.serving.context import Context
 from penstock.serving.gate import Gate
 from penstock.serving.keys import change_keys, new_key
+from penstock.serving.models import Models, Served
 from penstock.spec import EngineConfig
 
 COMPLETIONS = "/v1/completions"
@@ -60,7 +62,9 @@ class Batching:
         return [json.loads(line) for line in answer.text.splitlines()]
 
 
-def over(llm: AsyncLLM, folder: Path, work: Callable[[Batching], Awaitable[None]], gate: Gate | None = None) -> None:
+def over(
+    llm: AsyncLLM | Models, folder: Path, work: Callable[[Batching], Awaitable[None]], gate: Gate | None = None
+) -> None:
     async def run() -> None:
         app, context = build_app(llm, folder, gate=gate)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
@@ -116,25 +120,31 @@ def test_lines_wait_for_an_engine_that_is_dead(llm: AsyncLLM, tmp_path: Path) ->
     over(llm, tmp_path, work)
 
 
-def test_a_model_that_cannot_be_had_holds_up_nobody(
-    llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use, failed = Context.use, Unavailable("model_not_loaded", "The model could not be loaded")
+def test_lines_for_other_models_do_not_wait(llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More lines than run at a time name a model that cannot be had; those behind them are answered."""
+    use, models, tries = Context.use, Models.of(llm), 0
+    models._names["broken"] = Served(name="broken", config=llm.engine.config)
 
     async def or_fail(context: Context, model: str | None, *rest: Any) -> Context:
-        if model == "broken":
-            raise failed
-        return await use(context, model, *rest)
+        nonlocal tries
+        if model == "broken" and tries < 1:
+            tries += 1
+            raise Unavailable("model_not_loaded", "The model could not be loaded", retry_after=2.0)
+        return await use(context, "stories260k", *rest)
 
     async def work(batching: Batching) -> None:
-        lines: list[Body] = [{"prompt": "A", "max_tokens": 1}, {"model": "broken", "prompt": "A"}]
-        ids = [await batching.begin(await batching.upload(some)) for some in (lines, lines[:1])]
-        await batching.until(ids[1], "completed")
-        held = await batching.until(ids[0], "in_progress")
-        assert held["request_counts"] == {"total": 2, "completed": 1, "failed": 0}
+        line: Body = {"prompt": "A", "max_tokens": 1}
+        absent = AT_ONCE * llm.engine.config.max_num_seqs + 10
+        id = await batching.begin(await batching.upload([line | {"model": "broken"}] * absent + [line] * 5))
+        async with asyncio.timeout(30):
+            while (held := (await batching.client.get(f"/v1/batches/{id}")).json())["request_counts"]["completed"] < 5:
+                await asyncio.sleep(0.01)
+        assert held["status"] == "in_progress"
+        assert held["request_counts"] == {"total": absent + 5, "completed": 5, "failed": 0} and tries == 1
+        await batching.until(id, "completed")
 
     monkeypatch.setattr(Context, "use", or_fail)
-    over(llm, tmp_path, work)
+    over(models, tmp_path, work)
 
 
 def test_tenants_take_turns(llm: AsyncLLM, tmp_path: Path) -> None:

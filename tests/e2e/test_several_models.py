@@ -335,7 +335,7 @@ def test_who_is_refused_before_he_waits_hears_of_it(tmp_path: Path) -> None:
     async def main() -> None:
         models = Models([Served(name="a", config=EngineConfig(model=str(tmp_path / "nothing")))])
         tickets = [models.ask(models.first) for _ in range(2)]
-        while models.policy.waiting:
+        while models.policy.models["a"].waiting:
             await asyncio.sleep(0.01)
         with pytest.raises(Unavailable, match="model_not_found"):
             await asyncio.wait_for(models.granted(tickets[0]), 30)
@@ -356,7 +356,7 @@ def test_those_who_go_away_together_are_looked_at_once(tmp_path: Path) -> None:
             for ticket in [models.ask(models.first) for _ in range(100)]:
                 models.leave(ticket)
             await asyncio.sleep(0)
-        assert turn.call_count == 1 and not models.policy.waiting and not models._waiting
+        assert turn.call_count == 1 and not models.policy.models["a"].waiting and not models._waiting
         models.close()
 
     asyncio.run(main())
@@ -372,7 +372,7 @@ def test_names_on_the_command_line_and_tables(tmp_path: Path) -> None:
     """A name of a table is that table; the others follow in the order of the file."""
     file = tmp_path / "serve.toml"
     file.write_text("[models.a]\npath = 'p'\nkv-dtype = 'int8'\n[models.b]\ndepth = 2\npin = true\nkeep_alive = 60\n")
-    configs = configured(["b", "org/c"], {"depth": 1, "served_model_name": "mine"}, file)
+    configs = configured(["b", "org/c"], {"depth": 1, "served_model_name": None}, file)
     told = [(c.model, c.served_model_name, c.depth, c.kv_dtype) for c, _ in configs]
     assert told == [("b", "b", 2, "auto"), ("org/c", None, 1, "auto"), ("p", "a", 1, "int8")]
     assert at_once(configs).model == "b"
@@ -381,6 +381,9 @@ def test_names_on_the_command_line_and_tables(tmp_path: Path) -> None:
     assert stays == {"b": (60.0, True), "c": (600.0, False), "a": (600.0, False)} and models.find(None).name == "b"
     alone = configured([], {"served_model_name": "mine"}, None)
     assert [(c.model, c.served_model_name) for c, _ in alone] == [(None, "mine")]
+    for named, path in (([], file), (["b"], file), (["a", "c"], None)):  # a name for all of them is none
+        with pytest.raises(ConfigError, match=r"--served-model-name mine.*aliases = \['mine'\]"):
+            configured(named, {"served_model_name": "mine"}, path)
 
 
 @pytest.mark.slow

@@ -130,6 +130,22 @@ def test_what_is_sent_again_is_not_made_again(store: Store) -> None:
     assert keep(store, "a", "in", "batch", [b"[]"], "key").id != first.id  # a day is over
 
 
+def test_what_is_there_already_needs_no_room(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent again with its key or without: its bytes are stored once, and counted once."""
+    monkeypatch.setattr("penstock.serving.store.MAX_STORED_BYTES", 10)
+    first = keep(store, "a", "in", "batch", [b"12345678"], "key")
+    assert keep(store, "a", "in", "batch", [b"12345678"], "key") == first
+    again = keep(store, "a", "other", "batch", [b"12345678"])
+    assert again.id != first.id and store.path(first.id).samefile(store.path(again.id))
+    with pytest.raises(HTTPError, match=r"has 3 bytes, 8 are stored.*storage_full"):
+        keep(store, "a", "in", "batch", [b"abc"])
+    keep(store, "a", "in", "batch", [b"ab"])
+    assert store.path(keep(store, "b", "in", "batch", [b"12345678"]).id).stat().st_nlink == 1, "of another tenant"
+    store.delete("a", first.id)
+    assert store.path(again.id).read_bytes() == b"12345678"
+    assert len(list((store.database.folder / "files").iterdir())) == 3, "and nothing that was refused"
+
+
 def test_batches_of_every_model_that_is_served_go_on(store: Store) -> None:
     """Whichever of them stood first when they came, and stands first now."""
     for model in "abc":

@@ -58,18 +58,28 @@ def configured(named: Sequence[str | None], engine: Mapping[str, Any], path: Pat
     """
     tables = {} if path is None else read_config(path)[1]
     names: list[str | None] = list(dict.fromkeys([*named, *tables] if named or tables else [None]))
+    if tables or len(names) > 1:
+        _check_one_name_for_all(engine, len(names))
     found: Configs = []
     for name in names:
         if name is None or name not in tables:
-            alone = len(names) == 1
-            options = dict(engine) if alone else {**engine, "served_model_name": None}
-            found.append((EngineConfig(model=name, **options), {}))
+            found.append((EngineConfig(model=name, **engine), {}))
             continue
         table = tables[name]
         own = {key: value for key, value in table.items() if key in ENGINE_OPTIONS}
         options = {**engine, **own, "served_model_name": name}
         found.append((EngineConfig(model=table.get("path", name), **options), table))
     return found
+
+
+def _check_one_name_for_all(engine: Mapping[str, Any], models: int) -> None:
+    if (name := engine.get("served_model_name")) is not None:
+        raise ConfigError(
+            "option_invalid",
+            f"--served-model-name {name} cannot be used here",
+            why=f"it would be the name of {models} models" if models > 1 else "the table of the model names it already",
+            fix=f"leave it out, and call one of them so: aliases = [{name!r}] in its table [models.NAME]",
+        )
 
 
 def at_once(configs: Configs) -> EngineConfig:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Literal
 
 from penstock.base import ConfigError, PenstockError, Unavailable
@@ -44,10 +45,11 @@ class Stay:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request for a model. ``granted``: it may use it, until it leaves."""
+    """One request for a model. ``number``: by the order of asking. ``granted``: it may use it, until it leaves."""
 
     model: str
     asked: float
+    number: int
     granted: bool = False
 
 
@@ -56,6 +58,7 @@ class Resident:
     """A model as the books have it.
 
     Attributes:
+        waiting: tickets not granted, the oldest first: a dict without values, since those in the middle may leave.
         running: tickets granted that have not left.
         came, used: when it came in, and when it was last asked for or left.
         wanted, unwanted: an operator said so.
@@ -67,6 +70,7 @@ class Resident:
 
     stay: Stay
     state: State = "unloaded"
+    waiting: dict[Ticket, None] = field(default_factory=dict)
     running: int = 0
     came: float = 0.0
     used: float = 0.0
@@ -78,6 +82,11 @@ class Resident:
     again: float = 0.0
     error: PenstockError | None = None
     keep_alive: float | None = None
+
+    @property
+    def first(self) -> Ticket | None:
+        """That waits for longest."""
+        return next(iter(self.waiting), None)
 
 
 @dataclass(slots=True)
@@ -91,7 +100,8 @@ class Turn:
 
 
 class Residency:
-    """Tell it what happens, then ask for a ``turn``. Not for several threads at a time.
+    """Tell it what happens, then ask for a ``turn``, which costs by the number of models and of tickets that it ends,
+    not of those that wait. Not for several threads at a time.
 
     Args:
         stays: by the name of the model.
@@ -112,7 +122,7 @@ class Residency:
             )
         self.models = {name: Resident(stay=stay, keep_alive=stay.keep_alive) for name, stay in stays.items()}
         self.room = room
-        self.waiting: list[Ticket] = []
+        self._asked = count()
         self._leaving: str | None = None  # takes no more requests, so that there will be room for another
 
     # -- what happens --------------------------------------------------------------------------------
@@ -122,19 +132,19 @@ class Residency:
         resident = self.models[model]
         if resident.error is not None and now < resident.again:
             raise refusal(resident.error, resident.again - now)
-        ticket = Ticket(model, now)
+        ticket = Ticket(model, now, next(self._asked))
         resident.used = now
-        self.waiting.append(ticket)
+        resident.waiting[ticket] = None
         return ticket
 
     def leave(self, ticket: Ticket, now: float) -> None:
         """A request has ended, or waits no longer."""
-        if ticket in self.waiting:
-            self.waiting.remove(ticket)
-        elif ticket.granted:
+        resident = self.models[ticket.model]
+        resident.waiting.pop(ticket, None)
+        if ticket.granted:
             ticket.granted = False
-            self.models[ticket.model].running -= 1
-            self.models[ticket.model].used = now
+            resident.running -= 1
+            resident.used = now
 
     def keep(self, model: str, seconds: float | None) -> None:
         """One in memory stays for so long after its last request, None for ever, until it leaves or is told again."""
@@ -199,7 +209,8 @@ class Residency:
 
     def wake(self, now: float) -> float | None:
         """Seconds after which there is something to do although nothing happens."""
-        times = [ticket.asked + LONGEST_WAIT for ticket in self.waiting]
+        firsts = [resident.first for resident in self.models.values()]
+        times = [ticket.asked + LONGEST_WAIT for ticket in firsts if ticket is not None]
         times += [end for resident in self.models.values() if (end := self._end(resident)) is not None]
         return max(0.0, min(times) - now) if times else None
 
@@ -210,22 +221,21 @@ class Residency:
         return resident.used + keep_alive if idle and keep_alive is not None else None
 
     def _refuse(self, turn: Turn, now: float) -> None:
-        for ticket in tuple(self.waiting):
-            resident = self.models[ticket.model]
-            if resident.state == "unloaded" and resident.error is not None and now < resident.again:
-                error: PenstockError = refusal(resident.error, resident.again - now)
-            elif now >= ticket.asked + LONGEST_WAIT:
-                error = too_long(ticket.model, now - ticket.asked)
-            else:
-                continue
-            self.waiting.remove(ticket)
-            turn.refused.append((ticket, error))
+        for resident in self.models.values():
+            failed = resident.state == "unloaded" and resident.error is not None and now < resident.again
+            while (ticket := resident.first) is not None and (failed or now >= ticket.asked + LONGEST_WAIT):
+                del resident.waiting[ticket]
+                error = resident.error if failed else None
+                waited = too_long(ticket.model, now - ticket.asked)
+                turn.refused.append((ticket, refusal(error, resident.again - now) if error else waited))
 
     def _following(self) -> str | None:
         """The model to come in next: first those that requests wait for, then those that an operator wants."""
-        asked = [ticket.model for ticket in self.waiting]
-        wanted = [name for name, resident in self.models.items() if resident.wanted]
-        return next((name for name in [*asked, *wanted] if self.models[name].state == "unloaded"), None)
+        unloaded = {name: resident for name, resident in self.models.items() if resident.state == "unloaded"}
+        asked = [ticket for resident in unloaded.values() if (ticket := resident.first) is not None]
+        if asked:
+            return min(asked, key=lambda ticket: ticket.number).model
+        return next((name for name, resident in unloaded.items() if resident.wanted), None)
 
     def _in_the_way(self, model: str) -> bool:
         """Whether another has to leave before it can come in."""
@@ -233,13 +243,13 @@ class Residency:
         return taken >= self.room or self.models[model].crowded
 
     def _grant(self, turn: Turn) -> None:
-        for ticket in tuple(self.waiting):
-            resident = self.models[ticket.model]
-            if resident.state == "loaded" and not resident.unwanted and ticket.model != self._leaving:
-                self.waiting.remove(ticket)
-                ticket.granted = True
-                resident.running += 1
-                turn.granted.append(ticket)
+        for name, resident in self.models.items():
+            if resident.state == "loaded" and not resident.unwanted and name != self._leaving:
+                turn.granted += resident.waiting
+                for ticket in resident.waiting:
+                    ticket.granted = True
+                resident.running += len(resident.waiting)
+                resident.waiting.clear()
 
     def _make_room(self, turn: Turn, following: str | None) -> None:
         """One change at a time, so that what is free when a model comes in is what it was found to be."""

@@ -282,7 +282,7 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
     context.admit(None)
     current.get().enter()
     async with body_of(request) as body:
-        await context.turnstile.enter()
+        await context.models.turnstile.enter()
         asked, size = await off_loop(len(body), functools.partial(decode, body, shape)), len(body)
     asked.model = request.path_params.get("model", asked.model)
     if asked.only_parts and (view := context.of(context.admit(asked.model))).heeds and view.served.llm is None:

@@ -63,7 +63,7 @@ class BatchLine(msgspec.Struct, kw_only=True):
 
 class Run:
     """One batch, from the state in which it is found to its end, or until it has to wait: its tenant has no tokens
-    left, or a model is not there.
+    left, or a model is not there and all lines for others have been answered.
 
     Attributes:
         resume_at: when it is worth another try, by ``time.monotonic``; None if it went on to the end.
@@ -72,6 +72,8 @@ class Run:
     def __init__(self, store: Store, batch: Batch, context: Context, answerer: Answerer) -> None:
         self.store, self.batch, self.context, self.answerer = store, batch, context, answerer
         self.resume_at: float | None = None
+        self._stopped = False  # no line can go on, whichever model it names
+        self._away: set[str] = set()  # models that could not be had: lines that name them wait for another try
 
     async def all(self) -> None:
         try:
@@ -102,7 +104,7 @@ class Run:
             self.batch = await asyncio.to_thread(self.store.batches.start_lines, self.batch.id, lines)
 
     async def _answer(self, path: Path, sha256: str) -> None:
-        """Answers lines until none is left, the batch is cancelled or its time is over, or one has to wait."""
+        """Answers lines until none is left that could be, or the batch is cancelled, or its time is over."""
         window = AT_ONCE * self.context.served.config.max_num_seqs
         waiting, running = self._waiting(path), set[asyncio.Task[Done | None]]()
         done: list[Done] = []
@@ -111,7 +113,7 @@ class Run:
         try:
             while True:
                 over = self.batch.status != "in_progress" or time.monotonic() >= deadline
-                while not exhausted and not over and self.resume_at is None and len(running) < window:
+                while not exhausted and not over and not self._stopped and len(running) < window:
                     following = await anext(waiting, None)
                     exhausted = following is None
                     if following is not None:
@@ -159,14 +161,14 @@ class Run:
             body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
             asked = await off_loop(len(body), partial(self.answerer.decode, body))
             model = self.batch.model if asked.model is None else asked.model
-            context = await self.context.use(model, len(body))
+            if (context := await self._use(model, len(body))) is None:
+                return None
             return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), context))
         except PenstockError as error:
             # not the line's fault: it comes again, in this process or the next, and others' batches go on meanwhile
             if isinstance(error, Unavailable) or error.code in ("engine_dead", "engine_closed"):
-                seconds = error.retry_after if isinstance(error, Unavailable) else 0.0
-                resume_at = time.monotonic() + max(RETRY_SECONDS, seconds)
-                self.resume_at = min(resume_at, self.resume_at or resume_at)
+                self._stopped = True
+                self._rest(error)
                 return None
             log_fault(error)
             return self._done(line, name, error.status, body_of(error))
@@ -175,6 +177,26 @@ class Run:
             return self._done(line, name, 500, body_of(internal_error()))
         finally:
             caller.leave()
+
+    async def _use(self, model: str, size: int) -> Context | None:
+        """As ``Context.use``; None if the model cannot be had now: other lines may name another."""
+        name = self.context.admit(model).name
+        if name in self._away:
+            return None
+        try:
+            return await self.context.use(model, size)
+        except Unavailable as error:
+            if self.context.draining:
+                raise
+            self._away.add(name)
+            self._rest(error)
+            return None
+
+    def _rest(self, error: PenstockError) -> None:
+        """There is another try when the first of what it waits for may be there."""
+        seconds = error.retry_after if isinstance(error, Unavailable) else 0.0
+        resume_at = time.monotonic() + max(RETRY_SECONDS, seconds)
+        self.resume_at = min(resume_at, self.resume_at or resume_at)
 
     def _behind(self, asked: ModelRequest, seed: int) -> ModelRequest:
         if isinstance(asked, GenerationRequest):

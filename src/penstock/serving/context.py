@@ -21,14 +21,13 @@ from penstock.llm import AsyncLLM, TokensPrompt
 from penstock.serving.errors import HTTPError
 from penstock.serving.gate import Gate, current
 from penstock.serving.history import History
-from penstock.serving.limits import MAX_CHOICES, REQUESTS_AT_ONCE
+from penstock.serving.limits import MAX_CHOICES
 from penstock.serving.metrics import Metrics
 from penstock.serving.models import Models, Served
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.response_store import ResponseStore
 from penstock.serving.schemas import PromptTokensDetails, Usage
 from penstock.serving.sse import unless_disconnected
-from penstock.serving.turns import Turnstile
 from penstock.spec import SamplingParams
 from penstock.text import Delta
 
@@ -54,7 +53,6 @@ class Context:
         draining: no new requests; the process is about to end.
         batches: files of requests, answered when there is time.
         stop: set to begin that end.
-        turnstile: bounds what requests that arrive together take of a turn of the loop.
     """
 
     models: Models
@@ -71,7 +69,6 @@ class Context:
     uploading: int = 0
     batches: Batches = field(init=False)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    turnstile: Turnstile = field(default_factory=lambda: Turnstile(REQUESTS_AT_ONCE))
 
     @property
     def name(self) -> str:

@@ -137,6 +137,7 @@ class Database:
         elif version != VERSION:
             raise sqlite3.DatabaseError(f"it is of version {version}, and this build reads {VERSION}")
         self._db.execute(_ONCE)
+        self._db.execute("create index if not exists once_by_age on once (created_at)")
         for kind in ("file", "batch"):
             self._db.execute(f"create index if not exists {kind}_of_tenant on {kind} (tenant, created_at)")
         known = {row[0] for row in self._db.execute("select id from file")}

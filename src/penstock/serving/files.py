@@ -20,7 +20,7 @@ from starlette.types import Message
 
 from penstock.serving.database import Once, Part, StoredFile, not_found, unwritable
 from penstock.serving.errors import HTTPError, invalid
-from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_STORED_BYTES
+from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED
 from penstock.serving.store import Store
 
 PURPOSES = ("batch", "batch_output")
@@ -127,14 +127,6 @@ def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any, key: s
     """
     file = write(store, tenant, name, purpose, pieces)
     try:
-        if file.bytes + store.stored_bytes(tenant) > MAX_STORED_BYTES:
-            raise HTTPError(
-                "storage_full",
-                "There is no room for this file",
-                why=f"it has {file.bytes} bytes, and a client may store {MAX_STORED_BYTES}",
-                fix="delete files that are no longer needed",
-                status=413,
-            )
         once = None if key is None else Once(tenant, key, f"file {file.sha256} {purpose} {name}")
         id = store.add(file, once)
     except BaseException:

@@ -153,7 +153,6 @@ def told(models: Models, model: Served) -> ModelStatus:
     """How a model is, for people and programs."""
     alive, status = models.ready(model), model.status()
     resident, now = models.policy.models[model.name], time.monotonic()
-    waiting = [ticket.asked for ticket in models.policy.waiting if ticket.model == model.name]
     return ModelStatus(
         name=model.name,
         aliases=list(model.aliases),
@@ -163,8 +162,8 @@ def told(models: Models, model: Served) -> ModelStatus:
         pinned=resident.stay.pinned,
         keep_alive=resident.keep_alive,
         idle_seconds=None if resident.running or model.llm is None else round(now - resident.used, 3),
-        requests=Users(running=resident.running, waiting=len(waiting)),
-        waited_seconds=round(now - min(waiting), 3) if waiting else 0.0,
+        requests=Users(running=resident.running, waiting=len(resident.waiting)),
+        waited_seconds=0.0 if resident.first is None else round(now - resident.first.asked, 3),
         kv_blocks=status.blocks_total,
         kv_blocks_used=status.blocks_used,
         failure=None if resident.error is None else resident.error.code,

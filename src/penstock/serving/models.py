@@ -18,6 +18,8 @@ from penstock.core.service import Counters, Status
 from penstock.fleet import Residency, Stay, Ticket
 from penstock.llm import AsyncLLM
 from penstock.serving.errors import HTTPError
+from penstock.serving.limits import REQUESTS_AT_ONCE
+from penstock.serving.turns import Turnstile
 from penstock.spec import EngineConfig, ModelSpec
 from penstock.spec.encoder import encoder_parameters
 from penstock.spec.sizing import active_parameters
@@ -104,6 +106,7 @@ class Models:
 
     Attributes:
         changed: called when a model has come in.
+        turnstile: bounds what requests that arrive together, or go on together, take of a turn of the loop.
 
     Raises:
         ConfigError: (model_named_twice), (too_many_pinned).
@@ -127,6 +130,7 @@ class Models:
                 self._names[name] = model
         self.policy = Residency({model.name: model.stay for model in served}, room or len(served))
         self._step_timeout, self._tokenizers = step_timeout, tokenizers
+        self.turnstile = Turnstile(REQUESTS_AT_ONCE)
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._tasks = set[asyncio.Task[None]]()
         self._timer: asyncio.TimerHandle | None = None
@@ -256,9 +260,7 @@ class Models:
         if self._closed:
             return
         turn, loop = self.policy.turn(time.monotonic()), asyncio.get_running_loop()
-        for ticket in turn.granted:
-            if (future := self._waiting.get(ticket)) is not None and not future.done():
-                future.set_result(None)
+        self.turnstile.let_in(self._waiting[ticket] for ticket in turn.granted if ticket in self._waiting)
         for ticket, error in turn.refused:
             if (future := self._waiting.get(ticket)) is not None and not future.done():
                 future.set_exception(error)

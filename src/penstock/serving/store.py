@@ -6,12 +6,16 @@ outlives a kill of the process at any moment; what was not is done again.
 
 from __future__ import annotations
 
+import os
 import secrets
+import sqlite3
+from contextlib import suppress
 from pathlib import Path
 
 from penstock.serving.batch_table import BatchTable
 from penstock.serving.database import ID, Database, Kind, Once, Part, StoredFile, insert_file, not_found
 from penstock.serving.errors import HTTPError
+from penstock.serving.limits import MAX_STORED_BYTES
 
 
 class Store:
@@ -34,14 +38,32 @@ class Store:
         return self.database.folder / "files" / id
 
     def add(self, file: StoredFile, once: Once | None = None) -> str:
-        """Makes a file known whose bytes are in place. Its id, or that of the one that the same request made before."""
+        """Makes a file known whose bytes are in place. Its id, or that of the one that the same request made before.
+
+        Bytes that the tenant has stored already are kept once, and counted once.
+
+        Raises HTTPError: (storage_full), (idempotency_key_reused).
+        """
         with self.database.transaction() as db:
             if once is not None and (before := once.before(db, "file")) is not None:
                 return before
+            same = "select id from file where tenant = ? and sha256 = ? limit 1"
+            twin = db.execute(same, (file.tenant, file.sha256)).fetchone()
+            if twin is None:
+                check_room(file, stored_bytes(db, file.tenant))
             insert_file(db, file)
             if once is not None:
                 once.made(db, file.id)
+        if twin is not None:
+            self._share(twin[0], file.id)
         return file.id
+
+    def _share(self, twin: str, id: str) -> None:
+        """The bytes of one file become those of the other, too, where the file system can do that."""
+        link = self.path(self.new_id("file"))  # what a kill leaves of it is removed as an upload that was not finished
+        with suppress(OSError):
+            os.link(self.path(twin), link)
+            link.replace(self.path(id))
 
     def file(self, tenant: str, id: str) -> StoredFile:
         """Raises HTTPError: (file_not_found) the tenant has no such file."""
@@ -56,11 +78,6 @@ class Store:
         rows, more = self.database.part("file", tenant, part, **equal)
         return [StoredFile(**row) for row in rows], more
 
-    def stored_bytes(self, tenant: str) -> int:
-        row = self.database.one("select coalesce(sum(bytes), 0) as bytes from file where tenant = ?", (tenant,))
-        assert row is not None
-        return int(row["bytes"])
-
     def delete(self, tenant: str, id: str) -> None:
         """Raises HTTPError: (file_not_found), (file_in_use) a batch that has not ended reads it."""
         self.file(tenant, id)
@@ -70,3 +87,22 @@ class Store:
                 raise HTTPError("file_in_use", "A batch that has not ended reads this file", fix=fix, status=409)
             db.execute("delete from file where id = ?", (id,))
         self.path(id).unlink(missing_ok=True)
+
+
+def stored_bytes(db: sqlite3.Connection, tenant: str) -> int:
+    """Of a tenant's files; those with the same content count as one."""
+    distinct = "select distinct sha256, bytes from file where tenant = ?"
+    [total] = db.execute(f"select coalesce(sum(bytes), 0) from ({distinct})", (tenant,)).fetchone()
+    return int(total)
+
+
+def check_room(file: StoredFile, stored: int) -> None:
+    """Raises HTTPError: (storage_full)."""
+    if stored + file.bytes > MAX_STORED_BYTES:
+        raise HTTPError(
+            "storage_full",
+            "There is no room for this file",
+            why=f"it has {file.bytes} bytes, {stored} are stored, and a client may store {MAX_STORED_BYTES}",
+            fix="delete files that are no longer needed",
+            status=413,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 
 
 class Turnstile:
@@ -26,6 +27,12 @@ class Turnstile:
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         await turn
+
+    def let_in(self, waiting: Iterable[asyncio.Future[None]]) -> None:
+        """Ends these futures when it is their turn, instead of tasks that ``enter``."""
+        if self._left == self._most:
+            asyncio.get_running_loop().call_soon(self._turn)
+        self._waiting.extend(waiting)
 
     def _turn(self) -> None:
         self._left = self._most

@@ -85,7 +85,7 @@ class RemoteService:
         self._epoch = 0
         self._looks: dict[int, Future[Trace]] = {}  # that have not been answered
         self._look_number = 0
-        self._held: deque[str] = deque()  # requests that wait to be tried alone, and the one that is being tried
+        self._alone: deque[str] = deque()  # requests that wait to be tried alone, and the one that is being tried
         self._tried: str | None = None
         self._fault: EngineError | None = None
         self._closing = threading.Event()
@@ -289,7 +289,7 @@ class RemoteService:
                 if request.deaths < MAX_DEATHS - 1:
                     self._continue(request)
                 else:
-                    self._held.append(id)
+                    self._alone.append(id)
             self._try_next()
         watched = (self._process, mail)
         threading.Thread(target=self._watch, args=watched, name="penstock-engine-watch", daemon=True).start()
@@ -319,8 +319,8 @@ class RemoteService:
 
     def _try_next(self) -> None:
         self._tried = None
-        while self._held and self._tried is None:
-            if request := self._requests.get(self._held.popleft()):
+        while self._alone and self._tried is None:
+            if request := self._requests.get(self._alone.popleft()):
                 self._tried = request.submission.id
                 self._continue(request)
 
@@ -350,7 +350,7 @@ class RemoteService:
             if request.deaths >= MAX_DEATHS:
                 for sample in request.left:
                     self._pass_on(request, Update(id, sample, finish_reason="error", error=_quarantined()))
-        self._held.clear()
+        self._alone.clear()
         self._tried = None
 
 
