@@ -41,7 +41,7 @@ class Handshake(SSLProtocol):
             self._connection.begin(tcp)
         super().connection_made(transport)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: BaseException | None) -> None:
         self._connection.end()
         super().connection_lost(exc)
 
