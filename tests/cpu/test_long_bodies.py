@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from penstock.serving.decoding import decode
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import INLINE_BYTES, MAX_FIELDS_NOTED, MAX_JSON_VALUES, MAX_PROMPTS, NOTED_SECONDS
-from penstock.serving.noted import NotedFields
 from penstock.serving.schemas import CompletionRequest
 from penstock.serving.tokens import DetokenizeRequest
+from penstock.serving.unread_fields import NotedFields
 from penstock.serving.vectors import EmbeddingRequest
 
 IDS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50)

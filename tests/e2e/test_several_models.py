@@ -78,6 +78,7 @@ def several(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 port = 0
 num_threads = 1
 max_loaded = 1
+least_stay = 0
 step_timeout = 3
 store = "{folder / "store"}"
 [models.tiny]
@@ -362,7 +363,9 @@ def test_those_who_go_away_together_are_looked_at_once(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("wrong", [{"keep_alive": "5 years"}, {"max_loaded": 0}, {"step_timeout": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"keep_alive": "5 years"}, {"max_loaded": 0}, {"step_timeout": -1.0}, {"least_stay": -1.0}]
+)
 def test_options_that_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"not a span|cannot be used"):
         Keeping(**wrong)

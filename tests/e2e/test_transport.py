@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -11,15 +12,21 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from commands import argv, penstock, running
 from penstock.base import ConfigError
+from penstock.serving import protocol
+from penstock.serving.limits import HEAD_SECONDS
 from penstock.serving.transport import Certificate, origins_of
 
 ORIGIN = "https://chat.example"
@@ -127,6 +134,49 @@ def test_another_certificate_without_a_connection_lost(secure: Secure, folder: P
         secure.process.send_signal(signal.SIGHUP)
         until(lambda: secure.name() == "second")
         assert kept.get("/live").status_code == 200
+
+
+def test_who_says_nothing_instead_of_a_handshake(secure: Secure) -> None:
+    """Is there for as long as a request's head may take to arrive, and no longer; so is who stops in the middle."""
+    port = int(secure.url.rsplit(":", 1)[1])
+    began = time.monotonic()
+    silent = [socket.create_connection(("127.0.0.1", port), 40) for _ in range(20)]
+    for some in silent[10:]:
+        some.sendall(b"\x16\x03\x01\x02\x00\x01")  # of a ClientHello
+    with secure.client() as client:
+        assert client.get("/live").status_code == 200
+    for some in silent:
+        with some, suppress(ConnectionResetError):
+            assert some.recv(1) == b""
+    assert HEAD_SECONDS - 1 < time.monotonic() - began < 40, "asyncio's own patience is a minute"
+    with secure.client() as client:
+        assert client.get("/live").status_code == 200
+
+
+def test_a_handshake_counts_as_a_connection(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none begins above MAX_CONNECTIONS. At the end of a server those that are under way end, too."""
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 3)
+    context = Certificate(folder / "first.pem", folder / "first.key").context
+
+    async def run() -> None:
+        state = ServerState()
+        config = uvicorn.Config(lambda: None, ws="none", lifespan="off", log_config=None)  # type: ignore[arg-type, return-value]
+        made = partial(protocol.secured, context, config=config, server_state=state, app_state={})
+        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+        assert await clients[3][0].read(1) == b"" and len(state.connections) == 3
+        clients[0][1].close()
+        while len(state.connections) == 3:
+            await asyncio.sleep(0.01)
+        for connection in list(state.connections):
+            connection.shutdown()
+        for reader, _ in clients[1:3]:
+            assert await reader.read(1) == b""
+        assert not state.connections
+        server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_pages_of_named_origins_and_of_no_others(secure: Secure) -> None:

@@ -246,7 +246,7 @@ FRAMEWORK_BASES = {
         "TyperGroup",
     ),  # torch, uvicorn, prometheus_client, typer
     *("ImmutableSandboxedEnvironment", "Extension", "NodeTransformer", "TemplateError"),  # jinja2
-    "Handler",  # logging
+    *("Handler", "SSLProtocol"),  # logging, asyncio
 }
 """Third-party classes whose API *is* subclassing. One is added with the first class that needs it."""
 

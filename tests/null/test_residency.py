@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from penstock.base import ConfigError, EngineError, PenstockError, Unavailable
 from penstock.fleet import Residency, Stay, Ticket, residency
-from penstock.fleet.residency import FIRST_PAUSE, LONGEST_WAIT
+from penstock.fleet.residency import FIRST_PAUSE, LONGEST_STAY, LONGEST_WAIT, STAY_LOADS
 
 TOO_LARGE = ConfigError("model_too_large", "The model does not fit", why="needs 9.1 GB, 8.0 GB free")
 DEAD = EngineError("engine_dead", "The engine stopped")
@@ -22,12 +22,22 @@ BROKEN = ConfigError("weights_missing", "The file /secret is damaged", why="it i
 class World:
     """Carries out turns: loads and unloads take a while, and requests run for as long as they like."""
 
-    def __init__(self, stays: dict[str, Stay], room: int, *, sizes: dict[str, int], memory: int, seed: int) -> None:
-        self.policy, self.dice, self.now = Residency(stays, room), Random(seed), 0.0
+    def __init__(
+        self,
+        stays: dict[str, Stay],
+        room: int,
+        *,
+        sizes: dict[str, int],
+        memory: int,
+        seed: int,
+        least_stay: float | None = 0.0,
+    ) -> None:
+        self.policy, self.dice, self.now = Residency(stays, room, least_stay), Random(seed), 0.0
         self.sizes, self.memory = sizes, memory
         self.running: list[Ticket] = []
         self.ended: dict[Ticket, PenstockError | None] = {}
         self.loads: list[tuple[str, float]] = []
+        self.stays: list[tuple[float, float, int]] = []  # of models that left, how long their load took, who waited
         self.under_way: list[tuple[float, str, bool]] = []  # when it is done, of which model, whether it is a load
         self.order: list[Ticket] = []
 
@@ -49,6 +59,8 @@ class World:
         running = Counter(ticket.model for ticket in self.running)
         for name in turn.unload:
             assert states[name] == "unloading" and not running[name]
+            resident, others = self.policy.models[name], {ticket.model for ticket in self.waiting} - {name}
+            self.stays.append((self.now - resident.came, resident.took, max(1, len(others))))
             self.under_way.append((self.now + self.dice.random(), name, False))
         if turn.load is not None:
             assert not any(state == "unloading" for state in states.values())
@@ -113,9 +125,16 @@ EVENTS = st.lists(
 @given(
     stays=st.lists(STAYS, min_size=1, max_size=5), room=st.integers(1, 5), memory=st.integers(2, 12),
     sizes=st.lists(st.integers(1, 6), min_size=5, max_size=5), events=EVENTS, seed=st.integers(0, 99),
+    least_stay=st.sampled_from([None, 0.0, 7.0]),
 )  # fmt: skip
 def test_everybody_is_served_or_told(
-    stays: list[Stay], room: int, memory: int, sizes: list[int], events: list[tuple[str, int]], seed: int
+    stays: list[Stay],
+    room: int,
+    memory: int,
+    sizes: list[int],
+    events: list[tuple[str, int]],
+    seed: int,
+    least_stay: float | None,
 ) -> None:
     """Whatever operators do and whatever does not fit. ``act`` checks that room is kept; here: every ticket ends."""
     named, pinned = dict(zip(NAMES, stays, strict=False)), sum(stay.pinned for stay in stays)
@@ -123,7 +142,8 @@ def test_everybody_is_served_or_told(
         with pytest.raises(ConfigError, match="too_many_pinned"):
             Residency(named, room)
         return
-    world = World(named, room, sizes=dict(zip(NAMES, sizes, strict=True)), memory=memory, seed=seed)
+    own = dict(zip(NAMES, sizes, strict=True))
+    world = World(named, room, sizes=own, memory=memory, seed=seed, least_stay=least_stay)
     tickets = []
     for kind, number in events:
         name = NAMES[number % len(stays)]
@@ -227,6 +247,62 @@ def test_a_request_may_say_how_long_its_model_stays() -> None:
     world.end(0)
     world.pass_time(1e6)
     assert world.policy.models["p"].state == "loaded", "whoever runs the server pinned it"
+
+
+@settings(max_examples=settings.default.max_examples // 2)
+@given(
+    models=st.integers(2, 5), least_stay=st.sampled_from([None, 8.0]), seed=st.integers(0, 99),
+    length=st.floats(0.1, 3.0),
+)  # fmt: skip
+def test_busy_models_switch_seldom_and_nobody_starves(
+    models: int, least_stay: float | None, seed: int, length: float
+) -> None:
+    """Room for one, and for each model two clients that ask again as soon as they are answered."""
+    names, ends, waits = NAMES[:models], dict[Ticket, float](), list[float]()
+    own = dict.fromkeys(names, 1)
+    world = World(dict.fromkeys(names, Stay()), 1, sizes=own, memory=9, seed=seed, least_stay=least_stay)
+    for name in names * 2:
+        assert world.ask(name) is not None
+    while world.now < 600:
+        for ticket in world.running:
+            if ticket not in ends:
+                ends[ticket] = world.now + length
+                waits.append(world.now - ticket.asked)
+        due = [ticket for ticket in world.running if ends[ticket] <= world.now]
+        for ticket in due:
+            assert world.ask(ticket.model) is not None  # before it ends: the model is never idle
+            world.end(world.running.index(ticket))
+        world.pass_time(0.25)
+    waits += [world.now - ticket.asked for ticket in world.waiting]
+    assert len(world.loads) > models, "each comes in again and again"
+    for stay, took, others in world.stays:
+        least = min(STAY_LOADS * took, LONGEST_STAY / others) if least_stay is None else least_stay
+        assert least <= stay <= least + 2 * length + 1, "and not much longer than that"
+    longest = LONGEST_STAY if least_stay is None else least_stay
+    assert max(waits) <= models * (longest + 2 * length + 12), "a stay, a drain, a load and an unload of each other"
+
+
+def test_one_that_is_idle_keeps_its_room_for_as_long_as_its_load_took() -> None:
+    policy = Residency({"a": Stay(), "b": Stay()}, 1)
+    first = policy.ask("a", 0.0)
+    assert policy.turn(0.0).load == "a"
+    policy.loaded("a", 3.0)
+    assert policy.turn(3.0).granted == [first]
+    policy.leave(first, 4.0)
+    waits = policy.ask("b", 4.5)
+    assert not policy.turn(4.5).unload and policy.wake(4.5) == 2.5
+    again = policy.ask("a", 6.0)
+    assert policy.turn(6.0).granted == [again], "it takes requests meanwhile"
+    policy.leave(again, 6.5)
+    assert not policy.turn(9.4).unload
+    assert policy.turn(9.5).unload == ["a"] and not waits.granted
+    policy.unloaded("a")
+    assert policy.turn(10.0).load == "b"
+    policy.loaded("b", 11.0)
+    policy.want("a")  # an operator need not wait
+    (ticket,) = policy.turn(11.0).granted
+    policy.leave(ticket, 11.1)
+    assert policy.turn(11.1).unload == ["b"]
 
 
 def test_the_least_recently_used_makes_room() -> None:

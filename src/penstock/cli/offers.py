@@ -27,6 +27,10 @@ class Keeping:
 
     max_loaded: int | None = option(None, "most models in memory at a time; all of them, unless given")
     keep_alive: str = option("-1", "how long a model stays there after its last request, such as 10m; -1 for ever")
+    least_stay: float | None = option(
+        None,
+        "seconds that a model keeps its room while others wait; by default 4 times its load's, at most 60",
+    )
     step_timeout: float | None = option(
         None,
         "seconds after which a silent engine is killed and replaced; 0 never; by default 120, and more for large steps",
@@ -37,8 +41,9 @@ class Keeping:
         parse_span(self.keep_alive)
         if self.max_loaded is not None and self.max_loaded < 1:
             raise _wrong("max_loaded", self.max_loaded, "it must be at least 1")
-        if self.step_timeout is not None and not self.step_timeout >= 0:
-            raise _wrong("step_timeout", self.step_timeout, "it must be 0 or more")
+        for name in ("least_stay", "step_timeout"):
+            if (seconds := getattr(self, name)) is not None and not seconds >= 0:
+                raise _wrong(name, seconds, "it must be 0 or more")
 
 
 def _wrong(name: str, value: float, why: str) -> ConfigError:
@@ -112,4 +117,4 @@ def models_of(configs: Configs, service: RemoteService, keeping: Keeping, tokeni
         for config, table in configs
     ]
     timeout = math.inf if keeping.step_timeout == 0 else keeping.step_timeout
-    return Models(offers, keeping.max_loaded, timeout, tokenizers)
+    return Models(offers, keeping.max_loaded, timeout, tokenizers, keeping.least_stay)

@@ -3,7 +3,8 @@
 A request asks for a model and gets a ticket; it may go on once the ticket is granted, and leaves when it has ended. A
 ticket is granted when its model is in memory and is not about to leave. Models are brought in one at a time, in the
 order of their oldest waiting ticket. What makes room is an idle model, the least recently used one first; if none is
-idle, the one that came in first takes no more requests and leaves when its last one has ended.
+idle, the one that came in first takes no more requests and leaves when its last one has ended; neither before it has
+been there for a while (STAY_LOADS), so that loads are worth their time.
 
 So nobody starves: a model that has come in serves all who waited for it before it can be chosen to leave, and then
 whoever asks for it stands behind those who wait for others. Of N models at most N - 1 come in before the one that a
@@ -23,6 +24,12 @@ LONGEST_WAIT = 600.0
 """Seconds after which a request that still waits for its model is refused."""
 FIRST_PAUSE, LAST_PAUSE = 5.0, 300.0
 """Seconds before a model that could not be loaded is tried again; twice as long after each failure."""
+
+STAY_LOADS = 4.0
+"""A model that is in use keeps its room for so many times as long as its load took, although others wait: of two that
+are always busy at most a fifth of the time goes into loads. One that is idle keeps it for as long as the load took."""
+LONGEST_STAY = 60.0
+"""Seconds that it keeps it at most; divided by the number of models that wait."""
 
 MEMORY_CODES = ("model_too_large", "kv_memory_too_large", "kv_memory_too_small")
 """Of errors that say in numbers how much memory there is too little of."""
@@ -61,6 +68,7 @@ class Resident:
         waiting: tickets not granted, the oldest first: a dict without values, since those in the middle may leave.
         running: tickets granted that have not left.
         came, used: when it came in, and when it was last asked for or left.
+        began, took: when its load began, and how many seconds the last one needed.
         wanted, unwanted: an operator said so.
         crowded: the last try failed for lack of memory, with others in it.
         hopeless: it did not fit although all others had left, so that none leaves for it again.
@@ -74,6 +82,8 @@ class Resident:
     running: int = 0
     came: float = 0.0
     used: float = 0.0
+    began: float = 0.0
+    took: float = 0.0
     wanted: bool = False
     unwanted: bool = False
     crowded: bool = False
@@ -106,12 +116,13 @@ class Residency:
     Args:
         stays: by the name of the model.
         room: models that may be in memory at a time, those that come and go included.
+        least_stay: seconds, in place of STAY_LOADS and LONGEST_STAY; 0: a model never keeps its room from others.
 
     Raises:
         ConfigError: (too_many_pinned) there is no room left for the others.
     """
 
-    def __init__(self, stays: Mapping[str, Stay], room: int) -> None:
+    def __init__(self, stays: Mapping[str, Stay], room: int, least_stay: float | None = None) -> None:
         pinned = sum(stay.pinned for stay in stays.values())
         if pinned > room or pinned == room < len(stays):
             raise ConfigError(
@@ -121,7 +132,8 @@ class Residency:
                 fix="pin fewer, or raise --max-loaded",
             )
         self.models = {name: Resident(stay=stay, keep_alive=stay.keep_alive) for name, stay in stays.items()}
-        self.room = room
+        self.room, self._least_stay = room, least_stay
+        self._room_at: float | None = None  # when one that keeps its room may be chosen to leave
         self._asked = count()
         self._leaving: str | None = None  # takes no more requests, so that there will be room for another
 
@@ -165,6 +177,7 @@ class Residency:
     def loaded(self, model: str, now: float) -> None:
         resident = self.models[model]
         resident.state, resident.came, resident.used = "loaded", now, now
+        resident.took = now - resident.began
         resident.wanted = resident.crowded = resident.hopeless = False
         resident.failures, resident.error = 0, None
 
@@ -204,7 +217,7 @@ class Residency:
             unwanted = resident.unwanted and resident.state == "loaded" and not resident.running
             if unwanted or (end is not None and now >= end):
                 self._unload(turn, name)
-        self._make_room(turn, following)
+        self._make_room(turn, following, now)
         return turn
 
     def wake(self, now: float) -> float | None:
@@ -212,6 +225,7 @@ class Residency:
         firsts = [resident.first for resident in self.models.values()]
         times = [ticket.asked + LONGEST_WAIT for ticket in firsts if ticket is not None]
         times += [end for resident in self.models.values() if (end := self._end(resident)) is not None]
+        times += [] if self._room_at is None else [self._room_at]
         return max(0.0, min(times) - now) if times else None
 
     def _end(self, resident: Resident) -> float | None:
@@ -251,21 +265,39 @@ class Residency:
                 resident.running += len(resident.waiting)
                 resident.waiting.clear()
 
-    def _make_room(self, turn: Turn, following: str | None) -> None:
+    def _kept_until(self, resident: Resident) -> float:
+        """When others may have its room."""
+        if self._least_stay is None:
+            waiting = sum(other.state == "unloaded" and bool(other.waiting) for other in self.models.values())
+            stay = min(STAY_LOADS * resident.took, LONGEST_STAY / max(1, waiting))
+        else:
+            stay = self._least_stay
+        idle_end = resident.used + min(resident.took, stay)
+        return resident.came + stay if resident.running else min(resident.came + stay, idle_end)
+
+    def _make_room(self, turn: Turn, following: str | None, now: float) -> None:
         """One change at a time, so that what is free when a model comes in is what it was found to be."""
+        self._room_at = None
         if following is None or any(r.state in ("loading", "unloading") for r in self.models.values()):
             return
         if not self._in_the_way(following):
-            self.models[following].state = "loading"
+            self.models[following].state, self.models[following].began = "loading", now
             turn.load = following
             return
-        removable = [name for name in self.models if self._removable(name)]
-        idle = [name for name in removable if not self.models[name].running]
-        if idle:
+        # What an operator wants, and what has been told to leave, is not put off.
+        until = {
+            name: now if self.models[following].wanted or name == self._leaving else self._kept_until(resident)
+            for name, resident in self.models.items()
+            if self._removable(name)
+        }
+        ready = [name for name, at in until.items() if at <= now]
+        if idle := [name for name in ready if not self.models[name].running]:
             self._leaving = None
             self._unload(turn, min(idle, key=lambda name: self.models[name].used))
-        elif removable and self._leaving not in removable:
-            self._leaving = min(removable, key=lambda name: self.models[name].came)
+            return
+        if ready and self._leaving not in ready:
+            self._leaving = min(ready, key=lambda name: self.models[name].came)
+        self._room_at = min((at for at in until.values() if at > now), default=None)
 
     def _has_left(self) -> None:
         for resident in self.models.values():

@@ -17,16 +17,14 @@ from penstock.serving.edge import parse
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import INLINE_BYTES
 from penstock.serving.long_ids import refuse_many_values, take_ids
-from penstock.serving.noted import NotedFields
 from penstock.serving.responses import ResponsesRequest, ResponseTask
 from penstock.serving.schemas import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
     ModelRequest,
-    refuse_unsupported,
-    unknown_fields,
 )
+from penstock.serving.unread_fields import NotedFields, refuse_unsupported, unknown_fields
 from penstock.serving.vectors import EmbeddingRequest, RerankRequest, ScoreRequest, embeddings, ranking, scores
 
 G = TypeVar("G", bound=GenerationRequest)

@@ -27,8 +27,9 @@ from penstock.serving.errors import invalid, plain_body, unsupported
 from penstock.serving.limits import MAX_TEXTS
 from penstock.serving.model_routes import check_model_ready, check_ready, in_memory
 from penstock.serving.operations import operation
-from penstock.serving.schemas import CompletionRequest, Harmless, ModelRequest, Name, refuse_unsupported
+from penstock.serving.schemas import CompletionRequest, Harmless, ModelRequest, Name
 from penstock.serving.sse import Dialect, event
+from penstock.serving.unread_fields import refuse_unsupported
 from penstock.serving.vectors import EmbeddingRequest, embedded
 
 Body = dict[str, Any]

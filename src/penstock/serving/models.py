@@ -103,6 +103,7 @@ class Models:
         room: most models in memory at a time; None for all of them.
         step_timeout: seconds; as of ``RemoteService``. None: by the size of model and step.
         tokenizers: processes for the long texts of each model in memory, at most.
+        least_stay: as of ``Residency``.
 
     Attributes:
         changed: called when a model has come in.
@@ -118,6 +119,7 @@ class Models:
         room: int | None = None,
         step_timeout: float | None = None,
         tokenizers: int = 0,
+        least_stay: float | None = None,
     ) -> None:
         self.all = {model.name: model for model in served}
         self.changed: Callable[[], None] = lambda: None
@@ -128,7 +130,7 @@ class Models:
                     fix = "give one of them another name, with a table [models.NAME] in the configuration"
                     raise ConfigError("model_named_twice", f"Two models are called {name!r}", fix=fix)
                 self._names[name] = model
-        self.policy = Residency({model.name: model.stay for model in served}, room or len(served))
+        self.policy = Residency({model.name: model.stay for model in served}, room or len(served), least_stay)
         self._step_timeout, self._tokenizers = step_timeout, tokenizers
         self.turnstile = Turnstile(REQUESTS_AT_ONCE)
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}

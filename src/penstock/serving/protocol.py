@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
+from asyncio.sslproto import SSLProtocol
 from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.serving import limits
+from penstock.serving.limits import MAX_CONNECTIONS
 
 STALLS = "penstock.stalls"
 """Where a request's scope has a list of when, and for how many seconds, its client had no room for what was written."""
 MAX_STALLS = 64
+
+
+def secured(context: ssl.SSLContext, **given: Any) -> Handshake:
+    """A connection that speaks TLS first; ``given`` as to ``Connection``."""
+    return Handshake(Connection(**given), context)
+
+
+class Handshake(SSLProtocol):
+    """TLS under a Connection, which counts from the moment that TCP connects, and whose head must have arrived
+    HEAD_SECONDS after that: asyncio has a client say nothing for a minute, and uvicorn does not see it meanwhile.
+    """
+
+    def __init__(self, connection: Connection, context: ssl.SSLContext) -> None:
+        super().__init__(connection.loop, connection, context, None, server_side=True)  # type: ignore[arg-type]
+        self._connection = connection
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        tcp = cast(asyncio.Transport, transport)
+        if len(self._connection.connections) >= MAX_CONNECTIONS:  # nothing can be answered before the handshake
+            tcp.abort()
+        else:
+            self._connection.begin(tcp)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connection.end()
+        super().connection_lost(exc)
 
 
 class Connection(H11Protocol):
@@ -23,11 +53,30 @@ class Connection(H11Protocol):
     one that never reads: either would hold a place among MAX_CONNECTIONS for ever, the latter its request's too.
     """
 
+    _tcp: asyncio.Transport | None = None  # while TLS shakes hands over it
     _head: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
     _since = 0.0
 
+    def begin(self, tcp: asyncio.Transport) -> None:
+        """A handshake does."""
+        self._tcp = tcp
+        self.connections.add(self)
+        self._wait_for_head()
+
+    def end(self) -> None:
+        """The TCP connection of a handshake has."""
+        self._head = _stop(self._head)
+        self.connections.discard(self)
+
+    def shutdown(self) -> None:
+        if self._tcp is None:
+            super().shutdown()
+        else:
+            self._abort()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._tcp = None
         super().connection_made(Joined(transport, self.loop))  # type: ignore[arg-type]
         self._wait_for_head()
 
@@ -73,7 +122,7 @@ class Connection(H11Protocol):
 
     def _abort(self) -> None:
         """What is still to be written is dropped: nobody reads it."""
-        self.transport.abort()
+        (self._tcp or self.transport).abort()
 
 
 class Joined:

@@ -6,7 +6,7 @@ Types are declared here; ranges of sampling parameters are SamplingParams' own. 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import msgspec
@@ -304,28 +304,6 @@ _SHARED = (
 ).split()
 
 _FORMS = "response_format structured_outputs guided_json guided_regex guided_choice guided_grammar".split()
-
-
-_LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "user"}
-"""Fields that could not change the text."""
-
-
-def unknown_fields(fields: Iterable[str], shape: type[ModelRequest]) -> list[str]:
-    """Those this server has never heard of, and ignores."""
-    return sorted(set(fields) - set(shape.__struct_fields__) - set(shape.HARMLESS) - _LABELS)
-
-
-def refuse_unsupported(fields: Mapping[str, msgspec.Raw], shape: type[ModelRequest]) -> None:
-    """Raises HTTPError(unsupported_parameter) rather than answering as if the field had not been sent."""
-    for name, harmless in shape.HARMLESS.items():
-        value = msgspec.json.decode(fields[name]) if name in fields else None
-        if value is not None and not any(value == one and _is_flag(value) == _is_flag(one) for one in harmless):
-            raise unsupported(name)
-
-
-def _is_flag(value: object) -> bool:
-    """To Python, 0 is false."""
-    return isinstance(value, bool)
 
 
 # -- responses ---------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -26,7 +27,7 @@ from penstock.serving.edge import LOOPBACK
 from penstock.serving.gate import Gate
 from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
 from penstock.serving.models import Models
-from penstock.serving.protocol import Connection
+from penstock.serving.protocol import Connection, secured
 from penstock.serving.pulse import Pulse
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.transport import Certificate, shared_with
@@ -241,9 +242,9 @@ class _Ending:
 
 
 def _settings(app: ASGIApp, certificate: Certificate | None = None) -> uvicorn.Config:
-    settings = uvicorn.Config(
+    return uvicorn.Config(
         app,
-        http=Connection,
+        http=Connection if certificate is None else cast("type[Connection]", partial(secured, certificate.context)),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -256,10 +257,6 @@ def _settings(app: ASGIApp, certificate: Certificate | None = None) -> uvicorn.C
         timeout_graceful_shutdown=CLOSE_SECONDS,
         h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,  # what is in memory; the edge checks exactly
     )
-    if certificate is not None:
-        settings.load()
-        settings.ssl = certificate.context
-    return settings
 
 
 def _own_names(bound: socket.socket) -> frozenset[str] | None:

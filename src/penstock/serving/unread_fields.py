@@ -1,15 +1,41 @@
-"""Unknown fields of requests, told to the operator once in a while: a client must not fill the log with their names."""
+"""Fields of a body that its shape does not read: refused where they would change the answer; else told to the operator,
+once in a while, since a client must not fill the log with their names."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
 
 from penstock.serving import limits
+from penstock.serving.errors import unsupported
+from penstock.serving.schemas import ModelRequest
 
 SHOWN = 300
 """Characters of names in one line."""
+
+_LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "user"}
+"""Fields that could not change the text."""
+
+
+def unknown_fields(fields: Iterable[str], shape: type[ModelRequest]) -> list[str]:
+    """Those this server has never heard of, and ignores."""
+    return sorted(set(fields) - set(shape.__struct_fields__) - set(shape.HARMLESS) - _LABELS)
+
+
+def refuse_unsupported(fields: Mapping[str, msgspec.Raw], shape: type[ModelRequest]) -> None:
+    """Raises HTTPError(unsupported_parameter) rather than answering as if the field had not been sent."""
+    for name, harmless in shape.HARMLESS.items():
+        value = msgspec.json.decode(fields[name]) if name in fields else None
+        if value is not None and not any(value == one and _is_flag(value) == _is_flag(one) for one in harmless):
+            raise unsupported(name)
+
+
+def _is_flag(value: object) -> bool:
+    """To Python, 0 is false."""
+    return isinstance(value, bool)
 
 
 class NotedFields:
