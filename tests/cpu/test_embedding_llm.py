@@ -27,6 +27,7 @@ from penstock import LLM, SamplingParams
 from penstock.base import InvalidRequest, ModelFormatError, PenstockError
 from penstock.llm import AsyncLLM
 from penstock.spec import PoolingParams
+from penstock.spec.location import BUNDLED
 from penstock.text import load_tokenizer
 
 TEXTS = [
@@ -265,8 +266,38 @@ def test_decoders_embed_and_generate_side_by_side() -> None:
         again, embedded = asyncio.run(both())
         assert again == story
         np.testing.assert_allclose(embedded.outputs.embedding, vector[0], rtol=1e-3, atol=1e-5)
-        (same,) = llm.score(TEXTS[0], TEXTS[0])
-        assert abs(same.outputs.score - 1.0) < 1e-12
+
+
+def test_scores_of_a_decoder_are_likelihoods() -> None:
+    """Of the first text after the second, a token on average, as transformers finds them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED)
+    model = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+
+    def expected(first: str, second: str) -> float:
+        scored = tokenizer(first, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(second)["input_ids"] + tokenizer("\n", add_special_tokens=False)["input_ids"] + scored
+        with torch.inference_mode():
+            logprobs_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        return float(logprobs_TV[-len(scored) - 1 : -1].gather(1, torch.tensor(scored)[:, None]).mean())
+
+    with LLM(max_model_len=128, **OPTIONS) as llm:
+        logarithms = [expected(TEXTS[0], text) for text in TEXTS]
+        outputs = llm.score(TEXTS[0], TEXTS, use_tqdm=False)
+        np.testing.assert_allclose([out.outputs.score for out in outputs], np.exp(logarithms), rtol=1e-4)
+        assert outputs[0].outputs.score == max(out.outputs.score for out in outputs), "it has just been said"
+        assert [llm.score(TEXTS[0], text)[0].outputs.score for text in TEXTS] == [o.outputs.score for o in outputs]
+        raw = llm.score(TEXTS[:2], TEXTS[2:], pooling_params=PoolingParams(use_activation=False))
+        np.testing.assert_allclose(
+            [out.outputs.score for out in raw], list(map(expected, TEXTS[:2], TEXTS[2:])), rtol=1e-4
+        )
+        long = "the dog " * 200
+        (cut,) = llm.score(TEXTS[0], long, pooling_params=PoolingParams(truncate_prompt_tokens=-1))
+        assert len(cut.prompt_token_ids) == 127 and cut.outputs.score > 0
+        assert tokenizer.decode(cut.prompt_token_ids).endswith(TEXTS[0])
+        with pytest.raises(InvalidRequest, match="prompt_too_long"):
+            llm.score(TEXTS[0], long)
+        with pytest.raises(InvalidRequest, match="empty_prompt"):
+            llm.score(TEXTS[0], "")
 
 
 def test_a_decoder_without_a_head_only_embeds(tmp_path: Path) -> None:

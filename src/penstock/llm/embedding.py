@@ -1,7 +1,8 @@
-"""Embeddings and scores: from texts to submissions, and from pooled vectors to what a caller asked for.
+"""Embeddings and scores: from texts to submissions, and from what the engine gives to what a caller asked for.
 
-What an engine gives is a vector as the model made it, in fp32 values; everything after that (the cut, the length, the
-angle, the sigmoid) happens here in float64, so that it cannot depend on how requests were batched.
+What an engine gives is a vector as the model made it, in fp32 values, or log-probabilities of a prompt; everything
+after that (the cut, the length, the angle, the sigmoid, the mean) happens here in float64, so that it cannot depend on
+how requests were batched.
 """
 
 from __future__ import annotations
@@ -37,30 +38,42 @@ class VectorJob:
     """One submission that asks for a vector, and what became of it.
 
     Attributes:
+        scored: if any, the vector is the log-probabilities of so many tokens at the end of the prompt.
         update: the engine's last word, None until then.
     """
 
-    def __init__(self, submission: Submission, params: PoolingParams) -> None:
-        self.submission, self.params = submission, params
+    def __init__(self, submission: Submission, params: PoolingParams, scored: int = 0) -> None:
+        self.submission, self.params, self.scored = submission, params, scored
         self.update: Update | None = None
+        self._logprobs: list[float] = []
 
     @property
     def num_tokens(self) -> int:
         return len(self.submission.tokens)
+
+    def hear(self, update: Update) -> bool:
+        """Whether it was the last."""
+        self._logprobs += [entry.drawn for entry in update.prompt_logprobs]
+        if update.finish_reason is not None:
+            self.update = update
+        return update.finish_reason is not None
 
     def vector(self) -> Floats:
         """Raises PenstockError: why there is none."""
         assert self.update is not None
         if self.update.error is not None:
             raise self.update.error
-        if self.update.vector is None:
+        found: Sequence[float] | None = self.update.vector
+        if self.scored and len(self._logprobs) == self.num_tokens - 1:  # the first token has none
+            found = self._logprobs[-self.scored :]
+        if found is None:
             raise InvalidRequest("request_aborted", "The request was aborted before its vector was there")
-        return np.array(self.update.vector, np.float64)
+        return np.array(found, np.float64)
 
 
 @dataclass(slots=True)
 class PairJob:
-    """One score and the submissions it is made of: one for a cross-encoder, else one for each text."""
+    """One score and the submissions it is made of: one that holds both texts, or one for each text."""
 
     jobs: tuple[VectorJob, ...]
 
@@ -124,8 +137,9 @@ class Vectors:
                 why=f"there are {len(firsts)} first and {len(seconds)} second ones",
                 fix="give one first text, or as many as second ones",
             )
-        if self.pooling.classifier:
-            return [PairJob((self._cross(a, b, params, priority),)) for a, b in zip(firsts, seconds, strict=True)]
+        if self.pooling.classifier or not self.pooling.embedder:
+            both = self._cross if self.pooling.classifier else self._likelihood
+            return [PairJob((both(a, b, params, priority),)) for a, b in zip(firsts, seconds, strict=True)]
         single = {text: self.embedding(text, params, None, priority) for text in dict.fromkeys(chain(firsts, seconds))}
         return [PairJob((single[a], single[b])) for a, b in zip(firsts, seconds, strict=True)]
 
@@ -133,9 +147,10 @@ class Vectors:
         """Raises PenstockError: why there is no score."""
         if len(pair.jobs) == 1:
             (job,) = pair.jobs
-            (score,) = job.vector().tolist()
-            sigmoid = self.pooling.sigmoid if job.params.use_activation is None else job.params.use_activation
-            score = _sigmoid(score) if sigmoid else score
+            activated = self.pooling.sigmoid if job.params.use_activation is None else job.params.use_activation
+            score = float(job.vector().mean())
+            if activated:
+                score = math.exp(score) if job.scored else _sigmoid(score)
         else:
             a, b = (_unit(self._finish(job)) for job in pair.jobs)
             score = float(a @ b)
@@ -155,9 +170,9 @@ class Vectors:
                 self.requests.engine.service.submit(job.submission, news.put)
                 unfinished[job.submission.id] = job
             while unfinished:
-                if (update := news.get()).finish_reason:
-                    job = unfinished.pop(update.id)
-                    job.update = update
+                job = unfinished[(update := news.get()).id]
+                if job.hear(update):
+                    del unfinished[update.id]
                     done(job)
         finally:
             for id in unfinished:
@@ -213,6 +228,23 @@ class Vectors:
                 raise InvalidRequest("invalid_parameter", f"truncate_prompt_tokens = {longest} cannot be used", why=why)
             a, b = _shorten(a, b, longest - frame)
         return self._job([*before, *a, *between, *b, *after], params, priority=priority)
+
+    def _likelihood(self, first: str, second: str, params: PoolingParams, priority: int) -> VectorJob:
+        """How likely the model finds the first text after the second: of a query and a document, the query's likelihood
+        (Sachan et al. 2022, "Improving Passage Retrieval with Zero-Shot Question Generation", without the instruction).
+        A pair that is too long loses the end of the second text.
+        """
+        if not first or not second:
+            raise _empty()
+        plain = {"add_special_tokens": False, "parse_special": False}
+        before = self.requests.tokenize(second, parse_special=False)["prompt_token_ids"]
+        between, scored = (self.requests.tokenize(text, **plain)["prompt_token_ids"] for text in ("\n", first))
+        longest = self._longest(params)
+        if longest is not None:
+            before = before[: max(1, longest - len(between) - len(scored) - 1)]
+        asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        submission = self.requests.submission([*before, *between, *scored], asked, priority=priority)
+        return VectorJob(submission, params, len(scored))
 
     def _longest(self, params: PoolingParams) -> int | None:
         """Tokens that a prompt is cut to."""

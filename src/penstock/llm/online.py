@@ -318,8 +318,8 @@ class AsyncLLM:
                 if i % 16 == 15:  # there may be thousands: let others have a turn
                     await asyncio.sleep(0)
             while unfinished:
-                if (update := await news.get()).finish_reason:
-                    unfinished.pop(update.id).update = update
+                if unfinished[(update := await news.get()).id].hear(update):
+                    del unfinished[update.id]
         finally:
             for id in unfinished:
                 service.abort(id)

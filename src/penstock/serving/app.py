@@ -242,7 +242,7 @@ async def _score(request: Request) -> Response:
 
 
 @operation(
-    "Order documents by their nearness to a query.",
+    "Order documents by their score with a query.",
     takes=RerankRequest,
     gives=Ranking,
     example={"query": "a cat", "documents": ["a truck", "a kitten"]},

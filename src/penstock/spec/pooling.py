@@ -33,6 +33,7 @@ class PoolingSpec:
     classifier: the vector holds the logits of a classifier (a cross-encoder), not an embedding.
     sigmoid: the score of a pair is the sigmoid of its logit, not the logit.
     headless: a decoder without an output layer, which cannot generate.
+    embedder: the model was made to make vectors, as far as its folder says.
     """
 
     pooling: Pooling
@@ -42,6 +43,7 @@ class PoolingSpec:
     classifier: bool = False
     sigmoid: bool = True
     headless: bool = False
+    embedder: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,8 @@ class PoolingParams:
     Attributes:
         dimensions: keep this many leading numbers of an embedding (Matryoshka models are trained for it).
         normalize: give an embedding length 1, after the cut.
-        use_activation: a cross-encoder's score is the sigmoid of its logit.
+        use_activation: a cross-encoder's score is the sigmoid of its logit; a likelihood is a probability, not its
+            logarithm.
         truncate_prompt_tokens: shorten longer prompts to this many tokens, those that end a text included; -1 means as
             many as the model holds.
 
@@ -91,15 +94,17 @@ def read_pooling(folder: Path, spec: ModelSpec | EncoderSpec) -> PoolingSpec:
     config = read_json_object(folder / "config.json")
     bert = folder / "sentence_bert_config.json"
     fields = Fields(read_json_object(bert) if bert.exists() else {}, f"{bert.name}: ")
+    headless, modules = isinstance(spec, ModelSpec) and is_headless(config), (folder / "modules.json").exists()
     found = PoolingSpec(
         pooling="mean" if isinstance(spec, EncoderSpec) else "last",
         max_length=fields.optional_integer("max_seq_length", 1, 1 << 27),
         lower=fields.flag("do_lower_case", default=False),
-        headless=isinstance(spec, ModelSpec) and is_headless(config),
+        headless=headless,
+        embedder=headless or modules or isinstance(spec, EncoderSpec),
     )
     if isinstance(spec, EncoderSpec) and spec.labels:
         return replace(found, pooling="cls", normalize=False, classifier=True, sigmoid=_sigmoid(config))
-    if not (folder / "modules.json").exists():
+    if not modules:
         return found
     kinds = _modules(folder)
     if "Pooling" in kinds:
