@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +17,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from commands import running
-from servers import Server
+from conftest import BUNDLED
+from servers import Server, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
-CLIENTS, STREAMS, BODIES = 8, 32, 64
+CLIENTS, STREAMS, SECONDS = 8, 32, 15.0
 BUCKETS = ("0.005", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5")
 
 Body = Callable[[int], bytes]
@@ -44,17 +45,19 @@ LOADS: dict[str, Body] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """Over an engine that takes no time for whatever is asked."""
-    argv = [sys.executable, str(HERE / "quick_server.py"), "--port", "0"]
-    with running(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        yield Server(process.stdout.readline().split()[-1].removesuffix("/v1"), process)
+    """Of the bundled model. An engine that takes no time would keep the loop busy by itself."""
+    server = start(BUNDLED, "--num-threads", "1", log=subprocess.DEVNULL)
+    yield server
+    server.process.terminate()
+    assert server.process.wait(60) == 0
 
 
 def lags(server: Server) -> list[float]:
     """Beats that were late by at most each of BUCKETS; all of them last."""
+    told = httpx.get(f"{server.url}/metrics", timeout=60).text
     name = "penstock_event_loop_lag_seconds"
-    return [*(server.metric(f"{name}_bucket", f'le="{each}"') for each in BUCKETS), server.metric(f"{name}_count")]
+    lines = [*(f'{name}_bucket{{le="{each}"}}' for each in BUCKETS), f"{name}_count"]
+    return [float(told.partition(f"\n{line} ")[2].split()[0]) for line in lines]
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -68,14 +71,19 @@ def test_the_loop_is_free_while_bodies_come(server: Server, load: str) -> None:
         with ThreadPoolExecutor(CLIENTS) as pool, httpx.Client(timeout=300) as client:
             headers = {"content-type": "application/json"}
 
-            def send(i: int) -> int:
-                body = bodies[i % CLIENTS]
-                return client.post(f"{server.url}/v1/completions", content=body, headers=headers).status_code
+            def send(body: bytes) -> set[int]:
+                """Again and again."""
+                seen = set()
+                while time.monotonic() < deadline:
+                    answer = client.post(f"{server.url}/v1/completions", content=body, headers=headers)
+                    seen.add(answer.status_code)
+                return seen
 
-            statuses = set(pool.map(send, range(BODIES)))
+            deadline = time.monotonic() + SECONDS
+            statuses = set().union(*pool.map(send, bodies))
         after = lags(server)
         told = json.loads(beside.communicate(timeout=300)[0])
-    assert statuses <= {200, 400} and told["errors"] == [] and all(len(texts) == 1 for texts in told["texts"])
+    assert statuses <= {200, 400, 503} and told["errors"] == [] and all(len(texts) == 1 for texts in told["texts"])
     beats = [now - then for now, then in zip(after, before, strict=True)]
     late = [1 - each / beats[-1] for each in beats[:-1]]
     shares = " | ".join(f"{100 * share:.2f}" for share in late)

@@ -116,7 +116,7 @@ def test_a_server_that_cannot_write_its_store(tmp_path: Path) -> None:
     with server.process:
 
         def upload(size: int) -> httpx.Response:
-            files = {"file": ("a.jsonl", b"x" * size), "purpose": (None, "user_data")}
+            files = {"file": ("a.jsonl", b"x" * size), "purpose": (None, "batch")}
             return httpx.post(f"{server.url}/v1/files", files=files, timeout=60)
 
         kept = upload(1000)
