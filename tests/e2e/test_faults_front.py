@@ -174,6 +174,7 @@ def test_a_herd_at_a_cold_server() -> None:
     with quick("--queue-tokens", "16000", stderr=subprocess.DEVNULL) as server:
         answers: dict[int, str] = {}
         refusals, client = [0], client_of(server.url)
+        ends: list[float] = []
 
         async def one(number: int) -> None:
             body = {"prompt": f"Chapter {number}", "max_tokens": 32, "temperature": 0, "stream": True}
@@ -184,21 +185,23 @@ def test_a_herd_at_a_cold_server() -> None:
                     told = stream.answer(0, 0)
                     assert not told.error, told
                     answers[number] = told.text
+                    ends.append(time.perf_counter())
                     return
                 assert response.status == 503 and b"queue_full" in stream.head, stream.head
                 refusals[0] += 1
                 await asyncio.sleep(int(response.headers["retry-after"]))
 
         async def herd(at_a_time: int) -> float:
-            """Answers a second."""
-            numbers, began = iter(range(2000)), time.perf_counter()
+            """Answers a second, between the first tenth of them and the last."""
+            numbers = iter(range(2000))
+            ends.clear()
 
             async def several() -> None:
                 for number in numbers:
                     await one(number)
 
             await asyncio.gather(*(several() for _ in range(at_a_time)))
-            return 2000 / (time.perf_counter() - began)
+            return 1600 / (ends[1800] - ends[200])
 
         async def both() -> tuple[float, float]:
             rates = await herd(2000), await herd(64)
@@ -207,7 +210,7 @@ def test_a_herd_at_a_cold_server() -> None:
 
         at_once, steady = asyncio.run(both())
         print(f"2,000 at once: {at_once:.0f} answers/s, {refusals[0]} refusals; 64 at a time: {steady:.0f} answers/s")
-        assert at_once > 0.3 * steady  # no collapse; what was measured is in docs/reliability.md
+        assert at_once > 0.5 * steady  # no collapse; what was measured is in docs/reliability.md
         assert len(answers) == 2000 and refusals[0] > 0
         for i in range(0, 2000, 20):
             assert answers[i] == answer(server, f"Chapter {i}", max_tokens=32)

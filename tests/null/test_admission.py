@@ -183,6 +183,30 @@ def test_a_full_queue_is_expected_to_empty_as_it_did_of_late() -> None:
     assert waits == pytest.approx([7.0, 9.0, 11.0] + 6 * [12.0], rel=0.1)  # and at most a whole budget before it
 
 
+@pytest.mark.parametrize("idle", [0.0, 3600.0])
+def test_a_herd_at_a_server_that_has_just_begun_is_told_how_fast_it_is(idle: float) -> None:
+    """100 requests of 10 tokens end in each second; what is asked after one second of work is no guess of the start."""
+    admission, rates = Admission(1000), Rates()
+
+    def second(start: float) -> None:
+        visits = [admission.enter("a", rates, start) for _ in range(100)]
+        for visit in visits:
+            admission.charge(visit, 10, start)
+        for i, visit in enumerate(visits):
+            admission.leave(visit, start + (i + 1) / 100)
+
+    second(0.0)
+    if idle:
+        second(idle)
+    admission.charge(admission.enter("a", rates, idle + 1.0), 1000, idle + 1.0)
+    with pytest.raises(Unavailable) as caught:
+        admission.charge(admission.enter("a", rates, idle + 1.0), 1000, idle + 1.0)
+    assert caught.value.retry_after == pytest.approx(1.0, rel=0.05)
+    with pytest.raises(Unavailable) as caught:
+        admission.charge(admission.enter("a", rates, idle + 1.0), 1000, idle + 1.0)
+    assert caught.value.retry_after == pytest.approx(2.0, rel=0.05)
+
+
 def test_refusals_tell_a_tenant_of_itself_alone() -> None:
     admission, rates = Admission(1000), Rates(requests_per_minute=2, concurrency=1)
     admission.enter("other", Rates(), 0.0)

@@ -18,6 +18,8 @@ FIRST_GUESS = 256
 MEMORY = 64
 """Completions that a running mean looks back on, roughly."""
 
+HALF_LIFE = 10.0
+
 FAIR = 3.0
 """What a tenant holds may be so many times what is then left: one alone has three quarters of a budget at most, two
 have three sevenths each, and there is always a place for who has none."""
@@ -102,7 +104,7 @@ class Admission:
         self._tenants: dict[str, _Tenant] = {}
         self._length = float(FIRST_GUESS)
         self._seconds, self._visits = 1.0, 0
-        self._speed, self._told, self._at = 0.0, 0.0, 0.0
+        self._given, self._busy, self._told, self._at = 0.0, 0.0, 0.0, 0.0
 
     def enter(self, tenant: str, rates: Rates, now: float) -> Visit:
         """Counts one request of the tenant. A refused one counts too: asking has a price.
@@ -197,6 +199,7 @@ class Admission:
                 fix=f"wait for one to end, or {_again(wait)}",
                 retry_after=wait,
             )
+        self._pass(now)
         visit.charged += asked
         account.held += asked
         self.held += asked
@@ -236,6 +239,7 @@ class Admission:
         else:
             account.running -= 1
             self.running -= 1
+        self._pass(now)
         self.held -= visit.charged
         account.held -= visit.charged
         if account.tokens is not None:
@@ -243,7 +247,7 @@ class Admission:
         if visit.charged:
             self._visits = min(self._visits + 1, MEMORY)
             self._seconds += (now - visit.entered - self._seconds) / self._visits
-            self._note_speed(visit.charged, now)
+            self._given += visit.charged
 
     def allowances(self, tenant: str, now: float) -> dict[str, Allowance]:
         """What is left of a tenant's rates: of "requests" and of "tokens", where there is such a rate."""
@@ -264,22 +268,29 @@ class Admission:
     def _next_request(self, account: _Tenant, now: float) -> float:
         return 0.0 if account.requests is None else account.requests.wait(1, now)
 
-    def _note_speed(self, tokens: int, now: float) -> None:
-        """Tokens of room given back a second, of late: an average that forgets half in ten seconds."""
-        self._pass(now)
-        self._speed += tokens * log(2.0) / 10.0
-
     def _pass(self, now: float) -> None:
+        """Before anything changes. Room given back and the seconds in which there was work are both forgotten by half
+        in HALF_LIFE seconds of work, so that neither a start nor an idle hour makes the speed seem low.
+        """
         past, self._at = now - self._at, now
-        self._speed *= 0.5 ** (past / 10.0)
+        if self.held:
+            kept = 0.5 ** (past / HALF_LIFE)
+            self._given *= kept
+            self._busy = self._busy * kept + (1.0 - kept) * HALF_LIFE / log(2.0)
         self._told = max(0.0, self._told - self._speed * past)
+
+    @property
+    def _speed(self) -> float:
+        """Tokens of room given back a second, of late."""
+        return self._given / self._busy if self._busy else 0.0
 
     def _until_free(self, missing: int, asked: int, now: float) -> float:
         """An estimate: nobody knows when the running requests will end. Those who were told to come again have a place
         before this one, up to a whole budget of them: who is refused together shall not come back together.
         """
         self._pass(now)
-        wait = (missing + self._told) / self._speed if self._speed > 0 else 1.0
+        speed = self._speed
+        wait = (missing + self._told) / speed if speed > 0 else 1.0
         self._told = min(self._told + asked, float(self.budget))
         return min(max(wait, 1.0), LONGEST_WAIT)
 

@@ -137,11 +137,18 @@ def param_of(error: PenstockError) -> str | None:
     return match[1] if match else None
 
 
+def _seconds(error: Unavailable) -> int:
+    """Spread over a quarter more, so that those refused together come back apart. A limit must be over by then; where
+    the time is an estimate, rounding up would leave a second in which nobody comes."""
+    seconds = error.retry_after * random.uniform(1.0, 1.25)
+    return max(1, ceil(seconds) if error.status == 429 else int(seconds + random.random()))
+
+
 def error_response(error: PenstockError, path: str) -> Response:
     """In the form of the API that ``path`` belongs to."""
     headers: dict[str, str] = {}
-    if isinstance(error, Unavailable):  # spread over a quarter more, so that those refused together come back apart
-        headers["retry-after"] = str(max(1, ceil(error.retry_after * random.uniform(1.0, 1.25))))
+    if isinstance(error, Unavailable):
+        headers["retry-after"] = str(_seconds(error))
     elif error.status == 401:
         headers["www-authenticate"] = "Bearer"
     body = _BODIES.get(shape_of_errors(path), body_of)(error)
