@@ -22,6 +22,7 @@ from penstock.base import EngineError, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id, engine_stopped
 from penstock.core.trace import Trace
 from penstock.spec import EngineConfig
+from penstock.wire.faults import dead, quarantined
 from penstock.wire.frames import Connection, WireError, bad_frame
 from penstock.wire.messages import (
     Cancel,
@@ -177,10 +178,10 @@ class RemoteService:
         except PenstockError as refusal:
             if not self._first.done():
                 self._first.set_exception(refusal)
-            error = self._fault = refusal if isinstance(refusal, EngineError) else _dead(str(refusal))
+            error = self._fault = refusal if isinstance(refusal, EngineError) else dead(str(refusal))
         except BaseException as cause:  # whatever it is, nobody may wait for ever
             log.exception("the link to the engine ended by a fault of its own")
-            error = self._fault = _dead(f"{type(cause).__name__} in the link to it")
+            error = self._fault = dead(f"{type(cause).__name__} in the link to it")
         if not self._first.done():
             self._first.set_exception(error)
         with self._lock:
@@ -210,7 +211,7 @@ class RemoteService:
             while deaths[0] < now - RESTART_SECONDS:
                 deaths.popleft()
             if len(deaths) > MAX_RESTARTS:
-                raise _dead(f"{why}, and it was started again {MAX_RESTARTS} times in {RESTART_SECONDS:g} seconds")
+                raise dead(f"{why}, and it was started again {MAX_RESTARTS} times in {RESTART_SECONDS:g} seconds")
             pause = FIRST_PAUSE if now - since > RESTART_SECONDS else min(2 * pause, LAST_PAUSE)
             log.error("%s while %d requests were under way; it is started again", why, len(self._requests))
             self._bury(served)
@@ -349,7 +350,7 @@ class RemoteService:
             request.deaths += served and self._tried in (None, id)
             if request.deaths >= MAX_DEATHS:
                 for sample in request.left:
-                    self._pass_on(request, Update(id, sample, finish_reason="error", error=_quarantined()))
+                    self._pass_on(request, Update(id, sample, finish_reason="error", error=quarantined(MAX_DEATHS)))
         self._alone.clear()
         self._tried = None
 
@@ -371,16 +372,3 @@ def _tell(request: UnderWay, update: Update) -> bool:
         log.exception("the sink of request %s raised", update.id)
         return False
     return True
-
-
-def _dead(why: str) -> EngineError:
-    return EngineError("engine_dead", "The engine stopped", why=why, fix="restart it and report the log")
-
-
-def _quarantined() -> EngineError:
-    return EngineError(
-        "request_quarantined",
-        f"The engine process died {MAX_DEATHS} times while the request ran",
-        why="the request may be the cause",
-        fix="send it again alone, and report it if that fails",
-    )
