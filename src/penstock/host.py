@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.assemble import Face, Loaded, find_model, load_behind, read_face
@@ -25,6 +26,7 @@ from penstock.core.engine import Engine, Mail
 from penstock.core.service import Abort, Status, Submission, Update
 from penstock.core.steplog import StepLog
 from penstock.spec import EngineConfig
+from penstock.spec.location import locate
 from penstock.wire import (
     Connection,
     Loading,
@@ -196,12 +198,15 @@ def leave_at_last() -> None:
     timer.start()
 
 
-Load = Callable[[EngineConfig, Callable[[float], None], int], tuple[Face, Loaded]]
+Load = Callable[[EngineConfig, Callable[[float | None], None], int], tuple[Face, Loaded]]
 
 
-def load(config: EngineConfig, told: Callable[[float], None], taken: int) -> tuple[Face, Loaded]:
-    """Tells how much of it is there. Raises as ``assemble.build_engine``."""
+def load(config: EngineConfig, told: Callable[[float | None], None], taken: int) -> tuple[Face, Loaded]:
+    """Tells how much of it is there; None before it is fetched. Raises as ``assemble.build_engine``."""
+    if not isinstance(locate(config.model), Path):
+        told(None)
     folder = find_model(config.model)
+    told(0.0)
     face = read_face(folder, config)
     return face, load_behind(face, folder, config, told, taken)
 
@@ -224,7 +229,7 @@ def main(path: str, load: Load = load) -> None:
         if not sock.recv(1, socket.MSG_PEEK) and not loaded.is_set():
             os._exit(0)
 
-    def tell(share: float) -> None:
+    def tell(share: float | None) -> None:
         with suppress(OSError):
             connection.send(encode(Loading(start.epoch, share)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -63,7 +64,7 @@ def load_executor(
     Args:
         separator: token id between the texts of a pair, which a cross-encoder needs to know.
         grammars: compiles structured outputs; without it they are not obeyed.
-        told: hears which share of the layers is in memory.
+        told: hears which share of the layers is in memory; 0 again and again while files are read for other ends.
         taken: bytes that seem to be free, and that others will need.
     """
     import torch
@@ -91,10 +92,10 @@ def load_executor(
     placement = replace(placement, kv_dtype=None if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype))
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
-    packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config)
+    packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config, lambda: told(0.0))
     decoder, mapped = load_kept(folder, spec, ops, placement, packing, store, told)
     pools = plan_pools(spec, config, stored, device, reserved=mapped + taken)
-    digest = store.digest if store else file_digest
+    digest = store.digest if store else partial(file_digest, told=lambda: told(0.0))
     setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement, packing.recipe, digest), vocabulary)
     runner = Runner(
         decoder,
@@ -119,9 +120,9 @@ def _allocate(
     ]
 
 
-def weight_cache(config: EngineConfig) -> WeightCache | None:
+def weight_cache(config: EngineConfig, told: Callable[[], None] = lambda: None) -> WeightCache | None:
     """Raises ConfigError: (size_invalid) PENSTOCK_CACHE_SIZE is no size."""
-    return WeightCache(env.cache_folder(), parse_size(env.cache_size())) if config.weight_cache else None
+    return WeightCache(env.cache_folder(), parse_size(env.cache_size()), told) if config.weight_cache else None
 
 
 def as_stored(config: EngineConfig, folder: Path, ops: Ops) -> EngineConfig:

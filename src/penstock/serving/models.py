@@ -25,6 +25,8 @@ from penstock.spec.encoder import encoder_parameters
 from penstock.spec.sizing import active_parameters
 from penstock.wire import RemoteService, TextWorkers, python
 
+LOAD_SECONDS = 300.0
+"""After which an engine that loads its model, and tells of no progress, counts as hung."""
 STEP_SECONDS = 120.0
 SLOWEST = 10e9
 """FLOP/s that any machine has on which somebody serves a model: what a step may take follows from it."""
@@ -62,15 +64,16 @@ class Served:
         now = _NOTHING if self.llm is None else self.llm.engine.service.status()
         return replace(now, counters=self.gone + now.counters)
 
-    def bring(self, taken: Callable[[], int], tokenizers: int = 0) -> AsyncLLM:
-        """Loads it, which takes long. Raises as ``assemble.build_engine``.
+    def bring(self, taken: Callable[[], int], tokenizers: int = 0, timeout: float = LOAD_SECONDS) -> AsyncLLM:
+        """Loads it, which takes long. Raises as ``RemoteService.ready``.
 
         Args:
             taken: as of ``RemoteService``.
             tokenizers: most processes for its long texts, started when there is one.
+            timeout: as ``load_timeout`` of ``RemoteService``.
         """
         service = self.service = self.service or RemoteService(python("penstock.host"), self.config, taken)
-        service.taken = taken
+        service.taken, service.load_timeout = taken, timeout
         try:
             front = front_of(service, self.config)
             texts = TextWorkers(python("penstock.texthost"), front.config, tokenizers) if tokenizers else None
@@ -104,6 +107,7 @@ class Models:
         step_timeout: seconds; as of ``RemoteService``. None: by the size of model and step.
         tokenizers: processes for the long texts of each model in memory, at most.
         least_stay: as of ``Residency``.
+        load_timeout: seconds; as of ``RemoteService``.
 
     Attributes:
         changed: called when a model has come in.
@@ -120,6 +124,7 @@ class Models:
         step_timeout: float | None = None,
         tokenizers: int = 0,
         least_stay: float | None = None,
+        load_timeout: float = LOAD_SECONDS,
     ) -> None:
         self.all = {model.name: model for model in served}
         self.changed: Callable[[], None] = lambda: None
@@ -131,7 +136,7 @@ class Models:
                     raise ConfigError("model_named_twice", f"Two models are called {name!r}", fix=fix)
                 self._names[name] = model
         self.policy = Residency({model.name: model.stay for model in served}, room or len(served), least_stay)
-        self._step_timeout, self._tokenizers = step_timeout, tokenizers
+        self._step_timeout, self._bringing = step_timeout, (tokenizers, load_timeout)
         self.turnstile = Turnstile(REQUESTS_AT_ONCE)
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._tasks = set[asyncio.Task[None]]()
@@ -179,7 +184,7 @@ class Models:
         for model in [model for model in self.all.values() if model.stay.pinned] or [self.first]:
             self.policy.want(model.name)
             self.policy.turn(time.monotonic())
-            self._came(model, model.bring(self._held_beside(model), self._tokenizers))
+            self._came(model, model.bring(self._held_beside(model), *self._bringing))
 
     def ask(self, model: Served) -> Ticket:
         """A ticket, which may be granted at once; ``leave`` has to follow. Raises Unavailable: the model could not be
@@ -299,7 +304,7 @@ class Models:
     async def _load(self, model: Served) -> None:
         _log.info("loading %s", model.name)
         try:
-            self._came(model, await asyncio.to_thread(model.bring, self._held_beside(model), self._tokenizers))
+            self._came(model, await asyncio.to_thread(model.bring, self._held_beside(model), *self._bringing))
         except PenstockError as error:
             self._failed(model, error)
         except Exception as error:

@@ -88,10 +88,10 @@ class Look(Struct, tag="look", frozen=True):
 
 
 class Loading(Struct, tag="loading", frozen=True):
-    """How much of a model is in memory, from 0 to 1."""
+    """How much of a model is in memory, from 0 to 1; None: it is fetched, which may take any time."""
 
     epoch: int
-    share: float
+    share: float | None
 
 
 class Ready(Struct, tag="ready", frozen=True):

@@ -22,7 +22,7 @@ from penstock.base import EngineError, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id, engine_stopped
 from penstock.core.trace import Trace
 from penstock.spec import EngineConfig
-from penstock.wire.faults import dead, quarantined
+from penstock.wire.faults import dead, load_timeout, quarantined
 from penstock.wire.frames import Connection, WireError, bad_frame
 from penstock.wire.messages import (
     Cancel,
@@ -67,6 +67,8 @@ class RemoteService:
         taken: bytes that seem to be free, and that other engines will need; asked for each process that is started.
         step_timeout: seconds without news, while requests are under way, after which an engine counts as hung and is
             killed; None waits for ever.
+        load_timeout: the same of one that loads its model, unless it fetches that. No other is started then: it would
+            hang as well.
         held: bytes of this engine's weights and KV that may seem to be free to others.
         progress: share of its model that an engine has in memory while it loads it.
     """
@@ -74,9 +76,12 @@ class RemoteService:
     def __init__(self, argv: Sequence[str], config: EngineConfig, taken: Callable[[], int] = lambda: 0) -> None:
         self._argv, self._config, self.taken = list(argv), config, taken
         self.step_timeout: float | None = None
+        self.load_timeout: float | None = None
         self.progress = 0.0
         self.held = 0
         self._frames = 0  # from all engines, that tell of progress
+        self._fetching = False  # which may be silent for as long as it likes
+        self._hung: EngineError | None = None  # while it loaded
         self._requests: dict[str, UnderWay] = {}
         self._lock = threading.Lock()
         self._mail: queue.SimpleQueue[bytes | None] | None = None  # of the engine that is there, if one is
@@ -100,7 +105,7 @@ class RemoteService:
         """Waits until the first process has its model.
 
         Raises:
-            PenstockError: why it has none; as ``assemble.build_engine``, or engine_died.
+            PenstockError: why it has none; as ``assemble.build_engine``, or engine_died, load_timeout.
         """
         return self._first.result()
 
@@ -196,7 +201,7 @@ class RemoteService:
         """Follows one engine after the other.
 
         Raises:
-            EngineError: (engine_dead) they die too often.
+            EngineError: (engine_dead) they die too often; (load_timeout) one hung while it loaded its model.
             PenstockError: why the first one did not start.
         """
         deaths: deque[float] = deque()
@@ -222,8 +227,11 @@ class RemoteService:
             self._process = EngineProcess(self._argv)
 
     def _follow(self) -> tuple[bool, str]:
-        """One engine from its start to its end. Returns whether it served, and how it ended."""
+        """One engine from its start to its end. Returns whether it served, and how it ended. Raises as ``_serve``."""
         connection: Connection | None = None
+        self._fetching, self.progress = False, 0.0
+        watch = threading.Thread(target=self._watch, args=(self._process,), name="penstock-engine-watch", daemon=True)
+        watch.start()
         try:
             connection = self._process.connect()
             with self._lock:  # from here on ``close`` closes it
@@ -234,7 +242,7 @@ class RemoteService:
             self._gone.bad_frames += 1
             log.error("%s", error)
         except PenstockError as error:
-            if not self._first.done():
+            if not self._first.done() and self._hung is None:
                 raise
             if not self._closing.is_set():
                 log.error("%s", error)
@@ -252,13 +260,14 @@ class RemoteService:
             if connection:
                 connection.close()
             self._process.end(LEAVE_SECONDS if self._closing.is_set() else 1.0)
+        if self._hung is not None:
+            raise self._hung
         if not self._first.done() and not self._closing.is_set():
             what = f"The engine process {self._process.fate()} before its model was there"
             raise EngineError("engine_died", what, fix="see the log for why; a lack of memory is the usual cause")
         return mail is not None, f"The engine process {self._process.fate()}"
 
     def _listen(self, connection: Connection) -> None:
-        self.progress = 0.0
         connection.send(encode(Start(self._epoch, self._config, self.taken())))
         while (frame := connection.receive()) is not None:
             message = decode_from_engine(frame)
@@ -268,7 +277,8 @@ class RemoteService:
             if message.epoch != self._epoch:
                 raise bad_frame(f"it is of engine {message.epoch}, and this is {self._epoch}")
             if isinstance(message, Loading):
-                self.progress = message.share
+                self._fetching = message.share is None
+                self.progress = max(self.progress, message.share or 0.0)
             elif isinstance(message, News):
                 self._status = message.status
                 for update in message.updates:
@@ -292,24 +302,29 @@ class RemoteService:
                 else:
                     self._alone.append(id)
             self._try_next()
-        watched = (self._process, mail)
-        threading.Thread(target=self._watch, args=watched, name="penstock-engine-watch", daemon=True).start()
         self.held = ready.held
         if not self._first.done():
             self._first.set_result(ready)
 
-    def _watch(self, process: EngineProcess, mail: queue.SimpleQueue[bytes | None]) -> None:
-        """Kills an engine that is silent although it has requests: each step tells something. Looks are counted, not
-        time, so that a machine that was suspended, or a debugger that stopped both processes, costs no engine its life.
+    def _watch(self, process: EngineProcess) -> None:
+        """Kills an engine that is silent although it loads its model or has requests: each layer and each step tells
+        something. Looks are counted, not time, so that a machine that was suspended, or a debugger that stopped both
+        processes, costs no engine its life.
         """
         frames, looks = -1, 0
-        while not self._closing.wait(WATCH_SECONDS) and self._mail is mail:
-            looks = looks + 1 if self._frames == frames and self._requests else 0
-            frames = self._frames
-            if self.step_timeout is not None and looks * WATCH_SECONDS >= self.step_timeout:
-                log.error("the engine has told nothing for %g s: it hangs, and is killed", looks * WATCH_SECONDS)
-                process.process.kill()
-                return
+        while not self._closing.wait(WATCH_SECONDS) and process.process.poll() is None:
+            with self._lock:
+                loads = self._mail is None
+                busy = not self._fetching if loads else bool(self._requests)
+                looks = looks + 1 if self._frames == frames and busy else 0
+                frames, silent = self._frames, looks * WATCH_SECONDS
+                limit = self.load_timeout if loads else self.step_timeout
+                if limit is None or silent < limit:
+                    continue
+                self._hung = load_timeout(silent) if loads else None
+            log.error("the engine has told nothing for %g s: it hangs, and is killed", silent)
+            process.process.kill()
+            return
 
     def _continue(self, request: UnderWay) -> None:
         """Sends a request, and who of it was aborted meanwhile. The lock is held, and there is an engine."""
