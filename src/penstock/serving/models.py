@@ -10,7 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from penstock.assemble import Assembled, front_of
 from penstock.base import ConfigError, EngineError, PenstockError
@@ -30,6 +31,10 @@ LOAD_SECONDS = 300.0
 STEP_SECONDS = 120.0
 SLOWEST = 10e9
 """FLOP/s that any machine has on which somebody serves a model: what a step may take follows from it."""
+UNKNOWN = -(1 << 62)
+"""Bytes that others give back where that cannot be told: lack of memory is no reason then before they have."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _NOTHING = Status(running=0, waiting=0, blocks_total=0, blocks_used=0, counters=Counters())
@@ -82,6 +87,16 @@ class Served:
             self.service = None
             service.close()
             raise
+
+    def check(self, taken: int, timeout: float) -> None:
+        """Looks at what can be known of it without loading it, in a process that ends then. Raises as ``bring``."""
+        service = self.service = RemoteService(python("penstock.host"), self.config, lambda: taken, check=True)
+        service.load_timeout = timeout
+        try:
+            service.ready()
+        finally:
+            self.service = None
+            service.close()
 
     def part(self) -> Callable[[], None]:
         """Nobody can use it from here on. Returns what ends its process, which takes long."""
@@ -273,6 +288,8 @@ class Models:
                 future.set_exception(error)
         for name in turn.unload:
             self._begin(self._unload(self.all[name]))
+        if turn.check is not None:
+            self._begin(self._check(self.all[turn.check]))
         if turn.load is not None:
             self._begin(self._load(self.all[turn.load]))
         if self._timer is not None:
@@ -296,22 +313,52 @@ class Models:
 
         return held
 
+    def _held_after(self, model: Served) -> int:
+        """The same once all others have left that may; below 0, what they give back."""
+        held = 0
+        for name, other in self.all.items():
+            if other.service is None:
+                continue
+            if not self.policy.may_leave(name):
+                held += other.service.held
+            elif (back := other.service.memory) is not None:
+                held -= back
+            else:
+                return UNKNOWN
+        return held
+
     def _begin(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _check(self, model: Served) -> None:
+        wrong = await self._outcome(model, partial(model.check, self._held_after(model), self._bringing[1]))
+        self.policy.checked(model.name, wrong if isinstance(wrong, PenstockError) else None, time.monotonic())
+        if isinstance(wrong, PenstockError):
+            self._tell(model, wrong)
+        self._act()
+
     async def _load(self, model: Served) -> None:
         _log.info("loading %s", model.name)
+        came = await self._outcome(model, partial(model.bring, self._held_beside(model), *self._bringing))
+        if isinstance(came, AsyncLLM):
+            self._came(model, came)
+        else:
+            self.policy.failed(model.name, came, time.monotonic())
+            self._tell(model, came)
+        self._act()
+
+    async def _outcome(self, model: Served, work: Callable[[], T]) -> T | PenstockError:
+        """Of what takes long, in a thread."""
         try:
-            self._came(model, await asyncio.to_thread(model.bring, self._held_beside(model), *self._bringing))
+            return await asyncio.to_thread(work)
         except PenstockError as error:
-            self._failed(model, error)
+            return error
         except Exception as error:
             _log.exception("the model %s cannot be loaded", model.name)
             why = type(error).__name__
-            self._failed(model, EngineError("load_failed", "The model cannot be loaded", why=why, fix="see the log"))
-        self._act()
+            return EngineError("load_failed", "The model cannot be loaded", why=why, fix="see the log")
 
     async def _unload(self, model: Served) -> None:
         await asyncio.to_thread(model.part())  # in the loop, where others look at it
@@ -325,8 +372,7 @@ class Models:
         self.policy.loaded(model.name, time.monotonic())
         self.changed()
 
-    def _failed(self, model: Served, error: PenstockError) -> None:
-        self.policy.failed(model.name, error, time.monotonic())
+    def _tell(self, model: Served, error: PenstockError) -> None:
         resident = self.policy.models[model.name]
         then = "when another has left" if resident.crowded else f"in {resident.again - time.monotonic():.0f} s"
         if not self._closed:

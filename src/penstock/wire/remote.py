@@ -62,6 +62,7 @@ class RemoteService:
     Args:
         argv: the command line of the process; the path of the socket is added.
         config: what it shall load; sent to every process that is started.
+        check: that it could is all that ``ready`` says, and there is no engine; ``taken`` may be below 0.
 
     Attributes:
         taken: bytes that seem to be free, and that other engines will need; asked for each process that is started.
@@ -73,8 +74,10 @@ class RemoteService:
         progress: share of its model that an engine has in memory while it loads it.
     """
 
-    def __init__(self, argv: Sequence[str], config: EngineConfig, taken: Callable[[], int] = lambda: 0) -> None:
-        self._argv, self._config, self.taken = list(argv), config, taken
+    def __init__(
+        self, argv: Sequence[str], config: EngineConfig, taken: Callable[[], int] = lambda: 0, check: bool = False
+    ) -> None:
+        self._argv, self._config, self.taken, self._check = list(argv), config, taken, check
         self.step_timeout: float | None = None
         self.load_timeout: float | None = None
         self.progress = 0.0
@@ -156,6 +159,11 @@ class RemoteService:
     def alive(self) -> bool:
         """There is an engine right now."""
         return self._mail is not None and not self._closing.is_set()
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that the system has back when the engine ends; None where it does not tell."""
+        return self._process.memory()
 
     @property
     def fault(self) -> EngineError | None:
@@ -268,7 +276,7 @@ class RemoteService:
         return mail is not None, f"The engine process {self._process.fate()}"
 
     def _listen(self, connection: Connection) -> None:
-        connection.send(encode(Start(self._epoch, self._config, self.taken())))
+        connection.send(encode(Start(self._epoch, self._config, self.taken(), self._check)))
         while (frame := connection.receive()) is not None:
             message = decode_from_engine(frame)
             self._frames += not isinstance(message, Seen)  # a hung engine answers looks
@@ -287,6 +295,9 @@ class RemoteService:
                 seen = self._looks.get(message.number)
                 if seen and seen.set_running_or_notify_cancel():
                     seen.set_result(message.trace)
+            elif self._check:
+                self._first.set_result(message)
+                self._closing.set()
             else:
                 self._enter(connection, message)
 
