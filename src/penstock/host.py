@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from penstock.assemble import Face, Loaded, find_model, load_behind, read_face
+from penstock.assemble import Face, Loaded, check_behind, find_model, load_behind, read_face
 from penstock.base import EngineError, InvalidRequest, PenstockError
 from penstock.base.logs import unhurried
 from penstock.core.engine import Engine, Mail
 from penstock.core.service import Abort, Status, Submission, Update
 from penstock.core.steplog import StepLog
 from penstock.spec import EngineConfig
+from penstock.spec.location import locate
 from penstock.wire import (
     Connection,
     Loading,
@@ -196,14 +198,30 @@ def leave_at_last() -> None:
     timer.start()
 
 
-Load = Callable[[EngineConfig, Callable[[float], None], int], tuple[Face, Loaded]]
+Told = Callable[[float | None], None]
+Load = Callable[[EngineConfig, Told, int], tuple[Face, Loaded]]
 
 
-def load(config: EngineConfig, told: Callable[[float], None], taken: int) -> tuple[Face, Loaded]:
-    """Tells how much of it is there. Raises as ``assemble.build_engine``."""
-    folder = find_model(config.model)
+def load(config: EngineConfig, told: Told, taken: int) -> tuple[Face, Loaded]:
+    """Tells how much of it is there; None before it is fetched. Raises as ``assemble.build_engine``."""
+    folder = _find(config, told)
     face = read_face(folder, config)
     return face, load_behind(face, folder, config, told, taken)
+
+
+def check(config: EngineConfig, told: Told, taken: int) -> None:
+    """What of ``load`` can be known at once. Raises the same."""
+    folder = _find(config, told)
+    read_face(folder, config)
+    check_behind(folder, config, taken)
+
+
+def _find(config: EngineConfig, told: Told) -> Path:
+    if not isinstance(locate(config.model), Path):
+        told(None)
+    folder = find_model(config.model)
+    told(0.0)
+    return folder
 
 
 def main(path: str, load: Load = load) -> None:
@@ -224,12 +242,16 @@ def main(path: str, load: Load = load) -> None:
         if not sock.recv(1, socket.MSG_PEEK) and not loaded.is_set():
             os._exit(0)
 
-    def tell(share: float) -> None:
+    def tell(share: float | None) -> None:
         with suppress(OSError):
             connection.send(encode(Loading(start.epoch, share)))
 
     threading.Thread(target=watch, name="penstock-watch", daemon=True).start()
     try:
+        if start.check:
+            check(start.config, tell, start.taken)
+            connection.send(encode(Ready(start.epoch, start.config, (), b"", False, False)))
+            return
         host = Host(connection, start.epoch, *load(start.config, tell, start.taken))
     except Exception as error:
         with suppress(OSError):

@@ -307,10 +307,11 @@ def test_digests_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(digest, "SETTLED_NS", 0)
     monkeypatch.setattr(digest, "_known", {})
     wanted = hashlib.sha256(b"abc").hexdigest()
-    assert file_digest(file, memory) == wanted
+    heard: list[None] = []
+    assert file_digest(file, memory, lambda: heard.append(None)) == wanted and heard == [None]
     with monkeypatch.context() as patch:
         patch.setattr(digest, "_known", {})
-        patch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("it was hashed again"))
+        patch.setattr(digest, "_digest", lambda *_: pytest.fail("it was hashed again"))
         assert file_digest(file, memory) == wanted
     for damage in (b"", b"{", b"[]", b'{"x": 1}', b"\xff"):
         memory.write_bytes(damage)

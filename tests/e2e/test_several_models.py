@@ -217,18 +217,26 @@ def test_unload_waits_for_what_runs(several: Several) -> None:
     assert several.text("tiny") and several.state("tiny") == "loaded"
 
 
-@pytest.mark.slow
-def test_one_that_cannot_be_loaded_harms_nobody(several: Several) -> None:
+def test_nobody_leaves_for_one_that_cannot_be_loaded(several: Several) -> None:
+    several.text("tiny")
+    engines = several.engines()
     refused = several.ask("broken")
     error = refused.json()["error"]
     assert (refused.status_code, error["code"]) == (503, "model_not_loaded") and "broken" not in error["message"]
     assert 1 <= int(refused.headers["retry-after"]) <= 7 and "tried again in" in error["message"]
     again = several.ask("broken")
     assert again.status_code == 503 and several.models()["broken"]["failure"]
+    assert several.state("tiny") == "loaded" and several.engines() == engines
+
+
+@pytest.mark.slow
+def test_nobody_leaves_for_one_that_does_not_fit(several: Several) -> None:
+    several.text("tiny")
+    engines = several.engines()
     large = several.ask("huge")
     error = large.json()["error"]
     assert large.status_code == 503 and error["code"] == "kv_memory_too_large" and "are free" in error["message"]
-    assert several.text("tiny")
+    assert several.state("tiny") == "loaded" and several.engines() == engines
 
 
 def test_a_batch_whose_model_cannot_be_loaded_holds_up_no_other(several: Several) -> None:

@@ -233,6 +233,50 @@ def test_a_request_that_hangs_engines_ends_alone(service: RemoteService) -> None
     heard.verify(mate)
 
 
+@pytest.mark.parametrize("when", ["before it knocks", pytest.param("while it loads", marks=pytest.mark.slow)])
+def test_an_engine_that_hangs_before_it_has_its_model_is_given_up(when: str, caplog: pytest.LogCaptureFixture) -> None:
+    service = RemoteService(ARGV, EngineConfig(model="ever"))
+    if when == "while it loads":
+        until(lambda: service.progress == 0.25)
+        service.load_timeout = 2.0
+        time.sleep(3.0)
+        assert not service._first.done(), "it tells of progress"
+    service.load_timeout = 2.0
+    os.kill(service._process.process.pid, signal.SIGSTOP)
+    with pytest.raises(EngineError, match=r"nothing for 2 s.*--load-timeout.*load_timeout"):
+        service.ready()
+    assert "it hangs" in caplog.text
+    service.close()
+
+
+def test_an_engine_that_hangs_while_it_loads_again_stays_dead(tmp_path: Path) -> None:
+    """It would not die often enough to be given up for that."""
+    service = RemoteService(ARGV, EngineConfig(model=f"ever:{tmp_path / 'started'}"))
+    service.ready()
+    heard = Heard(service)
+    heard.submit(job("a", 400, n=2))
+    heard.until(lambda: bool(heard.tokens))
+    kill(service)
+    until(lambda: service.progress == 0.25)
+    service.load_timeout = 2.0
+    os.kill(service._process.process.pid, signal.SIGSTOP)
+    heard.all()
+    assert {last.error.code for last in heard.last.values() if last.error} == {"load_timeout"}
+    assert service.fault is not None and not service.alive and service.status().counters.restarts == 1
+    with pytest.raises(EngineError, match="load_timeout"):
+        heard.submit(job("b"))
+    service.close()
+
+
+@pytest.mark.slow
+def test_a_download_does_not_count_as_a_hang() -> None:
+    service = RemoteService(ARGV, EngineConfig(model="fetch"))
+    until(lambda: service._fetching)
+    service.load_timeout = 2.0
+    service.ready()
+    service.close()
+
+
 def test_an_engine_that_cannot_start_again_stays_dead(tmp_path: Path) -> None:
     service = RemoteService(ARGV, EngineConfig(model=f"once:{tmp_path / 'started'}"))
     service.ready()

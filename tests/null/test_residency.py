@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.base import ConfigError, EngineError, PenstockError, Unavailable
-from penstock.fleet import Residency, Stay, Ticket, residency
-from penstock.fleet.residency import FIRST_PAUSE, LONGEST_STAY, LONGEST_WAIT, STAY_LOADS
+from penstock.fleet import Residency, Stay, Ticket
+from penstock.fleet.residency import FIRST_PAUSE, LAST_PAUSE, LONGEST_STAY, LONGEST_WAIT, STAY_LOADS
 
 TOO_LARGE = ConfigError("model_too_large", "The model does not fit", why="needs 9.1 GB, 8.0 GB free")
 DEAD = EngineError("engine_dead", "The engine stopped")
@@ -31,14 +32,19 @@ class World:
         memory: int,
         seed: int,
         least_stay: float | None = 0.0,
+        bad: frozenset[str] = frozenset(),
+        worse: frozenset[str] = frozenset(),
     ) -> None:
         self.policy, self.dice, self.now = Residency(stays, room, least_stay), Random(seed), 0.0
         self.sizes, self.memory = sizes, memory
+        self.bad, self.worse = bad, worse  # what looking at them shows, and what only their load does
+        self.checks: list[tuple[str, float]] = []
+        self.made_room: list[tuple[str, float]] = []  # for whom one had to leave
         self.running: list[Ticket] = []
         self.ended: dict[Ticket, PenstockError | None] = {}
         self.loads: list[tuple[str, float]] = []
         self.stays: list[tuple[float, float, int]] = []  # of models that left, how long their load took, who waited
-        self.under_way: list[tuple[float, str, bool]] = []  # when it is done, of which model, whether it is a load
+        self.under_way: list[tuple[float, str, str]] = []  # when it is done, of which model, and what
         self.order: list[Ticket] = []
 
     @property
@@ -61,11 +67,17 @@ class World:
             assert states[name] == "unloading" and not running[name]
             resident, others = self.policy.models[name], {ticket.model for ticket in self.waiting} - {name}
             self.stays.append((self.now - resident.came, resident.took, max(1, len(others))))
-            self.under_way.append((self.now + self.dice.random(), name, False))
+            self.under_way.append((self.now + self.dice.random(), name, "unload"))
+            self.made_room.append((str(self.policy._following()), self.now))
+        if turn.check is not None:
+            assert turn.load is None and states[turn.check] == "unloaded" and not self.policy.models[turn.check].sound
+            self.checks.append((turn.check, self.now))
+            self.under_way.append((self.now + self.dice.random() * 3, turn.check, "check"))
         if turn.load is not None:
             assert not any(state == "unloading" for state in states.values())
+            assert not any(what == "check" for *_, what in self.under_way)
             self.loads.append((turn.load, self.now))
-            self.under_way.append((self.now + self.dice.random() * 10, turn.load, True))
+            self.under_way.append((self.now + self.dice.random() * 10, turn.load, "load"))
         assert sum(state != "unloaded" for state in states.values()) <= self.policy.room
         assert sum(state == "loading" for state in states.values()) <= 1
         assert running == Counter({n: r.running for n, r in self.policy.models.items() if r.running})
@@ -82,13 +94,19 @@ class World:
             self.now = max(self.now, min(times))
             for item in [item for item in self.under_way if item[0] <= self.now]:
                 self.under_way.remove(item)
-                self.done(item[1], loads=item[2])
+                self.done(*item[1:])
             self.act()
             assert self.policy.wake(self.now) != 0.0, "it has just been woken"
 
-    def done(self, name: str, *, loads: bool) -> None:
-        if not loads:
+    def done(self, name: str, what: str) -> None:
+        if what == "unload":
             self.policy.unloaded(name)
+        elif what == "check":
+            stay = sum(self.sizes[n] for n, r in self.policy.models.items() if r.state != "unloaded" and r.stay.pinned)
+            fits = self.sizes[name] + stay <= self.memory
+            self.policy.checked(name, BROKEN if name in self.bad else None if fits else TOO_LARGE, self.now)
+        elif name in self.bad | self.worse:
+            self.policy.failed(name, BROKEN, self.now)
         elif sum(self.sizes[n] for n, r in self.policy.models.items() if r.state != "unloaded") > self.memory:
             self.policy.failed(name, TOO_LARGE, self.now)
         else:
@@ -126,6 +144,7 @@ EVENTS = st.lists(
     stays=st.lists(STAYS, min_size=1, max_size=5), room=st.integers(1, 5), memory=st.integers(2, 12),
     sizes=st.lists(st.integers(1, 6), min_size=5, max_size=5), events=EVENTS, seed=st.integers(0, 99),
     least_stay=st.sampled_from([None, 0.0, 7.0]),
+    bad=st.frozensets(st.sampled_from(NAMES), max_size=2), worse=st.frozensets(st.sampled_from(NAMES), max_size=2),
 )  # fmt: skip
 def test_everybody_is_served_or_told(
     stays: list[Stay],
@@ -135,6 +154,8 @@ def test_everybody_is_served_or_told(
     events: list[tuple[str, int]],
     seed: int,
     least_stay: float | None,
+    bad: frozenset[str],
+    worse: frozenset[str],
 ) -> None:
     """Whatever operators do and whatever does not fit. ``act`` checks that room is kept; here: every ticket ends."""
     named, pinned = dict(zip(NAMES, stays, strict=False)), sum(stay.pinned for stay in stays)
@@ -143,7 +164,7 @@ def test_everybody_is_served_or_told(
             Residency(named, room)
         return
     own = dict(zip(NAMES, sizes, strict=True))
-    world = World(named, room, sizes=own, memory=memory, seed=seed, least_stay=least_stay)
+    world = World(named, room, sizes=own, memory=memory, seed=seed, least_stay=least_stay, bad=bad, worse=worse)
     tickets = []
     for kind, number in events:
         name = NAMES[number % len(stays)]
@@ -172,6 +193,31 @@ def test_everybody_is_served_or_told(
         world.pass_time(LONGEST_WAIT / 2)
     assert not world.waiting and set(tickets) == set(world.ended)
     assert not any(resident.running for resident in world.policy.models.values())
+
+
+@settings(max_examples=3 * settings.default.max_examples)
+@given(
+    bad=st.frozensets(st.sampled_from("bcde")), worse=st.frozensets(st.sampled_from("bcde")),
+    large=st.frozensets(st.sampled_from("bcde")), room=st.integers(1, 3), seed=st.integers(0, 99),
+    asks=st.lists(st.integers(0, 99), max_size=60),
+)  # fmt: skip
+def test_what_cannot_be_loaded_costs_the_others_little(
+    bad: frozenset[str], worse: frozenset[str], large: frozenset[str], room: int, asks: list[int], seed: int
+) -> None:
+    """Nobody leaves for what is seen to be wrong; for what fails all the same, one in LAST_PAUSE."""
+    sizes = {name: 9 if name in large else 1 for name in NAMES}
+    world = World(dict.fromkeys(NAMES, Stay()), room, sizes=sizes, memory=6, seed=seed, bad=bad, worse=worse)
+    for number in asks:
+        ticket = world.ask(NAMES[number % 5])
+        world.pass_time(number / 3)
+        assert ticket is None or ticket.model in bad | worse | large or world.ended.get(ticket) is None
+        while world.running:
+            world.end(0)
+    costs = [(name, at) for name, at in world.made_room if name in bad | worse | large]
+    assert not [name for name, _ in costs if name in bad | large]
+    for name in worse:
+        times = [at for other, at in costs if other == name]
+        assert all(later - earlier >= LAST_PAUSE for earlier, later in pairwise(times)), (name, times)
 
 
 @settings(max_examples=3 * settings.default.max_examples)
@@ -208,7 +254,9 @@ def test_two_models_in_turn() -> None:
     world = World({"a": Stay(), "b": Stay()}, 1, sizes={"a": 1, "b": 1}, memory=9, seed=0)
     first = world.ask("a")
     world.pass_time(20)
-    waits, late = world.ask("b"), world.ask("a")
+    waits = world.ask("b")
+    world.pass_time(4)  # it is looked at
+    late = world.ask("a")
     assert first is not None and waits is not None and late is not None
     assert (first.granted, waits.granted, late.granted) == (True, False, False), "a takes no more: b waits for its room"
     world.end(0)
@@ -290,6 +338,8 @@ def test_one_that_is_idle_keeps_its_room_for_as_long_as_its_load_took() -> None:
     assert policy.turn(3.0).granted == [first]
     policy.leave(first, 4.0)
     waits = policy.ask("b", 4.5)
+    assert policy.turn(4.5).check == "b" and policy.turn(4.5).check is None
+    policy.checked("b", None, 4.5)
     assert not policy.turn(4.5).unload and policy.wake(4.5) == 2.5
     again = policy.ask("a", 6.0)
     assert policy.turn(6.0).granted == [again], "it takes requests meanwhile"
@@ -379,7 +429,7 @@ def test_failures_are_tried_again_less_and_less_often() -> None:
         policy.unwant("b")
         assert policy.turn(now).unload == ["b"]
         policy.unloaded("b")
-    assert pauses[:3] == [FIRST_PAUSE, 2 * FIRST_PAUSE, 4 * FIRST_PAUSE] and pauses[-1] == residency.LAST_PAUSE
+    assert pauses[:3] == [FIRST_PAUSE, 2 * FIRST_PAUSE, 4 * FIRST_PAUSE] and pauses[-1] == LAST_PAUSE
     policy.want("a")  # an operator need not wait
     policy.loaded("a", now) if policy.turn(now).load == "a" else pytest.fail("it is not tried")
     assert policy.ask("a", now).model == "a"

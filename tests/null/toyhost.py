@@ -45,14 +45,21 @@ class Slow(ToyExecutor):
         return super().submit(plan)
 
 
-def load(config: EngineConfig, told: Callable[[float], None], taken: int) -> tuple[Any, Loaded]:
-    """``config.model`` says how it fails to load: "refuse", "exit", or "once:FILE", which works once."""
+def load(config: EngineConfig, told: Callable[[float | None], None], taken: int) -> tuple[Any, Loaded]:
+    """``config.model`` says how it fails to load: "refuse", "exit", or "once:FILE", which works once; "ever" tells of
+    progress and does not end, "ever:FILE" the second time; "fetch" is silent for a while, and says that it may be."""
     how, _, place = (config.model or "").partition(":")
     if how == "refuse":
         raise ConfigError("too_small", "The toy cannot be loaded", why="1 < 2", fix="buy another")
     if how == "exit" or (how == "once" and Path(place).exists()):
         os._exit(3)
-    if how == "once":
+    while how == "ever" and (not place or Path(place).exists()):
+        told(0.25)
+        time.sleep(0.1)
+    if how == "fetch":
+        told(None)
+        time.sleep(4.0)
+    if place:
         Path(place).touch()
     told(0.5)
     executor = Slow(SETUP.pools, SETUP.block_size, VOCAB)

@@ -10,7 +10,7 @@ from penstock.assemble.engine import (
     name_of,
     read_face,
 )
-from penstock.assemble.executor import Loaded, as_stored, is_packed, load_executor, load_logits_rules
+from penstock.assemble.executor import Loaded, as_stored, check_behind, is_packed, load_executor, load_logits_rules
 from penstock.assemble.resolve import resolve, resolve_here
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Loaded",
     "as_stored",
     "build_engine",
+    "check_behind",
     "find_model",
     "front_of",
     "is_packed",

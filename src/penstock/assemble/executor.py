@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -15,7 +16,7 @@ from penstock.core.admission import Limits
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import Executor
 from penstock.core.setup import EngineSetup
-from penstock.formats import WeightCache, file_digest
+from penstock.formats import WeightCache, file_digest, open_checkpoint
 from penstock.spec import Dtype, EncoderSpec, EngineConfig, ModelSpec, Vocabulary
 from penstock.spec.encoder import read_any_spec
 from penstock.spec.pooling import read_pooling
@@ -63,38 +64,28 @@ def load_executor(
     Args:
         separator: token id between the texts of a pair, which a cross-encoder needs to know.
         grammars: compiles structured outputs; without it they are not obeyed.
-        told: hears which share of the layers is in memory.
+        told: hears which share of the layers is in memory; 0 again and again while files are read for other ends.
         taken: bytes that seem to be free, and that others will need.
     """
     import torch
 
-    from penstock.kernels import make_ops
     from penstock.layers import Packing
-    from penstock.models import Placement, numerics_id
-    from penstock.runtime.fit import fit
-    from penstock.runtime.host import keep_freed_memory
+    from penstock.models import numerics_id
     from penstock.runtime.memory import plan_pools, pool_bytes
     from penstock.runtime.packed import load_kept
     from penstock.runtime.runner import Runner
 
-    checkpoint = read_any_spec(folder)
-    config = resolve_here(config, checkpoint)
-    if config.device == "cpu":
-        torch.set_num_threads(config.num_threads or 1)
-        keep_freed_memory()
-    device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
-    placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
-    config = as_stored(config, folder, ops)
-    config = fit(checkpoint, config, stored, device, packed=is_packed(config, folder, ops), taken=taken)
+    checkpoint, config, ops, placement = _planned(folder, config, taken)
+    device, stored = placement.device, cast(Dtype, config.dtype)  # which is not "auto" any more
     if isinstance(checkpoint, EncoderSpec):
         return _load_encoder(folder, config, checkpoint, ops, placement, vocabulary, separator)
     placement = replace(placement, kv_dtype=None if config.kv_dtype == "auto" else getattr(torch, config.kv_dtype))
     assert config.max_model_len is not None
     spec = replace(checkpoint, max_positions=config.max_model_len)
-    packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config)
+    packing, store = Packing(ops, spec, placement, config.quant), weight_cache(config, lambda: told(0.0))
     decoder, mapped = load_kept(folder, spec, ops, placement, packing, store, told)
     pools = plan_pools(spec, config, stored, device, reserved=mapped + taken)
-    digest = store.digest if store else file_digest
+    digest = store.digest if store else partial(file_digest, told=lambda: told(0.0))
     setup = engine_setup(config, pools, numerics_id(folder, spec, ops, placement, packing.recipe, digest), vocabulary)
     runner = Runner(
         decoder,
@@ -110,6 +101,49 @@ def load_executor(
     return _loaded(config, spec, setup, runner, ops, held=mapped + pool_bytes(spec, config, stored, pools))
 
 
+def check_behind(folder: Path, config: EngineConfig, taken: int) -> None:
+    """Whether ``load_executor`` may succeed, as the headers of the files and the plan of memory have it: no tensor is
+    read. Raises the same.
+
+    Args:
+        taken: below 0, bytes that others will give back before.
+    """
+    from penstock.models import open_encoder, open_tensors
+
+    spec, config, _, placement = _planned(folder, config, taken)
+    checkpoint = open_checkpoint(folder)
+    if isinstance(spec, EncoderSpec):
+        open_encoder(checkpoint, spec, placement)
+    else:
+        open_tensors(checkpoint, spec, placement)
+    load_logits_rules(config.logits_rule)
+    weight_cache(config)
+
+
+def _planned(
+    folder: Path, config: EngineConfig, taken: int
+) -> tuple[ModelSpec | EncoderSpec, EngineConfig, Ops, Placement]:
+    """All that is decided before a tensor is read."""
+    import torch
+
+    from penstock.kernels import make_ops
+    from penstock.models import Placement
+    from penstock.runtime.fit import fit
+    from penstock.runtime.host import keep_freed_memory
+
+    spec = read_any_spec(folder)
+    config = resolve_here(config, spec)
+    if config.device == "cpu":
+        torch.set_num_threads(config.num_threads or 1)
+        keep_freed_memory()
+    device, stored = torch.device(config.device), cast(Dtype, config.dtype)  # neither is "auto" any more
+    placement, ops = Placement(getattr(torch, config.dtype), device), make_ops(config.backend)
+    config = as_stored(config, folder, ops)
+    if taken >= 0 or config.device == "cpu":  # what others have of another device is not known here
+        config = fit(spec, config, stored, device, packed=is_packed(config, folder, ops), taken=taken)
+    return spec, config, ops, placement
+
+
 def _allocate(
     ops: Ops, spec: ModelSpec, pools: tuple[PoolSpec, ...], size: int, placement: Placement
 ) -> list[list[KVLayer]]:
@@ -119,9 +153,9 @@ def _allocate(
     ]
 
 
-def weight_cache(config: EngineConfig) -> WeightCache | None:
+def weight_cache(config: EngineConfig, told: Callable[[], None] = lambda: None) -> WeightCache | None:
     """Raises ConfigError: (size_invalid) PENSTOCK_CACHE_SIZE is no size."""
-    return WeightCache(env.cache_folder(), parse_size(env.cache_size())) if config.weight_cache else None
+    return WeightCache(env.cache_folder(), parse_size(env.cache_size()), told) if config.weight_cache else None
 
 
 def as_stored(config: EngineConfig, folder: Path, ops: Ops) -> EngineConfig:

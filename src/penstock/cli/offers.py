@@ -35,13 +35,16 @@ class Keeping:
         None,
         "seconds after which a silent engine is killed and replaced; 0 never; by default 120, and more for large steps",
     )
+    load_timeout: float = option(
+        300.0, "seconds without progress after which a model that is being loaded has failed; 0 never"
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError: (option_invalid), (span_invalid)."""
         parse_span(self.keep_alive)
         if self.max_loaded is not None and self.max_loaded < 1:
             raise _wrong("max_loaded", self.max_loaded, "it must be at least 1")
-        for name in ("least_stay", "step_timeout"):
+        for name in ("least_stay", "step_timeout", "load_timeout"):
             if (seconds := getattr(self, name)) is not None and not seconds >= 0:
                 raise _wrong(name, seconds, "it must be 0 or more")
 
@@ -116,5 +119,5 @@ def models_of(configs: Configs, service: RemoteService, keeping: Keeping, tokeni
         )
         for config, table in configs
     ]
-    timeout = math.inf if keeping.step_timeout == 0 else keeping.step_timeout
-    return Models(offers, keeping.max_loaded, timeout, tokenizers, keeping.least_stay)
+    step = math.inf if keeping.step_timeout == 0 else keeping.step_timeout
+    return Models(offers, keeping.max_loaded, step, tokenizers, keeping.least_stay, keeping.load_timeout or math.inf)

@@ -6,6 +6,9 @@ order of their oldest waiting ticket. What makes room is an idle model, the leas
 idle, the one that came in first takes no more requests and leaves when its last one has ended; neither before it has
 been there for a while (STAY_LOADS), so that loads are worth their time.
 
+Nobody leaves for a model that has not come in since it last failed, or ever, before it was looked at: what can be known
+without loading it. One that fails although others have left for it is not tried again for LAST_PAUSE.
+
 So nobody starves: a model that has come in serves all who waited for it before it can be chosen to leave, and then
 whoever asks for it stands behind those who wait for others. Of N models at most N - 1 come in before the one that a
 ticket waits for.
@@ -72,6 +75,9 @@ class Resident:
         wanted, unwanted: an operator said so.
         crowded: the last try failed for lack of memory, with others in it.
         hopeless: it did not fit although all others had left, so that none leaves for it again.
+        sound: it has been in memory since it last failed, or was looked at and nothing is wrong.
+        checking: it is being looked at.
+        dear: another had to leave for it, and it has not come in since.
         keep_alive: as of ``stay``, until ``keep`` says otherwise.
         failures: in a row; until ``again`` it is not tried.
     """
@@ -88,6 +94,9 @@ class Resident:
     unwanted: bool = False
     crowded: bool = False
     hopeless: bool = False
+    sound: bool = False
+    checking: bool = False
+    dear: bool = False
     failures: int = 0
     again: float = 0.0
     error: PenstockError | None = None
@@ -101,10 +110,11 @@ class Resident:
 
 @dataclass(slots=True)
 class Turn:
-    """What to do now: tickets that may go on or are refused; a model to load, models to unload."""
+    """What to do now: tickets that may go on or are refused; a model to look at or to load, models to unload."""
 
     granted: list[Ticket] = field(default_factory=list)
     refused: list[tuple[Ticket, PenstockError]] = field(default_factory=list)
+    check: str | None = None
     load: str | None = None
     unload: list[str] = field(default_factory=list)
 
@@ -178,8 +188,16 @@ class Residency:
         resident = self.models[model]
         resident.state, resident.came, resident.used = "loaded", now, now
         resident.took = now - resident.began
-        resident.wanted = resident.crowded = resident.hopeless = False
-        resident.failures, resident.error = 0, None
+        resident.wanted = resident.crowded = resident.hopeless = resident.dear = False
+        resident.failures, resident.error, resident.sound = 0, None, True
+
+    def checked(self, model: str, error: PenstockError | None, now: float) -> None:
+        """It was looked at, with all memory counted as free that others may leave. ``error``: what is wrong with it."""
+        resident = self.models[model]
+        resident.checking, resident.sound = False, error is None
+        if error is not None:
+            resident.error, resident.crowded = error, False
+            self._put_off(resident, now)
 
     def failed(self, model: str, error: PenstockError, now: float) -> None:
         """It could not be loaded, or has died. For lack of memory it is tried again as soon as another has left, if one
@@ -189,23 +207,26 @@ class Residency:
         if resident.state == "loaded":
             self._has_left()
         resident.state, resident.error, resident.keep_alive = "unloaded", error, resident.stay.keep_alive
-        others = any(self._removable(name) or r.state == "unloading" for name, r in self.models.items())
+        others = any(self.may_leave(name) or r.state == "unloading" for name, r in self.models.items())
         resident.hopeless |= error.code in MEMORY_CODES and not others
         resident.crowded = error.code in MEMORY_CODES and others and not resident.hopeless
+        resident.sound &= resident.crowded and resident.dear  # others leave until it fits, as was found
         if not resident.crowded:
-            resident.again = now + min(FIRST_PAUSE * 2.0**resident.failures, LAST_PAUSE)
-            resident.failures += 1
-            resident.wanted = resident.unwanted = False
+            self._put_off(resident, now)
 
     def unloaded(self, model: str) -> None:
         resident = self.models[model]
         resident.state, resident.unwanted, resident.keep_alive = "unloaded", False, resident.stay.keep_alive
         self._has_left()
 
+    def may_leave(self, name: str) -> bool:
+        """It makes room for others, once what runs has ended."""
+        return self.models[name].state == "loaded" and not self.models[name].stay.pinned
+
     # -- what to do ----------------------------------------------------------------------------------
 
     def turn(self, now: float) -> Turn:
-        """To be carried out; every load and unload in it is told of with ``loaded``, ``failed`` or ``unloaded``."""
+        """To be carried out; each part of it is told of with ``checked``, ``loaded``, ``failed`` or ``unloaded``."""
         turn = Turn()
         self._refuse(turn, now)
         following = self._following()
@@ -278,7 +299,7 @@ class Residency:
     def _make_room(self, turn: Turn, following: str | None, now: float) -> None:
         """One change at a time, so that what is free when a model comes in is what it was found to be."""
         self._room_at = None
-        if following is None or any(r.state in ("loading", "unloading") for r in self.models.values()):
+        if following is None or any(r.checking or r.state in ("loading", "unloading") for r in self.models.values()):
             return
         if not self._in_the_way(following):
             self.models[following].state, self.models[following].began = "loading", now
@@ -288,23 +309,29 @@ class Residency:
         until = {
             name: now if self.models[following].wanted or name == self._leaving else self._kept_until(resident)
             for name, resident in self.models.items()
-            if self._removable(name)
+            if self.may_leave(name)
         }
+        if until and not self.models[following].sound:
+            self.models[following].checking, turn.check = True, following
+            return
         ready = [name for name, at in until.items() if at <= now]
         if idle := [name for name in ready if not self.models[name].running]:
-            self._leaving = None
+            self._leaving, self.models[following].dear = None, True
             self._unload(turn, min(idle, key=lambda name: self.models[name].used))
             return
         if ready and self._leaving not in ready:
             self._leaving = min(ready, key=lambda name: self.models[name].came)
         self._room_at = min((at for at in until.values() if at > now), default=None)
 
+    def _put_off(self, resident: Resident, now: float) -> None:
+        pause = LAST_PAUSE if resident.dear else min(FIRST_PAUSE * 2.0**resident.failures, LAST_PAUSE)
+        resident.again = now + pause
+        resident.failures += 1
+        resident.wanted = resident.unwanted = resident.dear = False
+
     def _has_left(self) -> None:
         for resident in self.models.values():
             resident.crowded = False
-
-    def _removable(self, name: str) -> bool:
-        return self.models[name].state == "loaded" and not self.models[name].stay.pinned
 
     def _unload(self, turn: Turn, name: str) -> None:
         self.models[name].state = "unloading"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from penstock.base import ModelFormatError
@@ -19,15 +20,18 @@ REMEMBERED = 256
 SETTLED_NS = 2_000_000_000
 """A file changed so lately may change again within the same tick of its file system's clock."""
 
+READ_AT_ONCE = 1 << 24
+
 _known: dict[str, str] = {}
 
 
-def file_digest(path: Path, memory: Path | None = None) -> str:
+def file_digest(path: Path, memory: Path | None = None, told: Callable[[], None] = lambda: None) -> str:
     """sha256 in hex, computed once while place, size, times and inode stay the same. A hub cache names its files by
     just that, which is believed where nothing is kept for later: a blob may be mended under the name it had damaged.
 
     Args:
         memory: a file that remembers digests beyond this process. One that is damaged or cannot be written is none.
+        told: hears that there is progress, every 16 MiB.
     """
     name = path.resolve().name if memory is None and path.is_symlink() else ""
     if re.fullmatch("[0-9a-f]{64}", name):
@@ -36,14 +40,22 @@ def file_digest(path: Path, memory: Path | None = None) -> str:
     if key not in _known and memory is not None:
         _known.update(_read(memory))
     if key not in _known:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _digest(path, told)
         if not settled or _state(path)[0] != key:
             return digest
         _known[key] = digest
         if memory is not None:
             _write(memory, key, digest)
     return _known[key]
+
+
+def _digest(path: Path, told: Callable[[], None]) -> str:
+    digest, part = hashlib.sha256(), memoryview(bytearray(READ_AT_ONCE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(part):
+            digest.update(part[:count])
+            told()
+    return digest.hexdigest()
 
 
 def _state(path: Path) -> tuple[str, bool]:

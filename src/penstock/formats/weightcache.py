@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,14 +39,16 @@ class WeightCache:
 
     Attributes:
         limit: bytes that its files may have together.
+        told: hears of progress where something takes long.
     """
 
     folder: Path
     limit: int
+    told: Callable[[], None] = lambda: None
 
     def digest(self, path: Path) -> str:
         """As ``file_digest``, remembered from start to start."""
-        return file_digest(path, self.folder / "digests.json")
+        return file_digest(path, self.folder / "digests.json", self.told)
 
     def find(self, key: str) -> PackedFile | None:
         path = self._path(key)

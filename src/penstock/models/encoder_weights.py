@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from penstock.base.segments import ffn_segments, sum_segments
-from penstock.formats import open_checkpoint
+from penstock.formats import Checkpoint, open_checkpoint
 from penstock.layers import Embedding, Linear, Ops, Placement, RowLinear, Weight
 from penstock.models.encoder import Classifier, Encoder, EncoderBlock, LayerNorm
 from penstock.models.tensors import Tensors
@@ -21,9 +21,14 @@ def load_encoder(folder: Path, spec: EncoderSpec, ops: Ops, placement: Placement
     Raises:
         ModelFormatError: as ``open_checkpoint`` and ``Tensors.check``.
     """
-    tensors = Tensors(open_checkpoint(folder), placement, lambda name: _rename(name, spec))
+    return _Builder(open_encoder(open_checkpoint(folder), spec, placement), spec, ops).encoder()
+
+
+def open_encoder(checkpoint: Checkpoint, spec: EncoderSpec, placement: Placement) -> Tensors:
+    """A checkpoint whose names, shapes and dtypes are those that the spec calls for."""
+    tensors = Tensors(checkpoint, placement, lambda name: _rename(name, spec))
     tensors.check(encoder_tensors(spec), spec.family)
-    return _Builder(tensors, spec, ops).encoder()
+    return tensors
 
 
 def _rename(name: str, spec: EncoderSpec) -> str | None:

@@ -32,7 +32,7 @@ def fit(
 
     Args:
         packed: the weights are small integers already, so that ``quant`` cannot make them smaller.
-        taken: bytes that seem to be free, and that others will need.
+        taken: bytes that seem to be free, and that others will need; below 0, that they will give back.
 
     Raises:
         ConfigError: (model_too_large, kv_memory_too_large, kv_memory_too_small) it does not; the message has the
@@ -78,7 +78,7 @@ def _fitted(
             f"The model does not fit in the memory of {device}",
             why=f"it needs {gib(needed)} ({', '.join(f'{name} {gib(size)}' for name, size in parts.items())}) in "
             f"{dtype if config.quant == 'none' else config.quant} and {gib(free)} are free"
-            + (f", beside {gib(taken)} that other models may need" if taken else ""),
+            + (f", beside {gib(taken)} that other models may need" if taken > 0 else ""),
         )
     if isinstance(spec, EncoderSpec):
         return config

@@ -166,7 +166,7 @@ class Run:
             return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), context))
         except PenstockError as error:
             # not the line's fault: it comes again, in this process or the next, and others' batches go on meanwhile
-            if isinstance(error, Unavailable) or error.code in ("engine_dead", "engine_closed"):
+            if isinstance(error, Unavailable) or error.code in ("engine_dead", "engine_closed", "load_timeout"):
                 self._stopped = True
                 self._rest(error)
                 return None

@@ -10,7 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from penstock.assemble import Assembled, front_of
 from penstock.base import ConfigError, EngineError, PenstockError
@@ -25,9 +26,15 @@ from penstock.spec.encoder import encoder_parameters
 from penstock.spec.sizing import active_parameters
 from penstock.wire import RemoteService, TextWorkers, python
 
+LOAD_SECONDS = 300.0
+"""After which an engine that loads its model, and tells of no progress, counts as hung."""
 STEP_SECONDS = 120.0
 SLOWEST = 10e9
 """FLOP/s that any machine has on which somebody serves a model: what a step may take follows from it."""
+UNKNOWN = -(1 << 62)
+"""Bytes that others give back where that cannot be told: lack of memory is no reason then before they have."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _NOTHING = Status(running=0, waiting=0, blocks_total=0, blocks_used=0, counters=Counters())
@@ -62,15 +69,16 @@ class Served:
         now = _NOTHING if self.llm is None else self.llm.engine.service.status()
         return replace(now, counters=self.gone + now.counters)
 
-    def bring(self, taken: Callable[[], int], tokenizers: int = 0) -> AsyncLLM:
-        """Loads it, which takes long. Raises as ``assemble.build_engine``.
+    def bring(self, taken: Callable[[], int], tokenizers: int = 0, timeout: float = LOAD_SECONDS) -> AsyncLLM:
+        """Loads it, which takes long. Raises as ``RemoteService.ready``.
 
         Args:
             taken: as of ``RemoteService``.
             tokenizers: most processes for its long texts, started when there is one.
+            timeout: as ``load_timeout`` of ``RemoteService``.
         """
         service = self.service = self.service or RemoteService(python("penstock.host"), self.config, taken)
-        service.taken = taken
+        service.taken, service.load_timeout = taken, timeout
         try:
             front = front_of(service, self.config)
             texts = TextWorkers(python("penstock.texthost"), front.config, tokenizers) if tokenizers else None
@@ -79,6 +87,16 @@ class Served:
             self.service = None
             service.close()
             raise
+
+    def check(self, taken: int, timeout: float) -> None:
+        """Looks at what can be known of it without loading it, in a process that ends then. Raises as ``bring``."""
+        service = self.service = RemoteService(python("penstock.host"), self.config, lambda: taken, check=True)
+        service.load_timeout = timeout
+        try:
+            service.ready()
+        finally:
+            self.service = None
+            service.close()
 
     def part(self) -> Callable[[], None]:
         """Nobody can use it from here on. Returns what ends its process, which takes long."""
@@ -104,6 +122,7 @@ class Models:
         step_timeout: seconds; as of ``RemoteService``. None: by the size of model and step.
         tokenizers: processes for the long texts of each model in memory, at most.
         least_stay: as of ``Residency``.
+        load_timeout: seconds; as of ``RemoteService``.
 
     Attributes:
         changed: called when a model has come in.
@@ -120,6 +139,7 @@ class Models:
         step_timeout: float | None = None,
         tokenizers: int = 0,
         least_stay: float | None = None,
+        load_timeout: float = LOAD_SECONDS,
     ) -> None:
         self.all = {model.name: model for model in served}
         self.changed: Callable[[], None] = lambda: None
@@ -131,7 +151,7 @@ class Models:
                     raise ConfigError("model_named_twice", f"Two models are called {name!r}", fix=fix)
                 self._names[name] = model
         self.policy = Residency({model.name: model.stay for model in served}, room or len(served), least_stay)
-        self._step_timeout, self._tokenizers = step_timeout, tokenizers
+        self._step_timeout, self._bringing = step_timeout, (tokenizers, load_timeout)
         self.turnstile = Turnstile(REQUESTS_AT_ONCE)
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._tasks = set[asyncio.Task[None]]()
@@ -179,7 +199,7 @@ class Models:
         for model in [model for model in self.all.values() if model.stay.pinned] or [self.first]:
             self.policy.want(model.name)
             self.policy.turn(time.monotonic())
-            self._came(model, model.bring(self._held_beside(model), self._tokenizers))
+            self._came(model, model.bring(self._held_beside(model), *self._bringing))
 
     def ask(self, model: Served) -> Ticket:
         """A ticket, which may be granted at once; ``leave`` has to follow. Raises Unavailable: the model could not be
@@ -268,6 +288,8 @@ class Models:
                 future.set_exception(error)
         for name in turn.unload:
             self._begin(self._unload(self.all[name]))
+        if turn.check is not None:
+            self._begin(self._check(self.all[turn.check]))
         if turn.load is not None:
             self._begin(self._load(self.all[turn.load]))
         if self._timer is not None:
@@ -291,22 +313,52 @@ class Models:
 
         return held
 
+    def _held_after(self, model: Served) -> int:
+        """The same once all others have left that may; below 0, what they give back."""
+        held = 0
+        for name, other in self.all.items():
+            if other.service is None:
+                continue
+            if not self.policy.may_leave(name):
+                held += other.service.held
+            elif (back := other.service.memory) is not None:
+                held -= back
+            else:
+                return UNKNOWN
+        return held
+
     def _begin(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _check(self, model: Served) -> None:
+        wrong = await self._outcome(model, partial(model.check, self._held_after(model), self._bringing[1]))
+        self.policy.checked(model.name, wrong if isinstance(wrong, PenstockError) else None, time.monotonic())
+        if isinstance(wrong, PenstockError):
+            self._tell(model, wrong)
+        self._act()
+
     async def _load(self, model: Served) -> None:
         _log.info("loading %s", model.name)
+        came = await self._outcome(model, partial(model.bring, self._held_beside(model), *self._bringing))
+        if isinstance(came, AsyncLLM):
+            self._came(model, came)
+        else:
+            self.policy.failed(model.name, came, time.monotonic())
+            self._tell(model, came)
+        self._act()
+
+    async def _outcome(self, model: Served, work: Callable[[], T]) -> T | PenstockError:
+        """Of what takes long, in a thread."""
         try:
-            self._came(model, await asyncio.to_thread(model.bring, self._held_beside(model), self._tokenizers))
+            return await asyncio.to_thread(work)
         except PenstockError as error:
-            self._failed(model, error)
+            return error
         except Exception as error:
             _log.exception("the model %s cannot be loaded", model.name)
             why = type(error).__name__
-            self._failed(model, EngineError("load_failed", "The model cannot be loaded", why=why, fix="see the log"))
-        self._act()
+            return EngineError("load_failed", "The model cannot be loaded", why=why, fix="see the log")
 
     async def _unload(self, model: Served) -> None:
         await asyncio.to_thread(model.part())  # in the loop, where others look at it
@@ -320,8 +372,7 @@ class Models:
         self.policy.loaded(model.name, time.monotonic())
         self.changed()
 
-    def _failed(self, model: Served, error: PenstockError) -> None:
-        self.policy.failed(model.name, error, time.monotonic())
+    def _tell(self, model: Served, error: PenstockError) -> None:
         resident = self.policy.models[model.name]
         then = "when another has left" if resident.crowded else f"in {resident.again - time.monotonic():.0f} s"
         if not self._closed:

@@ -32,12 +32,14 @@ from penstock.wire.frames import MAX_FRAME, bad_frame
 
 class Start(Struct, tag="start", frozen=True):
     """The first word to an engine process. ``epoch`` counts the engines of a service; what another says is ignored.
-    ``taken``: bytes that seem to be free, and that other engines will need.
+    ``taken``: bytes that seem to be free, and that other engines will need; below 0, that they will give back.
+    ``check``: only what can be known without loading the model is asked for; a Ready with nothing in it is the answer.
     """
 
     epoch: int
     config: EngineConfig
     taken: int = 0
+    check: bool = False
 
 
 class Submit(Struct, tag="submit", frozen=True):
@@ -88,10 +90,10 @@ class Look(Struct, tag="look", frozen=True):
 
 
 class Loading(Struct, tag="loading", frozen=True):
-    """How much of a model is in memory, from 0 to 1."""
+    """How much of a model is in memory, from 0 to 1; None: it is fetched, which may take any time."""
 
     epoch: int
-    share: float
+    share: float | None
 
 
 class Ready(Struct, tag="ready", frozen=True):

@@ -79,6 +79,14 @@ class EngineProcess:
             self.process.kill()
             self.process.wait()
 
+    def memory(self) -> int | None:
+        """Bytes of it that no other process and no file has, as Linux counts them (proc_pid_statm(5)); else None."""
+        try:
+            _, resident, shared, *_ = Path(f"/proc/{self.process.pid}/statm").read_text().split()
+        except (OSError, ValueError):
+            return None
+        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
     def fate(self) -> str:
         """How it ended, for a sentence that begins with its name."""
         code = self.process.returncode

@@ -22,6 +22,7 @@ from penstock.base import EngineError, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id, engine_stopped
 from penstock.core.trace import Trace
 from penstock.spec import EngineConfig
+from penstock.wire.faults import dead, load_timeout, quarantined
 from penstock.wire.frames import Connection, WireError, bad_frame
 from penstock.wire.messages import (
     Cancel,
@@ -61,21 +62,29 @@ class RemoteService:
     Args:
         argv: the command line of the process; the path of the socket is added.
         config: what it shall load; sent to every process that is started.
+        check: that it could is all that ``ready`` says, and there is no engine; ``taken`` may be below 0.
 
     Attributes:
         taken: bytes that seem to be free, and that other engines will need; asked for each process that is started.
         step_timeout: seconds without news, while requests are under way, after which an engine counts as hung and is
             killed; None waits for ever.
+        load_timeout: the same of one that loads its model, unless it fetches that. No other is started then: it would
+            hang as well.
         held: bytes of this engine's weights and KV that may seem to be free to others.
         progress: share of its model that an engine has in memory while it loads it.
     """
 
-    def __init__(self, argv: Sequence[str], config: EngineConfig, taken: Callable[[], int] = lambda: 0) -> None:
-        self._argv, self._config, self.taken = list(argv), config, taken
+    def __init__(
+        self, argv: Sequence[str], config: EngineConfig, taken: Callable[[], int] = lambda: 0, check: bool = False
+    ) -> None:
+        self._argv, self._config, self.taken, self._check = list(argv), config, taken, check
         self.step_timeout: float | None = None
+        self.load_timeout: float | None = None
         self.progress = 0.0
         self.held = 0
         self._frames = 0  # from all engines, that tell of progress
+        self._fetching = False  # which may be silent for as long as it likes
+        self._hung: EngineError | None = None  # while it loaded
         self._requests: dict[str, UnderWay] = {}
         self._lock = threading.Lock()
         self._mail: queue.SimpleQueue[bytes | None] | None = None  # of the engine that is there, if one is
@@ -99,7 +108,7 @@ class RemoteService:
         """Waits until the first process has its model.
 
         Raises:
-            PenstockError: why it has none; as ``assemble.build_engine``, or engine_died.
+            PenstockError: why it has none; as ``assemble.build_engine``, or engine_died, load_timeout.
         """
         return self._first.result()
 
@@ -152,6 +161,11 @@ class RemoteService:
         return self._mail is not None and not self._closing.is_set()
 
     @property
+    def memory(self) -> int | None:
+        """Bytes that the system has back when the engine ends; None where it does not tell."""
+        return self._process.memory()
+
+    @property
     def fault(self) -> EngineError | None:
         """Why it is dead for good."""
         return self._fault
@@ -177,10 +191,10 @@ class RemoteService:
         except PenstockError as refusal:
             if not self._first.done():
                 self._first.set_exception(refusal)
-            error = self._fault = refusal if isinstance(refusal, EngineError) else _dead(str(refusal))
+            error = self._fault = refusal if isinstance(refusal, EngineError) else dead(str(refusal))
         except BaseException as cause:  # whatever it is, nobody may wait for ever
             log.exception("the link to the engine ended by a fault of its own")
-            error = self._fault = _dead(f"{type(cause).__name__} in the link to it")
+            error = self._fault = dead(f"{type(cause).__name__} in the link to it")
         if not self._first.done():
             self._first.set_exception(error)
         with self._lock:
@@ -195,7 +209,7 @@ class RemoteService:
         """Follows one engine after the other.
 
         Raises:
-            EngineError: (engine_dead) they die too often.
+            EngineError: (engine_dead) they die too often; (load_timeout) one hung while it loaded its model.
             PenstockError: why the first one did not start.
         """
         deaths: deque[float] = deque()
@@ -210,7 +224,7 @@ class RemoteService:
             while deaths[0] < now - RESTART_SECONDS:
                 deaths.popleft()
             if len(deaths) > MAX_RESTARTS:
-                raise _dead(f"{why}, and it was started again {MAX_RESTARTS} times in {RESTART_SECONDS:g} seconds")
+                raise dead(f"{why}, and it was started again {MAX_RESTARTS} times in {RESTART_SECONDS:g} seconds")
             pause = FIRST_PAUSE if now - since > RESTART_SECONDS else min(2 * pause, LAST_PAUSE)
             log.error("%s while %d requests were under way; it is started again", why, len(self._requests))
             self._bury(served)
@@ -221,8 +235,11 @@ class RemoteService:
             self._process = EngineProcess(self._argv)
 
     def _follow(self) -> tuple[bool, str]:
-        """One engine from its start to its end. Returns whether it served, and how it ended."""
+        """One engine from its start to its end. Returns whether it served, and how it ended. Raises as ``_serve``."""
         connection: Connection | None = None
+        self._fetching, self.progress = False, 0.0
+        watch = threading.Thread(target=self._watch, args=(self._process,), name="penstock-engine-watch", daemon=True)
+        watch.start()
         try:
             connection = self._process.connect()
             with self._lock:  # from here on ``close`` closes it
@@ -233,7 +250,7 @@ class RemoteService:
             self._gone.bad_frames += 1
             log.error("%s", error)
         except PenstockError as error:
-            if not self._first.done():
+            if not self._first.done() and self._hung is None:
                 raise
             if not self._closing.is_set():
                 log.error("%s", error)
@@ -251,14 +268,15 @@ class RemoteService:
             if connection:
                 connection.close()
             self._process.end(LEAVE_SECONDS if self._closing.is_set() else 1.0)
+        if self._hung is not None:
+            raise self._hung
         if not self._first.done() and not self._closing.is_set():
             what = f"The engine process {self._process.fate()} before its model was there"
             raise EngineError("engine_died", what, fix="see the log for why; a lack of memory is the usual cause")
         return mail is not None, f"The engine process {self._process.fate()}"
 
     def _listen(self, connection: Connection) -> None:
-        self.progress = 0.0
-        connection.send(encode(Start(self._epoch, self._config, self.taken())))
+        connection.send(encode(Start(self._epoch, self._config, self.taken(), self._check)))
         while (frame := connection.receive()) is not None:
             message = decode_from_engine(frame)
             self._frames += not isinstance(message, Seen)  # a hung engine answers looks
@@ -267,7 +285,8 @@ class RemoteService:
             if message.epoch != self._epoch:
                 raise bad_frame(f"it is of engine {message.epoch}, and this is {self._epoch}")
             if isinstance(message, Loading):
-                self.progress = message.share
+                self._fetching = message.share is None
+                self.progress = max(self.progress, message.share or 0.0)
             elif isinstance(message, News):
                 self._status = message.status
                 for update in message.updates:
@@ -276,6 +295,9 @@ class RemoteService:
                 seen = self._looks.get(message.number)
                 if seen and seen.set_running_or_notify_cancel():
                     seen.set_result(message.trace)
+            elif self._check:
+                self._first.set_result(message)
+                self._closing.set()
             else:
                 self._enter(connection, message)
 
@@ -291,24 +313,29 @@ class RemoteService:
                 else:
                     self._alone.append(id)
             self._try_next()
-        watched = (self._process, mail)
-        threading.Thread(target=self._watch, args=watched, name="penstock-engine-watch", daemon=True).start()
         self.held = ready.held
         if not self._first.done():
             self._first.set_result(ready)
 
-    def _watch(self, process: EngineProcess, mail: queue.SimpleQueue[bytes | None]) -> None:
-        """Kills an engine that is silent although it has requests: each step tells something. Looks are counted, not
-        time, so that a machine that was suspended, or a debugger that stopped both processes, costs no engine its life.
+    def _watch(self, process: EngineProcess) -> None:
+        """Kills an engine that is silent although it loads its model or has requests: each layer and each step tells
+        something. Looks are counted, not time, so that a machine that was suspended, or a debugger that stopped both
+        processes, costs no engine its life.
         """
         frames, looks = -1, 0
-        while not self._closing.wait(WATCH_SECONDS) and self._mail is mail:
-            looks = looks + 1 if self._frames == frames and self._requests else 0
-            frames = self._frames
-            if self.step_timeout is not None and looks * WATCH_SECONDS >= self.step_timeout:
-                log.error("the engine has told nothing for %g s: it hangs, and is killed", looks * WATCH_SECONDS)
-                process.process.kill()
-                return
+        while not self._closing.wait(WATCH_SECONDS) and process.process.poll() is None:
+            with self._lock:
+                loads = self._mail is None
+                busy = not self._fetching if loads else bool(self._requests)
+                looks = looks + 1 if self._frames == frames and busy else 0
+                frames, silent = self._frames, looks * WATCH_SECONDS
+                limit = self.load_timeout if loads else self.step_timeout
+                if limit is None or silent < limit:
+                    continue
+                self._hung = load_timeout(silent) if loads else None
+            log.error("the engine has told nothing for %g s: it hangs, and is killed", silent)
+            process.process.kill()
+            return
 
     def _continue(self, request: UnderWay) -> None:
         """Sends a request, and who of it was aborted meanwhile. The lock is held, and there is an engine."""
@@ -349,7 +376,7 @@ class RemoteService:
             request.deaths += served and self._tried in (None, id)
             if request.deaths >= MAX_DEATHS:
                 for sample in request.left:
-                    self._pass_on(request, Update(id, sample, finish_reason="error", error=_quarantined()))
+                    self._pass_on(request, Update(id, sample, finish_reason="error", error=quarantined(MAX_DEATHS)))
         self._alone.clear()
         self._tried = None
 
@@ -371,16 +398,3 @@ def _tell(request: UnderWay, update: Update) -> bool:
         log.exception("the sink of request %s raised", update.id)
         return False
     return True
-
-
-def _dead(why: str) -> EngineError:
-    return EngineError("engine_dead", "The engine stopped", why=why, fix="restart it and report the log")
-
-
-def _quarantined() -> EngineError:
-    return EngineError(
-        "request_quarantined",
-        f"The engine process died {MAX_DEATHS} times while the request ran",
-        why="the request may be the cause",
-        fix="send it again alone, and report it if that fails",
-    )

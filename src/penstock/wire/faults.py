@@ -1,0 +1,27 @@
+"""Why requests end that an engine process had: it is dead for good, or they are the cause; and why it has no model."""
+
+from __future__ import annotations
+
+from penstock.base import EngineError
+
+
+def dead(why: str) -> EngineError:
+    return EngineError("engine_dead", "The engine stopped", why=why, fix="restart it and report the log")
+
+
+def load_timeout(seconds: float) -> EngineError:
+    return EngineError(
+        "load_timeout",
+        "The engine hung while it loaded its model, and was killed",
+        why=f"it told nothing for {seconds:g} s",
+        fix="see whether the disk of the model answers; if it is only slow, raise --load-timeout",
+    )
+
+
+def quarantined(deaths: int) -> EngineError:
+    return EngineError(
+        "request_quarantined",
+        f"The engine process died {deaths} times while the request ran",
+        why="the request may be the cause",
+        fix="send it again alone, and report it if that fails",
+    )
