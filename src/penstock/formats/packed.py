@@ -20,7 +20,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from penstock.formats.files import written_whole
 from penstock.formats.jsonfile import parse_json_object
 
 MAGIC, VERSION, PAGE, PREFIX = b"penstock", 1, 4096, 48
-MAX_HEADER_BYTES = 1 << 28
+MAX_HEADER_BYTES = READ_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,12 @@ class PackedFile:
         tensor = self.tensors[name]
         return memoryview(self._map)[tensor.start : tensor.end]
 
-    def populate(self) -> None:
-        """Reads all of it in one go rather than page by page, where the system can."""
+    def populate(self, told: Callable[[], None] = lambda: None) -> None:
+        """Reads it in pieces of READ_AT_ONCE rather than page by page, where the system can; ``told`` hears of each."""
         with contextlib.suppress(OSError, ValueError):
-            self._map.madvise(22)  # MADV_POPULATE_READ, Linux 5.14
+            for start in range(0, self.bytes, READ_AT_ONCE):
+                self._map.madvise(22, start, min(READ_AT_ONCE, self.bytes - start))  # MADV_POPULATE_READ, Linux 5.14
+                told()
 
     @property
     def bytes(self) -> int:
