@@ -136,6 +136,7 @@ def test_another_certificate_without_a_connection_lost(secure: Secure, folder: P
         assert kept.get("/live").status_code == 200
 
 
+@pytest.mark.slow  # it waits for as long as a client may take
 def test_who_says_nothing_instead_of_a_handshake(secure: Secure) -> None:
     """Is there for as long as a request's head may take to arrive, and no longer; so is who stops in the middle."""
     port = int(secure.url.rsplit(":", 1)[1])
