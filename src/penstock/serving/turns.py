@@ -16,11 +16,11 @@ class Turnstile:
 
     def __init__(self, most: int) -> None:
         self._most = self._left = most
+        self._following = False  # another turn is due
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def enter(self) -> None:
-        if self._left == self._most:
-            asyncio.get_running_loop().call_soon(self._turn)
+        self._follow()
         if self._left:
             self._left -= 1
             return
@@ -30,15 +30,20 @@ class Turnstile:
 
     def let_in(self, waiting: Iterable[asyncio.Future[None]]) -> None:
         """Ends these futures when it is their turn, instead of tasks that ``enter``."""
-        if self._left == self._most:
-            asyncio.get_running_loop().call_soon(self._turn)
         self._waiting.extend(waiting)
+        if self._waiting:
+            self._follow()
+
+    def _follow(self) -> None:
+        if not self._following:
+            self._following = True
+            asyncio.get_running_loop().call_soon(self._turn)
 
     def _turn(self) -> None:
-        self._left = self._most
+        self._left, self._following = self._most, False
         while self._left and self._waiting:
             if not (turn := self._waiting.popleft()).done():  # it may have been cancelled
                 turn.set_result(None)
                 self._left -= 1
         if self._left < self._most:
-            asyncio.get_running_loop().call_soon(self._turn)
+            self._follow()
