@@ -54,6 +54,7 @@ def test_a_conversation_as_it_would_run(hermes: Server, tokenizer: Tokenizer) ->
         ("/tokenize", {"messages": [USER], "tools": [{"type": "function"}]}, "invalid_parameter"),
         ("/detokenize", {"tokens": [-1]}, "token_out_of_range"),
         ("/detokenize", {"tokens": [1 << 40]}, "token_out_of_range"),
+        ("/detokenize", {"tokens": [[100] * 20_000]}, "invalid_parameter"),
         ("/detokenize", {"tokens": "a"}, "invalid_parameter"),
     ],
 )

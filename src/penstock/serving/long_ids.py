@@ -35,7 +35,7 @@ def take_ids(
     for name in names:
         if len(raw := memoryview(fields.get(name, b""))) > INLINE_BYTES:
             ids = _one_or_several(bytes(raw))
-            if ids is not None:
+            if ids:  # an empty list is for the shape to judge
                 taken[name] = ids
     return {**fields, **dict.fromkeys(taken, _STAND_IN)}, taken
 
