@@ -313,6 +313,7 @@ class Residency:
         }
         if until and not self.models[following].sound:
             self.models[following].checking, turn.check = True, following
+            self._leaving = None  # nobody leaves before it was looked at
             return
         ready = [name for name, at in until.items() if at <= now]
         if idle := [name for name in ready if not self.models[name].running]:

@@ -239,9 +239,15 @@ class Vectors:
         plain = {"add_special_tokens": False, "parse_special": False}
         before = self.requests.tokenize(second, parse_special=False)["prompt_token_ids"]
         between, scored = (self.requests.tokenize(text, **plain)["prompt_token_ids"] for text in ("\n", first))
+        if not scored:
+            raise _empty()
         longest = self._longest(params)
         if longest is not None:
-            before = before[: max(1, longest - len(between) - len(scored) - 1)]
+            room = longest - len(between) - len(scored) - 1
+            if room < 1:
+                why = f"the first text and what goes around it are {len(between) + len(scored) + 1} tokens"
+                raise InvalidRequest("invalid_parameter", f"truncate_prompt_tokens = {longest} cannot be used", why=why)
+            before = before[:room]
         asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
         submission = self.requests.submission([*before, *between, *scored], asked, priority=priority)
         return VectorJob(submission, params, len(scored))

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from penstock.base import InvalidRequest, ModelFormatError
-from penstock.formats import parse_json_object, read_json_object
+from penstock.formats import parse_json_object, read_gguf, read_json_object
 from penstock.spec.encoder import EncoderSpec
 from penstock.spec.fields import Fields, bad_config
 from penstock.spec.hf import is_headless
@@ -90,7 +90,9 @@ def read_pooling(folder: Path, spec: ModelSpec | EncoderSpec) -> PoolingSpec:
             (file_missing), (json_invalid).
     """
     if folder.is_file():  # a GGUF file, of a decoder
-        return PoolingSpec(pooling="last")
+        return PoolingSpec(
+            pooling="last", embedder=any(k.endswith(".pooling_type") for k in read_gguf(folder).metadata)
+        )
     config = read_json_object(folder / "config.json")
     bert = folder / "sentence_bert_config.json"
     fields = Fields(read_json_object(bert) if bert.exists() else {}, f"{bert.name}: ")
