@@ -207,7 +207,7 @@ def vector(says: str, prompt: int, task: Any) -> Kind:
 def score(requests: Requests, name: str) -> Asked:
     (pair,) = Vectors(requests).pairs(STORY[:30], STORY[:60], None, number(name) % 3)
     for job in pair.jobs:
-        requests.engine.service.submit(job.submission, lambda update, job=job: setattr(job, "update", update))  # type: ignore[misc]
+        requests.engine.service.submit(job.submission, job.hear)
 
     def leave() -> None:
         for job in pair.jobs:

@@ -355,7 +355,7 @@ def test_which_configurations_are_encoders(tmp_path: Path) -> None:
 
 def test_pooling_of_folders(tmp_path: Path) -> None:
     reference = build_encoder("BertModel", random.Random("folders"), tmp_path)
-    assert read_pooling(tmp_path, reference.spec) == PoolingSpec(pooling="mean")
+    assert read_pooling(tmp_path, reference.spec) == PoolingSpec(pooling="mean", embedder=True)
     for flag, name in (("cls_token", "cls"), ("mean_tokens", "mean"), ("lasttoken", "last")):
         write_sentence_transformer(tmp_path, flag, normalize=name == "cls", max_seq_length=77, do_lower_case=True)
         found = read_pooling(tmp_path, reference.spec)

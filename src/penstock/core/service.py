@@ -124,7 +124,7 @@ class Status:
     counters: Counters
 
 
-Sink = Callable[[Update], None]
+Sink = Callable[[Update], object]
 """Called by the service for each update, in order, from whatever thread runs the engine. Must not block."""
 
 
