@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from penstock import AsyncLLM
 from penstock.serving import build_app
 from penstock.serving.limits import MAX_TOOL_CHARS, MAX_TOOL_DEPTH, MAX_TOOLS
-from penstock.spec import EngineConfig
+from penstock.serving.tools import after_thoughts
+from penstock.spec import EngineConfig, StructuredOutputs
 from penstock.text import Tokenizer
 from penstock.text.parsers import CALL_FORMATS, NONE, formats_of
 from scripted import saying
@@ -335,6 +336,15 @@ def test_a_form_is_that_of_the_answer_where_messages_have_heads(llm: AsyncLLM) -
         assert choice["finish_reason"] == "stop" and fits(message["content"]), choice
         assert message["content"] == PARIS or says.endswith("no")
         assert message.get("reasoning_content") == ("Hm {" if says.startswith(thought) else None)
+
+
+def test_an_answer_that_goes_on_is_held_although_the_template_opens_thoughts(llm: AsyncLLM) -> None:
+    engine, wanted = llm.engine, StructuredOutputs(json=WEATHER)
+    formats = formats_of(engine.chat, engine.tokenizer, thoughts="deepseek_r1")
+    assert after_thoughts(wanted, formats, opened=False, headed=True) == wanted
+    for opened, headed in ((False, False), (True, True)):
+        tags = after_thoughts(wanted, formats, opened=opened, headed=headed).structural_tag
+        assert json.loads(str(tags))["thoughts"]["opened"] is True
 
 
 def test_a_form_is_that_of_the_answer_where_thoughts_have_begun(chat: Any) -> None:

@@ -20,7 +20,7 @@ run beside it: texts, tokens, logprobs, prompt logprobs, scores and vectors
 of each arithmetic all combinations of the circumstances; threads, faults, lost engines and replay are drawn for each,
 and where nobody else asks few blocks and priorities are left out.
 
-This page is generated from the code, and its figures from a full run (`make docs`).
+This page is generated from the code (`make docs`), and so are its figures from the record of a full run{recorded}.
 """
 RUN = """
 ## The last full run
@@ -58,9 +58,9 @@ def page(told: Told | None) -> str:
     import grid
 
     axes = [
-        (name if first else "", axis.says if first else "", shown(value), *figures(told, name, value))
+        (name if first else "", axis.says if first else "", ", ".join(map(shown, some)), *figures(told, name, some[0]))
         for name, axis in grid.AXES.items()
-        for first, value in ((value is axis.values[0], value) for value in axis.values)
+        for first, some in rows_of(axis.values, each=told is not None)
     ]
     requests = [(name, kind.says, *figures(told, "request", name)) for name, kind in grid.KINDS.items()]
     models = [(name, model.says, *figures(told, "model", name)) for name, model in grid.MODELS.items()]
@@ -79,7 +79,13 @@ def page(told: Told | None) -> str:
         (("arithmetic", "options", *columns), arithmetics),
         (("cannot be had together", "", "why", "error"), refused),
     )
-    return HEAD + "".join("\n" + table(*each) for each in tables) + TAIL + ("" if told is None else run(told, values))
+    head = HEAD.format(recorded=", of which there is none yet" if told is None else "")
+    return head + "".join("\n" + table(*each) for each in tables) + TAIL + ("" if told is None else run(told, values))
+
+
+def rows_of(values: tuple[Any, ...], *, each: bool) -> list[tuple[bool, tuple[Any, ...]]]:
+    """Values that share a row, and whether it is the first: one each if there are figures, else all."""
+    return [(i == 0, (value,)) for i, value in enumerate(values)] if each else [(True, values)]
 
 
 def figures(told: Told | None, axis: str, value: object) -> list[str]:

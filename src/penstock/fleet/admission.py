@@ -19,6 +19,7 @@ MEMORY = 64
 """Completions that a running mean looks back on, roughly."""
 
 HALF_LIFE = 10.0
+"""Seconds of work in which what is known of the speed counts half."""
 
 FAIR = 3.0
 """What a tenant holds may be so many times what is then left: one alone has three quarters of a budget at most, two

@@ -19,7 +19,7 @@ from penstock.serving.limits import INLINE_BYTES, MAX_JSON_VALUES, MAX_TEXTS
 PIECE = 16 << 10
 """Bytes decoded at a time: 0.2 ms."""
 
-_STAND_IN = msgspec.Raw(b"[0]")
+_ONE, _SEVERAL = msgspec.Raw(b"[0]"), msgspec.Raw(b"[[0]]")
 _SPACE = b" \t\r\n"
 
 
@@ -37,7 +37,8 @@ def take_ids(
             ids = _one_or_several(bytes(raw))
             if ids:  # an empty list is for the shape to judge
                 taken[name] = ids
-    return {**fields, **dict.fromkeys(taken, _STAND_IN)}, taken
+    short = {name: _ONE if isinstance(ids, array) else _SEVERAL for name, ids in taken.items()}
+    return {**fields, **short}, taken
 
 
 def _one_or_several(raw: bytes) -> array[int] | list[array[int]] | None:

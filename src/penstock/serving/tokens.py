@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -13,7 +12,7 @@ from penstock.serving.chat import plain_message
 from penstock.serving.context import Context
 from penstock.serving.dialogue import template_variables
 from penstock.serving.edge import off_loop
-from penstock.serving.errors import HTTPError, invalid
+from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_MESSAGES
 from penstock.serving.schemas import ChatMessage, Harmless, ModelRequest
 from penstock.serving.tools import ToolSpec, offer_of
@@ -86,9 +85,6 @@ async def detokenize(request: DetokenizeRequest, context: Context) -> Prompt:
     """Special tokens by name. Raises HTTPError: (token_out_of_range)."""
     tokenizer = context.llm.engine.tokenizer
     size = tokenizer.vocabulary.size
-
-    if not isinstance(request.tokens, array) and any(isinstance(each, array) for each in request.tokens):
-        raise invalid("tokens", "it must be one list of token ids")
 
     def text() -> str:
         if (wrong := next((i for i in request.tokens if not 0 <= i < size), None)) is not None:

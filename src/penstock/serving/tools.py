@@ -83,7 +83,7 @@ class Offer:
         if self.single:
             form["at_most"] = 1
         if tags is not None:
-            form["thoughts"] = _thoughts(tags, opened=opened)
+            form["thoughts"] = _thoughts(tags, opened=opened or tags.opened)
         if wanted is not None and not self.forced:
             if wanted.kind not in _JSON:
                 raise unsupported("tools", what="tools go together with forms of JSON only")
@@ -112,7 +112,10 @@ def after_thoughts(
         headed: it goes on with an answer whose head is there.
     """
     tags, calls = formats.thoughts, formats.calls
-    if wanted.kind not in _JSON or tags is None or not (opened or tags.opened or (tags.channels and not headed)):
+    if wanted.kind not in _JSON or tags is None:
+        return wanted
+    opened = opened or (tags.opened and not headed)  # of what goes on the text itself says whether it is thinking
+    if not (opened or (tags.channels and not headed)):
         return wanted
     says = calls.shape.says if calls is not None and tags.channels else ""
     form = {"structures": [], "thoughts": _thoughts(tags, opened=opened), "answer": _answer(wanted), "says": says}
@@ -128,7 +131,7 @@ def _answer(wanted: StructuredOutputs) -> Any:
 
 
 def _thoughts(tags: ThoughtTags, *, opened: bool) -> dict[str, Any]:
-    return {"start": tags.starts, "end": tags.ends, "opened": opened or tags.opened}
+    return {"start": tags.starts, "end": tags.ends, "opened": opened}
 
 
 def offer_of(tools: Sequence[ToolSpec] | None, choice: Any, parallel: bool | None) -> Offer:
