@@ -35,6 +35,7 @@ def test_the_limit_is_weights_and_keys_once() -> None:
     assert step_limit(spec, 100, limits, 8) == parameters(spec) + 100 * kv / 2
 
 
+@pytest.mark.slow
 def test_command() -> None:
     ask = ["bench", "context", "--contexts", "20", "--threads", "1", "--rounds", "1"]
     done = CliRunner().invoke(app, [*ask, "--json"])

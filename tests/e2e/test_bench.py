@@ -10,6 +10,7 @@ import pytest
 from commands import penstock
 
 
+@pytest.mark.slow  # the page on benchmarks runs it against a server
 def test_quick_measures_the_bundled_model(tmp_path: Path) -> None:
     done = penstock(
         "bench", "serve", "--quick", "--max-num-seqs", "16", "--json", "r.json", "--html", "r.html", cwd=tmp_path
