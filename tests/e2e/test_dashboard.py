@@ -15,7 +15,7 @@ from unittest import mock
 import httpx
 import pytest
 import yaml
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from commands import penstock
 from conftest import BUNDLED
@@ -298,6 +298,29 @@ def test_a_keyboard_is_enough(page: Page, served: Server, keys: dict[str, str], 
     page.keyboard.press("Enter")
     expect(page.locator("#detail")).to_be_focused()
     assert page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
+
+
+def test_a_refusal_that_comes_after_the_key_asks_for_none(page: Page, served: Server, keys: dict[str, str]) -> None:
+    """A question asked before the key was typed, refused after it: the dialog would take the keyboard away again."""
+    late: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if late or "authorization" in route.request.headers:
+            route.continue_()
+        else:
+            late.append(route)
+
+    page.route("**/debug/engine*", hold)
+    page.goto(served.url)
+    expect(page.locator("#key")).to_be_focused()
+    page.keyboard.type(keys["admin"])
+    page.keyboard.press("Enter")
+    expect(page.locator("#state")).to_have_text("ready")
+    with page.expect_response(lambda response: response.status == 401):
+        late[0].continue_()
+    expect(page.locator("#key-dialog")).to_be_hidden()
+    page.wait_for_timeout(200)
+    expect(page.locator("#key-dialog")).to_be_hidden()
 
 
 def test_dashboards_and_alerts_name_only_metrics_that_exist(served: Server, keys: dict[str, str]) -> None:

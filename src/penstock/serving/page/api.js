@@ -15,7 +15,8 @@ export class Refused extends Error {
 }
 
 export async function ask(path, body, signal) {
-  const headers = key.get() ? { authorization: `Bearer ${key.get()}` } : {};
+  const sent = key.get();
+  const headers = sent ? { authorization: `Bearer ${sent}` } : {};
   const options = { headers, signal, cache: "no-store" };
   if (body !== undefined) {
     options.method = "POST";
@@ -24,7 +25,8 @@ export async function ask(path, body, signal) {
   }
   const response = await fetch(path, options);
   if (response.ok) return response;
-  if (response.status === 401) dispatchEvent(new Event("key-wanted"));
+  // A question from before the key was typed may be refused after it: that is no word on the new key.
+  if (response.status === 401 && sent === key.get()) dispatchEvent(new Event("key-wanted"));
   const told = await response.json().catch(() => null);
   throw new Refused(response.status, told?.error?.message ?? `the server answers ${response.status}`);
 }
