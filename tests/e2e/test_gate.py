@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock import AsyncLLM
-from penstock.fleet import Admission
+from penstock.fleet import Admission, Rates
 from penstock.serving import build_app
 from penstock.serving.gate import Gate
 from penstock.serving.keys import change_keys, new_key
@@ -101,3 +101,17 @@ def test_vectors_are_charged_by_their_tokens(llm: AsyncLLM, gate: tuple[Gate, st
     books.admission.charge(held_by_another, 40, 0.0)
     refused, _ = asyncio.run(ask(input=[[5] * 100]))
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "queue_full"
+
+
+def test_a_prompt_that_never_fits_is_told_so_also_while_there_is_no_room(llm: AsyncLLM) -> None:
+    async def ask(**body: Any) -> httpx.Response:
+        gate = Gate(Admission(120))
+        gate.admission.charge(gate.admission.enter("other", Rates(), 0.0), 100, 0.0)
+        app, _ = build_app(llm, gate=gate)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.post("/v1/completions", json=body)
+
+    longest = llm.engine.config.max_model_len
+    for prompt, expected in (([5] * longest, (400, "prompt_too_long")), ([5] * (longest - 1), (503, "queue_full"))):
+        answer = asyncio.run(ask(prompt=prompt))
+        assert (answer.status_code, answer.json()["error"]["code"]) == expected

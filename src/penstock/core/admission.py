@@ -33,6 +33,25 @@ class Limits:
         """Of a request that wants a vector; one that generates needs room for a token more."""
         return min(self.max_model_len, self.max_batch_tokens) if self.whole else self.max_model_len
 
+    def check_length(self, tokens: int, task: Task = "generate") -> None:
+        """Of a prompt. Raises InvalidRequest: (empty_prompt, prompt_too_long)."""
+        if not tokens:
+            raise InvalidRequest("empty_prompt", "The prompt has no tokens", fix="send at least one token")
+        if task != "generate" and tokens > self.longest_prompt:
+            raise InvalidRequest(
+                "prompt_too_long",
+                f"The text has {tokens} tokens",
+                why=f"at most {self.longest_prompt} can be embedded",
+                fix="shorten it, or cut it with truncate_prompt_tokens",
+            )
+        if task == "generate" and tokens >= self.max_model_len:
+            raise InvalidRequest(
+                "prompt_too_long",
+                f"The prompt has {tokens} tokens",
+                why=f"the context holds {self.max_model_len}, of which at least one is for the completion",
+                fix="shorten the prompt or raise max_model_len",
+            )
+
 
 def _span(tokens: Sequence[int]) -> tuple[int, int]:
     """The least and the largest, by pieces: other threads may have a turn between two of them."""
@@ -42,22 +61,7 @@ def _span(tokens: Sequence[int]) -> tuple[int, int]:
 
 def check_prompt(tokens: Sequence[int], limits: Limits, vocabulary: Vocabulary, task: Task = "generate") -> None:
     """Raises InvalidRequest: empty_prompt, prompt_too_long, invalid_prompt, token_out_of_range."""
-    if not tokens:
-        raise InvalidRequest("empty_prompt", "The prompt has no tokens", fix="send at least one token")
-    if task != "generate" and len(tokens) > limits.longest_prompt:
-        raise InvalidRequest(
-            "prompt_too_long",
-            f"The text has {len(tokens)} tokens",
-            why=f"at most {limits.longest_prompt} can be embedded",
-            fix="shorten it, or cut it with truncate_prompt_tokens",
-        )
-    if task == "generate" and len(tokens) >= limits.max_model_len:
-        raise InvalidRequest(
-            "prompt_too_long",
-            f"The prompt has {len(tokens)} tokens",
-            why=f"the context holds {limits.max_model_len}, of which at least one is for the completion",
-            fix="shorten the prompt or raise max_model_len",
-        )
+    limits.check_length(len(tokens), task)
     if not isinstance(tokens, array) and not {int}.issuperset(map(type, tokens)):
         raise InvalidRequest("invalid_prompt", "Token ids must be integers", fix="convert them to int")
     low, high = _span(tokens)

@@ -222,9 +222,12 @@ class Generation:
                 yield prompt * self.choices + delta.index, delta
 
     def _charge(self) -> None:
-        """All of it, before any of it is computed. Raises OverLimit, Unavailable."""
+        """All of it, before any of it is computed. Raises InvalidRequest, OverLimit, Unavailable."""
+        limits = self.context.llm.engine.setup.limits
         lengths = [len(prompt["prompt_token_ids"]) for prompt in self.prompts]
-        room = self.context.llm.engine.setup.limits.max_model_len - min(lengths)
+        for length in lengths:  # what never fits is told so, not to come again when there is room
+            limits.check_length(length)
+        room = limits.max_model_len - min(lengths)
         completions = len(lengths) * self.params.n
         current.get().charge(sum(lengths), completions, max(1, room), self.params.max_tokens)
 
