@@ -304,7 +304,7 @@ def long_prompts(server: Server) -> Seen:
     return Counter(post(server, json.dumps({"prompt": body}, separators=(",", ":")).encode()) for body in bodies)
 
 
-INVALID = {"400 invalid_json", "400 invalid_parameter"}
+INVALID = {"400 invalid_json", "400 invalid_parameter", "400 too_many_values"}
 FORMS = {"200", "400 invalid_regex", "400 invalid_grammar", "400 invalid_schema", "400 grammar_too_large"}
 ATTACKS: dict[Callable[[Server], Seen], set[str]] = {
     headers: {"cut off", "400", "431", "431 headers_too_large"},

@@ -42,7 +42,7 @@ class Task(Protocol):
 
 
 def decode(body: bytes, shape: type[R]) -> R:
-    """Raises HTTPError: as ``parse``; what the shape's own ``check`` raises; unsupported_parameter."""
+    """Raises HTTPError: too_many_values; as ``parse``; what the shape's own ``check`` raises; unsupported_parameter."""
     ids: Mapping[str, object] = {}
     if len(body) > INLINE_BYTES:
         refuse_many_values(body, b":")

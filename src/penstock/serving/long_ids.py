@@ -67,7 +67,7 @@ def _ids(raw: bytes) -> array[int] | None:
 
 
 def refuse_many_values(body: bytes, sign: bytes) -> None:
-    """Raises HTTPError: (invalid_json) it has more than MAX_JSON_VALUES of a sign that stands between values."""
+    """Raises HTTPError: (too_many_values) it has more than MAX_JSON_VALUES of a sign that stands between values."""
     if body.count(sign) <= MAX_JSON_VALUES:
         return
     values, quoted = 0, False
@@ -76,7 +76,7 @@ def refuse_many_values(body: bytes, sign: bytes) -> None:
         values, quoted = values + int(np.count_nonzero((text == ord(sign)) & ~inside)), bool(inside[-1])
     if values > MAX_JSON_VALUES:
         raise HTTPError(
-            "invalid_json",
+            "too_many_values",
             "The body has too many values",
             why=f"{values}, and at most {MAX_JSON_VALUES} that are not token ids (0 to {2**32 - 1}) of a prompt",
             fix="split it into several requests",
