@@ -16,9 +16,8 @@ from pydantic import BaseModel
 from penstock import AsyncLLM
 from penstock.serving import build_app
 from penstock.serving.limits import MAX_TOOL_CHARS, MAX_TOOL_DEPTH, MAX_TOOLS
-from penstock.serving.tools import after_thoughts
-from penstock.spec import EngineConfig, StructuredOutputs
-from penstock.text import Tokenizer
+from penstock.spec import EngineConfig
+from penstock.text import ChatTemplate, Tokenizer
 from penstock.text.parsers import CALL_FORMATS, NONE, formats_of
 from scripted import saying
 from servers import Server
@@ -338,13 +337,31 @@ def test_a_form_is_that_of_the_answer_where_messages_have_heads(llm: AsyncLLM) -
         assert message.get("reasoning_content") == ("Hm {" if says.startswith(thought) else None)
 
 
-def test_an_answer_that_goes_on_is_held_although_the_template_opens_thoughts(llm: AsyncLLM) -> None:
-    engine, wanted = llm.engine, StructuredOutputs(json=WEATHER)
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_prompt_says_whether_a_model_that_always_thinks_does(llm: AsyncLLM, thinks: bool) -> None:
+    """Of those that never write the start of thoughts, templates write empty ones where the model is not to think."""
+    engine = llm.engine
+    chat = ChatTemplate("{{ messages[0].content }}" + ("" if thinks else "<think>\n\n</think>\n\n"))
     formats = formats_of(engine.chat, engine.tokenizer, thoughts="deepseek_r1")
-    assert after_thoughts(wanted, formats, opened=False, headed=True) == wanted
-    for opened, headed in ((False, False), (True, True)):
-        tags = after_thoughts(wanted, formats, opened=opened, headed=headed).structural_tag
-        assert json.loads(str(tags))["thoughts"]["opened"] is True
+    other = AsyncLLM(replace(engine, chat=chat, formats=formats))
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
+    said = ("Hm {</think>" if thinks else "") + PARIS
+    fields = {"response_format": form, "temperature": 0, "max_tokens": 400} | saying(said, engine.tokenizer)
+    [choice] = ask(other, fields).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (PARIS, "stop")
+    assert choice["message"].get("reasoning_content") == ("Hm {" if thinks else None)
+
+
+def test_an_answer_that_goes_on_is_held_although_the_model_always_thinks(llm: AsyncLLM) -> None:
+    engine = llm.engine
+    formats = formats_of(engine.chat, engine.tokenizer, thoughts="deepseek_r1")
+    other = AsyncLLM(replace(engine, chat=ChatTemplate("{{ messages[-1].content }}"), formats=formats))
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False, "response_format": form}
+    begun = [USER, {"role": "assistant", "content": "Here:"}]
+    fields = {"messages": begun, "temperature": 0, "max_tokens": 400} | saying(PARIS, engine.tokenizer)
+    [choice] = ask(other, fields | goes_on).json()["choices"]
+    assert choice["message"]["content"] == PARIS and "reasoning_content" not in choice["message"]
 
 
 def test_a_form_is_that_of_the_answer_where_thoughts_have_begun(chat: Any) -> None:

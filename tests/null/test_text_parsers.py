@@ -42,7 +42,7 @@ Call = tuple[str, str]
 """Name, and arguments as they are written."""
 
 
-def parser(name: str, thoughts: str | None = None, *, opened: bool = False) -> Parser:
+def parser(name: str, thoughts: str | None = None, *, opened: bool | None = None) -> Parser:
     """With ids that are numbers."""
     ids = itertools.count()
     tools = CALL_FORMATS.get(name)
@@ -369,13 +369,14 @@ def test_a_member_that_comes_twice_says_nothing(members: str) -> None:
 
 
 def test_thoughts() -> None:
-    def split(text: str, thinks: str = "think", *, opened: bool = False) -> tuple[str, str, list[Call]]:
+    def split(text: str, thinks: str = "think", *, opened: bool | None = None) -> tuple[str, str, list[Call]]:
         events = read(lambda: parser("hermes", thinks, opened=opened), [text])
         return thoughts(events), content(events), calls(events)
 
     call = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
     assert split(f"<think>\nHm, {call}?\n</think>\n\nYes.{call}") == (f"Hm, {call}?", "Yes.", [("add", "{}")])
     assert split("Hm.</think>No.", opened=True) == split("Hm.</think>No.", "deepseek_r1") == ("Hm.", "No.", [])
+    assert split("Hm. No.", "deepseek_r1", opened=False) == ("", "Hm. No.", [])
     assert split("No. <think>x</think>") == ("", "No. <think>x</think>", [])
     assert split("\n<think></think>\n") == ("", "", [])
     assert split("<think>\n\n</think>\n\n a ") == ("", " a ", [])

@@ -83,7 +83,7 @@ class Offer:
         if self.single:
             form["at_most"] = 1
         if tags is not None:
-            form["thoughts"] = _thoughts(tags, opened=opened or tags.opened)
+            form["thoughts"] = _thoughts(tags, opened=opened)
         if wanted is not None and not self.forced:
             if wanted.kind not in _JSON:
                 raise unsupported("tools", what="tools go together with forms of JSON only")
@@ -114,7 +114,6 @@ def after_thoughts(
     tags, calls = formats.thoughts, formats.calls
     if wanted.kind not in _JSON or tags is None:
         return wanted
-    opened = opened or (tags.opened and not headed)  # of what goes on the text itself says whether it is thinking
     if not (opened or (tags.channels and not headed)):
         return wanted
     says = calls.shape.says if calls is not None and tags.channels else ""

@@ -84,12 +84,12 @@ class Formats:
     calls: CallFormat | None = None
     thoughts: ThoughtTags | None = None
 
-    def parser(self, tools: Collection[str], *, opened: bool = False, source: str | None = None) -> Parser:
+    def parser(self, tools: Collection[str], *, opened: bool | None = None, source: str | None = None) -> Parser:
         """For one completion.
 
         Args:
             tools: names that may be called, perhaps with the JSON schema of each, as text.
-            opened: it starts inside thoughts.
+            opened: it starts inside thoughts; by default where the format's completions do.
             source: what ids of calls are made of; by default they are random.
         """
         ids = _ids(source or secrets.token_hex(16), openai_id if self.calls is None else self.calls.make_id)
@@ -99,7 +99,9 @@ class Formats:
         rest: Parser = PlainText()
         if self.calls is not None and tools:
             rest = Machine(self.calls.steps, Output(tools, ids))
-        return rest if self.thoughts is None else Thoughts(self.thoughts, rest, opened=opened)
+        if self.thoughts is None:
+            return rest
+        return Thoughts(self.thoughts, rest, opened=self.thoughts.opened if opened is None else opened)
 
     def shown_ids(self, tokenizer: Tokenizer, *, calls: bool) -> tuple[int, ...]:
         """Special tokens that a parser must see."""

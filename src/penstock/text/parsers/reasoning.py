@@ -18,7 +18,7 @@ class ThoughtTags:
 
     Attributes:
         starts, ends: texts of which any one does.
-        opened: the model never writes the start.
+        opened: the model never writes the start, whether its prompts end with it or not.
         channels: special tokens of a format in which every message says of what kind it is, so that the parser of its
             calls reads thoughts too.
     """
@@ -28,9 +28,12 @@ class ThoughtTags:
     opened: bool = False
     channels: tuple[str, ...] = ()
 
-    def left_open(self, text: str) -> bool:
-        """A prompt ends with the start of thoughts."""
-        return text.rstrip().endswith(self.starts)
+    def left_open(self, prompt: str) -> bool:
+        """A completion of this prompt starts inside thoughts. A prompt that ends with their end says they are over, as
+        templates do that are told not to let the model think.
+        """
+        prompt = prompt.rstrip()
+        return prompt.endswith(self.starts) or (self.opened and not prompt.endswith(self.ends))
 
     def open_in(self, text: str) -> bool:
         """What an assistant has said so far ends within thoughts."""
@@ -63,7 +66,7 @@ class Thoughts:
         self._starts, self._rest = tags.starts, rest
         self._ends = StopStrings(tags.ends)
         self._firsts = {end[0] for end in tags.ends}
-        self._state = "inside" if opened or tags.opened else "before"
+        self._state = "inside" if opened else "before"
         self._withheld = ""
         self._blank, self._said = "", False
 
