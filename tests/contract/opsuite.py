@@ -43,7 +43,7 @@ SHAPES = {
     "odd": Shape(51, 77, 3, 1, 22, 97),
     "one head": Shape(24, 40, 1, 1, 8, 33),
     "qwen2.5-0.5b": Shape(896, 1216, 14, 2, 64, 1000),
-    "wide heads": Shape(256, 320, 4, 4, 128, 300),
+    "wide heads": Shape(256, 320, 4, 2, 256, 300),
 }
 
 
