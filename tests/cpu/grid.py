@@ -59,25 +59,31 @@ ARITHMETICS: dict[str, dict[str, Any]] = {
     "ref float32": {"backend": "ref", "dtype": "float32"},
     "cpu float32": {"backend": "cpu", "dtype": "float32"},
     "cpu bfloat16": {"backend": "cpu", "dtype": "bfloat16"},
+    "cpu bfloat16 kv int8": {"backend": "cpu", "dtype": "bfloat16", "kv_dtype": "int8"},
+    "cpu int8 kv bfloat16": {"backend": "cpu", "dtype": "bfloat16", "quant": "int8"},
     "cpu int8": {"backend": "cpu", "dtype": "bfloat16", "quant": "int8", "kv_dtype": "int8"},
+    "cpu int4 kv int8": {"backend": "cpu", "dtype": "bfloat16", "quant": "int4", "kv_dtype": "int8"},
     "cpu int4": {"backend": "cpu", "dtype": "bfloat16", "quant": "int4"},
 }
 """Options that choose the bits. Within each there is one answer; between two of them equality is by tolerance."""
+CROSSED = tuple(name for name in ARITHMETICS if " kv " in name)
+"""Kernels of these are those of others: their pairs are for `make test-all`, without the full product."""
 
 TINY: dict[str, Any] = {
     "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 32,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
+"""So wide that small integers, which share scales by 32, are in every product, those with segments of sums too."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ MODELS = {
         "Qwen3MoeForCausalLM",
         num_experts=6,
         num_experts_per_tok=2,
-        moe_intermediate_size=24,
+        moe_intermediate_size=64,
         norm_topk_prob=True,
     ),
     "sinks": tiny(
@@ -130,7 +136,7 @@ MODELS = {
         {
             "architectures": ["BloomForCausalLM"],
             "vocab_size": 512,
-            "hidden_size": 48,
+            "hidden_size": 192,
             "n_head": 6,
             "n_layer": 2,
             "bos_token_id": 1,

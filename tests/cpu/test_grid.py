@@ -34,7 +34,8 @@ from penstock.llm.requests import Requests
 from penstock.runtime.local import Launched, StepRunner
 from penstock.spec import EngineConfig
 from penstock.spec.hf import model_spec
-from penstock.spec.tensors import checkpoint_tensors
+from penstock.spec.quantization import GROUP, may_be_grouped
+from penstock.spec.tensors import checkpoint_tensors, slot_segments
 from penstock.wire import UnderWay
 
 ARITHMETICS = {name: options for name, options in grid.ARITHMETICS.items() if options["backend"] == "ref" or native()}
@@ -315,6 +316,16 @@ def test_kinds_do_what_they_say(worlds: Worlds) -> None:
     assert "." in samples["thoughts"][0].text
     assert len(answers["beams"].candidates) == 3 and len(answers["best of 4"].candidates) == 4
     assert -1 < answers["score"] < 1
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.config is not None])
+def test_small_integers_are_in_every_product(name: str) -> None:
+    """Sums over heads and over the inner width have segments: groups of inputs that crossed one would stay plain."""
+    spec = model_spec(MODELS[name].config)
+    inner = {"down.weight": spec.ffn} if spec.moe is None else {"experts.down.weight": spec.moe.ffn}
+    for slot, inputs in {"qkv.weight": spec.hidden, "out.weight": spec.heads * spec.head_dim, **inner}.items():
+        assert may_be_grouped(spec, slot, inputs, GROUP), slot
+    assert slot_segments(spec, "out.weight") > 1
 
 
 @pytest.mark.parametrize("name", ["top-p", "json", "n = 3", "best of 4"])

@@ -16,9 +16,10 @@ run beside it: texts, tokens, logprobs, prompt logprobs, scores and vectors
 ([why, and how](../explanation/one-answer.md)).
 
 `make test` runs, for each arithmetic, engines in which every pair of two values of the circumstances and models occurs
-(on `ref`, which is slow, one engine for each model). `make test-all` runs those pairs for each model, and for one model
-of each arithmetic all combinations of the circumstances; threads, faults, lost engines and replay are drawn for each,
-and where nobody else asks few blocks and priorities are left out.
+(on `ref`, which is slow, one engine for each model; 8-bit KV with other weights than 8-bit ones, and the reverse, not).
+`make test-all` runs those pairs for each model and all arithmetics, and for the trained model and two others all
+combinations of the circumstances; threads, faults, lost engines and replay are drawn for each, and where nobody else
+asks few blocks and priorities are left out.
 
 This page is generated from the code (`make docs`), and so are its figures from the record of a full run{recorded}.
 """
