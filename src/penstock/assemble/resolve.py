@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from functools import cache
 from typing import Literal, cast
 
 from penstock.base import ConfigError
 from penstock.spec import EncoderSpec, EngineConfig, ModelSpec
 from penstock.spec.quantization import check_formats
+
+log = logging.getLogger(__name__)
 
 
 def resolve_here(config: EngineConfig, spec: ModelSpec | EncoderSpec) -> EngineConfig:
@@ -18,7 +22,19 @@ def resolve_here(config: EngineConfig, spec: ModelSpec | EncoderSpec) -> EngineC
     from penstock.runtime.host import cpu_count
 
     cpus = min(cpu_count(), torch.get_num_threads())  # the latter knows OMP_NUM_THREADS
-    return resolve(config, spec, "cuda" if torch.cuda.is_available() else "cpu", cpus, native=native())
+    resolved = resolve(config, spec, "cuda" if torch.cuda.is_available() else "cpu", cpus, native=native())
+    if (config.backend, resolved.backend, resolved.device) == ("auto", "torch", "cpu"):
+        _tell_of_torch()
+    return resolved
+
+
+@cache
+def _tell_of_torch() -> None:
+    """pip shows nothing of an installation that succeeds: whoever has no compiler learns it here."""
+    log.warning(
+        "penstock was installed without its native CPU kernels (no C++ compiler, or no Python headers): torch computes,"
+        " slower, and answers may depend on what else runs; install g++ and python3-dev and install penstock again"
+    )
 
 
 def resolve(
