@@ -25,7 +25,8 @@ be sent again for a day: what it made the first time is the answer.
 """
 ACCESS = """
 Where the server has a file of [keys](../how-to/keys.md), "public" asks for none, "inference" for any, as
-`Authorization: Bearer` or `x-api-key`, "admin" for one of that role; elsewhere nobody is asked.
+`Authorization: Bearer` or `x-api-key`, "admin" for one of that role. Elsewhere nobody is asked, but "admin" is refused
+where others than its machine can reach the server.
 """
 
 

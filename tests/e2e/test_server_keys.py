@@ -377,12 +377,34 @@ def test_refuses_to_start_open_by_accident(stories: Path, tmp_path: Path) -> Non
     ):
         done = penstock("serve", stories, "--port", "0", *options)
         assert done.returncode == 3 and done.stderr.endswith(f"code: {name}\n".encode()), done.stderr
+
+
+def test_a_stranger_without_a_key_administers_nothing(stories: Path) -> None:
+    """Of the whole table of routes; whatever is sent as a key. ``penstock ps`` has one that no stranger knows."""
     options = ("--host", "0.0.0.0", "--port", "0", "--allow-anyone", "--num-threads", "1")
-    with running(argv("serve", stories, *options), stdout=subprocess.PIPE, text=True) as process:
+    arguments = argv("serve", stories, "penstock-nano", *options, "--keep-alive", "1h")
+    with running(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        url = process.stdout.readline().split()[-1]
+        url = process.stdout.readline().split()[-1].removesuffix("/v1")
         assert "Anyone who can reach" in process.stdout.readline()
-        assert httpx.get(f"{url}/models").status_code == 200
+        for headers in ({}, {"authorization": "Bearer none"}, {"x-api-key": "penstock-" + "a" * 43}):
+            with httpx.Client(base_url=url, headers=headers, timeout=60) as stranger:
+                for path, (access, _, *methods) in ROUTES.items():
+                    for method in " ".join(methods or ["GET"]).split() if access == "admin" else ():
+                        refused = stranger.request(method, path, json={"model": "stories260k"})
+                        assert code(refused) == (403, "role_not_allowed"), path
+                        assert "Serve with --keys" in refused.json()["error"]["message"]
+                for path, (access, *rest) in ROUTES.items():
+                    if access != "admin" and len(rest) == 1 and "{" not in path:
+                        assert stranger.get(path).status_code == 200, path
+                assert stranger.post(COMPLETIONS, json={"prompt": PROMPT, "max_tokens": 2}).status_code == 200
+                assert stranger.get("/requests").json() == {"requests": []}
+                leaving = {"model": "stories260k", "keep_alive": 0, "prompt": PROMPT, "options": {"num_predict": 1}}
+                assert stranger.post("/api/generate", json=leaving | {"stream": False}).status_code == 200
+                assert [each["name"] for each in stranger.get("/api/ps").json()["models"]] == ["stories260k"]
+        listed = [json.loads(line) for line in penstock("ps", "--json").stdout.splitlines()]
+        (status,) = [each["status"] for each in listed if each["pid"] == process.pid]
+        assert [model["state"] for model in status["models"]] == ["loaded", "unloaded"]
 
 
 def test_a_second_signal_does_not_wait(stories: Path) -> None:

@@ -79,7 +79,8 @@ def serve(
         stack.enter_context(closing(service))
         models = stack.enter_context(closing(models_of(configs, service, kept, tokenizer_workers)))
         bound = stack.enter_context(server.listen(host, port))
-        public, gate = not server.is_loopback(bound), Gate(Admission(queue_tokens or 1), keys)
+        public = not server.is_loopback(bound)
+        gate = Gate(Admission(queue_tokens or 1), keys, public=public)
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
         certificate, origins = _certificate(tls_cert, tls_key), origins_of(cors_origin) if cors_origin else ()
@@ -166,7 +167,7 @@ def _greet(models: Models, url: str, admin_url: str | None, *, public: bool, key
             "else runs at the same time. --backend ref promises it, slowly."
         )
     if public and not keyed:
-        lines.append("Anyone who can reach this address can use it: this server asks for no key.")
+        lines.append("Anyone who can reach this address can use it, and nobody administer it: it asks for no key.")
     if admin_url:
         lines.append(f"Administration at {admin_url}")
     print("\n".join([*lines, f"Try it:\n  {example(url, engine, keyed=keyed)}", f"Or open {url}"]), flush=True)

@@ -89,22 +89,19 @@ class Caller:
             return
         if self.refusal is not None:
             raise self.refusal
-        if access == "admin" and self.key is not None and self.key.role != "admin":
-            raise HTTPError(
-                "role_not_allowed",
-                "This key is not for administration",
-                why=f"its role is {self.key.role}",
-                fix="use a key of the role admin",
-                status=403,
-            )
+        if access == "admin" and not self.administers:
+            raise _no_administrator(self.key)
 
     def sees(self, tenant: str | None) -> bool:
-        """Whether it may be told of a tenant's requests. Administrators are told of all, and so is who needs no key."""
+        """Whether it may be told of a tenant's requests. Administrators are told of all."""
         return self.administers or (self.key is not None and self.key.tenant == tenant)
 
     @property
     def administers(self) -> bool:
-        return self.key is None or self.key.role == "admin"
+        """Who needs no key does, where nobody but this machine can reach the server."""
+        if self.key is None:
+            return self.gate.ring is None and not self.gate.public
+        return self.key.role == "admin"
 
     def enter(self) -> None:
         """Counts it among its tenant's requests. Raises OverLimit, as ``Admission.enter``."""
@@ -181,6 +178,7 @@ class Gate:
 
     Args:
         keys: a file of keys; None asks nobody for one.
+        public: others than this machine can reach the server: nobody administers it without a key.
 
     Attributes:
         live: requests that have entered and not left.
@@ -189,8 +187,8 @@ class Gate:
         ConfigError: as ``read_keys``.
     """
 
-    def __init__(self, admission: Admission, keys: Path | None = None) -> None:
-        self.admission = admission
+    def __init__(self, admission: Admission, keys: Path | None = None, *, public: bool = False) -> None:
+        self.admission, self.public = admission, public
         self.path = keys
         self.ring = None if keys is None else Keyring(read_keys(keys))
         self.live: set[Caller] = set()
@@ -203,11 +201,11 @@ class Gate:
 
     def own_key(self) -> str | None:
         """A key of the role admin that is in no file, good until the process ends; None if nobody needs one."""
-        if self.ring is None:
+        if self.ring is None and not self.public:
             return None
         secret, record = process_key()
         self._own = (record,)
-        self.ring = Keyring([*self.ring.keys, record])
+        self.ring = self.ring and Keyring([*self.ring.keys, record])
         return secret
 
     def reload(self) -> int:
@@ -235,9 +233,12 @@ class Gate:
 
     def caller(self, headers: Headers, id: str) -> Caller:
         """Who sends a request with these headers."""
-        if self.ring is None:
+        if self.ring is None and not self._own:
             return Caller(self, id)
         presented = _presented(headers)
+        if self.ring is None:  # clients that must send a key send whatever they like
+            found = (key for text in presented if (key := Keyring(self._own).find(text)))
+            return Caller(self, id, next(found, None))
         if not presented:
             return Caller(self, id, refusal=_refused("no_api_key", "This server asks for a key"))
         (text, *others) = presented
@@ -252,6 +253,24 @@ class Gate:
 def _refused(code: str, what: str) -> HTTPError:
     fix = "send a key that `penstock keys add` made, as Authorization: Bearer or x-api-key"
     return HTTPError(code, what, fix=fix, status=401)
+
+
+def _no_administrator(key: Key | None) -> HTTPError:
+    if key is None:
+        return HTTPError(
+            "role_not_allowed",
+            "Nobody administers this server without a key",
+            why="others than its machine can reach it",
+            fix="serve with --keys, and send one of the role admin",
+            status=403,
+        )
+    return HTTPError(
+        "role_not_allowed",
+        "This key is not for administration",
+        why=f"its role is {key.role}",
+        fix="use a key of the role admin",
+        status=403,
+    )
 
 
 def _presented(headers: Headers) -> set[str]:
