@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -80,7 +81,8 @@ def secure(stories: Path, folder: Path) -> Iterator[Secure]:
     shutil.copy(folder / "first.pem", cert)
     shutil.copy(folder / "first.key", key)
     keys = folder / "keys"
-    secret = penstock("keys", "add", keys).stdout.decode().strip()
+    rates = ("--requests-per-minute", "1000", "--tokens-per-minute", "100000")
+    secret = penstock("keys", "add", keys, *rates).stdout.decode().strip()
     options = [
         "--port",
         "0",
@@ -199,6 +201,24 @@ def test_pages_of_named_origins_and_of_no_others(secure: Secure) -> None:
             ):
                 assert "access-control-allow-origin" not in answer.headers
         assert client.options("/v1/completions", headers={"origin": "https://evil.example"} | asks).status_code == 400
+
+
+def test_a_page_of_a_named_origin_uploads_and_reads_what_is_left(secure: Secure, folder: Path) -> None:
+    key = {"x-api-key": (folder / "secret").read_text()}
+    form: Any = {"data": {"purpose": "batch"}, "files": {"file": ("a.jsonl", b"{}")}}
+    with secure.client() as client:
+        host = secure.url.removeprefix("https://")
+        for origin in (ORIGIN, "http://localhost:3000", f"https://{host}", None):
+            from_where = {} if origin is None else {"origin": origin}
+            kept = client.post("/v1/files", **form, headers=key | from_where)
+            assert kept.status_code == 200, (origin, kept.text)
+            if origin in (ORIGIN, "http://localhost:3000"):
+                told = {name for name in kept.headers if name.startswith(("x-ratelimit-", "x-request-id"))}
+                assert len(told) == 7 and told < set(kept.headers["access-control-expose-headers"].split(", "))
+        for origin in ("https://evil.example", f"{ORIGIN}.evil", "http://chat.example", "null", "", "http://["):
+            refused = client.post("/v1/files", **form, headers=key | {"origin": origin})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "origin_not_allowed"), origin
+            assert "--cors-origin" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

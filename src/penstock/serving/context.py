@@ -52,6 +52,7 @@ class Context:
         uploading: bytes of bodies that are being read or parsed.
         draining: no new requests; the process is about to end.
         batches: files of requests, answered when there is time.
+        origins: web pages of other sites whose scripts may use it.
         stop: set to begin that end.
     """
 
@@ -68,6 +69,7 @@ class Context:
     draining: bool = False
     uploading: int = 0
     batches: Batches = field(init=False)
+    origins: tuple[str, ...] = ()
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

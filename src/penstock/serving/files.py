@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
+from penstock.serving.context import context_of
 from penstock.serving.database import Once, Part, StoredFile, not_found, unwritable
 from penstock.serving.errors import HTTPError, invalid
 from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED
@@ -198,8 +199,16 @@ def _only_from_here(request: Request) -> None:
             status=415,
         )
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise HTTPError("origin_not_allowed", "Files are not taken from pages of other sites", status=403)
+    if origin is None or origin in context_of(request).origins:
+        return
+    if origin.partition("://")[2] != request.headers.get("host"):
+        raise HTTPError(
+            "origin_not_allowed",
+            "Files are not taken from pages of other sites",
+            why=f"this one is of {origin[:80]}",
+            fix="serve with --cors-origin and the page's origin",
+            status=403,
+        )
 
 
 def _bounded(request: Request) -> Callable[[], Any]:

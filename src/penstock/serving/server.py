@@ -156,7 +156,7 @@ def serve(
         KeyboardInterrupt: it was Ctrl-C.
     """
     app, context = build_app(models, store, hosts=_own_names(bound), gate=gate, log=log, spans=spans)
-    app = shared_with(app, origins)
+    context.origins, app = origins, shared_with(app, origins)
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
     server = uvicorn.Server(_settings(app, certificate))

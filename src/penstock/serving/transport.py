@@ -13,7 +13,8 @@ from starlette.types import ASGIApp
 from penstock.base import ConfigError, PenstockError
 
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?")
-_ANSWERS = ["x-request-id", "retry-after"]
+_LEFT = [f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")]
+_ANSWERS = ["x-request-id", "retry-after", *_LEFT]
 _log = logging.getLogger(__name__)
 
 
