@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -293,8 +294,15 @@ def test_metrics_count(server: Server) -> None:
 
 
 def test_probes(server: Server) -> None:
-    for path in ("/live", "/ready", "/health"):
-        assert httpx.get(server.url + path).status_code == 200
+    for path in ("/live", "/ready"):
+        answer = httpx.get(server.url + path)
+        assert (answer.status_code, answer.text) == (200, "ok\n")
+    told = httpx.get(f"{server.url}/health")
+    assert told.status_code == 200 and told.json() == {
+        "status": "ready",
+        "version": version("penstock"),
+        "models": [{"name": MODEL, "state": "loaded", "alive": True, "progress": None, "failure": None}],
+    }
 
 
 def test_sigterm_lets_running_requests_finish(stories: Path) -> None:

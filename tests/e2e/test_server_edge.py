@@ -330,7 +330,7 @@ def test_an_error_after_the_first_event_is_the_last_event(llm: AsyncLLM, monkeyp
 
 
 def test_what_still_runs_at_the_end_is_told_so(llm: AsyncLLM) -> None:
-    async def send() -> tuple[list[httpx.Response], httpx.Response, httpx.Response]:
+    async def send() -> tuple[list[httpx.Response], httpx.Response, list[httpx.Response]]:
         app, context = build_app(llm)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             body = {"prompt": [PROMPT, "The"], "max_tokens": 400, "ignore_eos": True}
@@ -338,13 +338,17 @@ def test_what_still_runs_at_the_end_is_told_so(llm: AsyncLLM) -> None:
             while len(context.live) < 4 or not llm.engine.service.status().counters.generated_tokens:
                 await asyncio.sleep(0.01)
             context.draining = True
-            refused, ready = await client.post(COMPLETIONS, json=body), await client.get("/ready")
+            refused = await client.post(COMPLETIONS, json=body)
+            probes = [await client.get(path) for path in ("/ready", "/health")]
             await asyncio.sleep(0.1)
             await context.abort_all()
-            return [await task for task in running], refused, ready
+            return [await task for task in running], refused, probes
 
-    (streamed, whole), refused, ready = asyncio.run(send())
+    (streamed, whole), refused, (ready, health) = asyncio.run(send())
     assert json.loads(streamed.text.split("data: ")[-1])["error"]["code"] == "shutting_down"
+    told = health.json()
+    assert health.status_code == 503 and health.headers["retry-after"] and told["error"] == ready.json()["error"]
+    assert (told["status"], [model["state"] for model in told["models"]]) == ("draining", ["loaded"])
     for response in (whole, refused, ready):
         assert error_of(response, 503)["code"] == "shutting_down" and response.headers["retry-after"]
 

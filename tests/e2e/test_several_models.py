@@ -116,6 +116,11 @@ def test_names_and_states(several: Several) -> None:
     listed = httpx.get(f"{several.url}/v1/models").json()["data"]
     assert [(m["id"], m["aliases"]) for m in listed][:2] == [("tiny", ["gpt-4o", "small"]), ("nano", [])]
     assert {m["id"]: m["state"] for m in listed}["tiny"] == "loaded" and listed[1]["state"] == "unloaded"
+    health = httpx.get(f"{several.url}/health").json()
+    assert health["status"] == "ready" and [(m["name"], m["alive"]) for m in health["models"]][:2] == [
+        ("tiny", True),
+        ("nano", False),
+    ]
     texts = {several.text(name) for name in ("tiny", "gpt-4o", "small", "penstock-tiny", None)}
     assert len(texts) == 1, "one model, whatever it is called; it is meant where none is named"
     unknown = several.ask("gpt-5").json()["error"]

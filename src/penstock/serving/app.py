@@ -38,6 +38,7 @@ from penstock.serving.errors import (
     on_penstock_error,
 )
 from penstock.serving.gate import Access, Gate, current, queue_budget
+from penstock.serving.health import health
 from penstock.serving.history import finished
 from penstock.serving.messages import (
     EVENTS,
@@ -326,7 +327,7 @@ ROUTES: Routes = {
     "/live": ("public", _live),
     "/ready": ("inference", ready),
     "/ready/{model:path}": ("inference", model_ready),
-    "/health": ("inference", ready),
+    "/health": ("inference", health),
     "/metrics": ("admin", metrics),
     "/status": ("admin", status),
     "/models": ("admin", models_told),

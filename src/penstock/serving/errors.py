@@ -146,13 +146,14 @@ def _seconds(error: Unavailable) -> int:
 
 def error_response(error: PenstockError, path: str) -> Response:
     """In the form of the API that ``path`` belongs to."""
-    headers: dict[str, str] = {}
-    if isinstance(error, Unavailable):
-        headers["retry-after"] = str(_seconds(error))
-    elif error.status == 401:
-        headers["www-authenticate"] = "Bearer"
     body = _BODIES.get(shape_of_errors(path), body_of)(error)
-    return Response(msgspec.json.encode(body), error.status, headers, "application/json")
+    return Response(msgspec.json.encode(body), error.status, headers_of(error), "application/json")
+
+
+def headers_of(error: PenstockError) -> dict[str, str]:
+    if isinstance(error, Unavailable):
+        return {"retry-after": str(_seconds(error))}
+    return {"www-authenticate": "Bearer"} if error.status == 401 else {}
 
 
 async def on_penstock_error(request: Request, error: Exception) -> Response:
