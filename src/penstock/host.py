@@ -121,7 +121,12 @@ class Host:
                 self._send(updates[half:], status)
                 return
             (update,) = updates
-            why = EngineError("answer_unsendable", "The answer cannot be sent from the engine", why=error.why)
+            why = EngineError(
+                "answer_unsendable",
+                "The answer cannot be sent from the engine",
+                why=error.why,
+                fix="ask for less, such as fewer logprobs",
+            )
             self._engine.post(Abort(update.id, update.sample))
             last = Update(update.id, update.sample, finish_reason="error", error=why)
             frame = encode(News(self._epoch, (last,), status))

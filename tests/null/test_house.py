@@ -153,6 +153,11 @@ def test_error_codes_are_stable_names() -> None:
     assert not [code for code in codes if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", code)]
 
 
+def test_every_error_code_says_what_to_do() -> None:
+    sites = pages.error_sites(SOURCES)
+    assert not {site.code for site in sites} - {site.code for site in sites if site.fix}
+
+
 # -- every rule can fail -------------------------------------------------------------------------------------------
 
 BAD = {

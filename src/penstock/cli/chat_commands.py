@@ -110,7 +110,7 @@ def _params(session: Session, _: str) -> None:
 def _regen(session: Session, _: str) -> None:
     text = session.conversation.undo()
     if text is None:
-        raise InvalidRequest("empty_conversation", "There is nothing to answer again")
+        raise InvalidRequest("empty_conversation", "There is nothing to answer again", fix="say something first")
     session.ask(text)
 
 

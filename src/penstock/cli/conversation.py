@@ -88,7 +88,7 @@ def load(path: str) -> Conversation:
     """
     source = Path(path).expanduser()
     if not source.is_file():
-        raise NotFound("input_unreadable", f"There is no file {path}")
+        raise NotFound("input_unreadable", f"There is no file {path}", fix="check the path")
     try:
         messages: Any = read_json_object(source).get("messages")
     except PenstockError as error:

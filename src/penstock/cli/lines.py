@@ -74,7 +74,12 @@ def opened(path: str) -> IO[bytes] | nullcontext[IO[bytes]]:
         return open(path, "rb")
     except OSError as error:
         why = (error.strerror or str(error)).lower()
-        raise NotFound("input_unreadable", f"The input {path} cannot be read", why=why) from None
+        raise NotFound(
+            "input_unreadable",
+            f"The input {path} cannot be read",
+            why=why,
+            fix="name a file of prompts, or - for stdin",
+        ) from None
 
 
 def numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:

@@ -59,7 +59,10 @@ def _piped() -> Reader:
             return line.decode("utf-8").rstrip("\r\n") if number else None
         except UnicodeDecodeError as error:
             raise InvalidRequest(
-                "invalid_text", f"Line {number} of stdin is not UTF-8 text", why=f"byte {error.start} cannot be decoded"
+                "invalid_text",
+                f"Line {number} of stdin is not UTF-8 text",
+                why=f"byte {error.start} cannot be decoded",
+                fix="convert it, as with iconv -t utf-8",
             ) from None
 
     return read

@@ -51,7 +51,9 @@ def quantize(
     try:
         ids = load_tokenizer(folder, spec.vocab_size).encode(source.read_text("utf-8"))[:tokens]
     except (OSError, UnicodeDecodeError) as error:
-        raise NotFound("input_unreadable", f"The text {source} cannot be read", why=str(error)) from None
+        raise NotFound(
+            "input_unreadable", f"The text {source} cannot be read", why=str(error), fix="name a file of UTF-8 text"
+        ) from None
     recipe = Recipe(quant, int(group_size), OUTER if plain_embedding else ())
     before, after = write_quantized(folder, out, spec, recipe)
     quality = _compare(folder, out, spec, ids, num_threads)

@@ -135,5 +135,8 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InvalidRequest(
-            "invalid_text", "The prompt on stdin is not UTF-8 text", why=f"byte {error.start} cannot be decoded"
+            "invalid_text",
+            "The prompt on stdin is not UTF-8 text",
+            why=f"byte {error.start} cannot be decoded",
+            fix="convert it, as with iconv -t utf-8",
         ) from None

@@ -40,7 +40,12 @@ def _text_of(path: str) -> str:
         return Path(path).expanduser().read_text("utf-8")
     except OSError as error:
         raise NotFound(
-            "input_unreadable", f"{path} cannot be read", why=(error.strerror or str(error)).lower()
+            "input_unreadable",
+            f"{path} cannot be read",
+            why=(error.strerror or str(error)).lower(),
+            fix="check the path",
         ) from None
     except ValueError:
-        raise InvalidRequest("invalid_text", f"{path} is not UTF-8 text") from None
+        raise InvalidRequest(
+            "invalid_text", f"{path} is not UTF-8 text", fix="convert it, as with iconv -t utf-8"
+        ) from None

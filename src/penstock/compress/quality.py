@@ -88,7 +88,12 @@ def measure_quality(
     """
     window = min(window, len(ids), model.spec.max_positions)
     if window < 2:
-        raise InvalidRequest("text_too_short", "There is no text to compare on", why=f"it has {len(ids)} tokens of 2")
+        raise InvalidRequest(
+            "text_too_short",
+            "There is no text to compare on",
+            why=f"it has {len(ids)} tokens of 2",
+            fix="name a longer text",
+        )
     tally = Tally()
     for ids_T in torch.split(torch.tensor(ids), window):
         pairs = zip(*(read(decoder, ops, placement, ids_T) for decoder in (model, quantized)), strict=True)

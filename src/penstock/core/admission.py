@@ -127,4 +127,9 @@ def _check_emitted(submission: Submission, limit: int, vocabulary: Vocabulary) -
         elif not all(type(token) is int and 0 <= token < vocabulary.size for token in tokens):
             why = f"a token of sample {sample} is not in the vocabulary of {vocabulary.size}"
     if why:
-        raise InvalidRequest("cannot_continue", "The request cannot go on from the tokens it brings", why=why)
+        raise InvalidRequest(
+            "cannot_continue",
+            "The request cannot go on from the tokens it brings",
+            why=why,
+            fix="send what was told of it, and nothing else",
+        )

@@ -114,7 +114,7 @@ def _compile(wanted: StructuredOutputs, table: TokenTable) -> Grammar:
     try:
         return Grammar(source, table)
     except ValueError as error:
-        raise _refusal(code, f"The {what} cannot be compiled", error) from None
+        raise _refusal(code, f"The {what} cannot be compiled", error, fix="correct or simplify what is named") from None
 
 
 def _source(wanted: StructuredOutputs) -> tuple[str, str, str]:
@@ -123,8 +123,8 @@ def _source(wanted: StructuredOutputs) -> tuple[str, str, str]:
         if regex.endswith("$") and not is_cut(regex[:-1]):
             regex = regex[:-1]
         if is_cut(regex):
-            why = "it ends in a backslash that escapes nothing"
-            raise InvalidRequest("invalid_regex", "The regular expression cannot be compiled", why=why)
+            why, fix = "it ends in a backslash that escapes nothing", "escape the backslash with another, or drop it"
+            raise InvalidRequest("invalid_regex", "The regular expression cannot be compiled", why=why, fix=fix)
         return LLMatcher.grammar_from_regex(regex), "invalid_regex", "regular expression"
     if wanted.choice is not None:  # one expression: as alternatives of a grammar they would be searched one by one
         options = "|".join(_literal(text) for text in wanted.choice)
@@ -137,8 +137,10 @@ def _source(wanted: StructuredOutputs) -> tuple[str, str, str]:
         try:
             text = gbnf_to_lark(text)
         except Exception as error:
-            why = _brief(error)
-            raise InvalidRequest("invalid_grammar", "The GBNF grammar cannot be read", why=why) from None
+            fix = "correct it there; rules are written NAME ::= ..., as llama.cpp has them"
+            raise InvalidRequest(
+                "invalid_grammar", "The GBNF grammar cannot be read", why=_brief(error), fix=fix
+            ) from None
     _vet_grammar(text)
     return LLMatcher.grammar_from_lark(text), "invalid_grammar", "grammar"
 
@@ -152,7 +154,9 @@ def _vet_grammar(text: str) -> None:
         try:
             _vet(json.JSONDecoder().raw_decode(text, inner.end())[0])
         except (ValueError, RecursionError) as error:
-            raise InvalidRequest("invalid_grammar", "What follows %json is not JSON", why=_brief(error)) from None
+            raise InvalidRequest(
+                "invalid_grammar", "What follows %json is not JSON", why=_brief(error), fix="write a JSON schema there"
+            ) from None
 
 
 def _literal(text: str) -> str:
@@ -210,7 +214,9 @@ def _vet(schema: Any) -> None:
     for pattern in patterns(schema):
         if is_cut(pattern):
             why = f"the pattern {reprlib.repr(pattern)} ends in a backslash that escapes nothing"
-            raise InvalidRequest("unsupported_schema", "This JSON schema cannot be compiled", why=why)
+            raise InvalidRequest(
+                "unsupported_schema", "This JSON schema cannot be compiled", why=why, fix="escape it with another"
+            )
     if (part := infinite_part(schema, bare_refs=is_old_dialect(schema))) is not None:
         raise InvalidRequest(
             "infinite_schema",

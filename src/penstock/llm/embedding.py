@@ -67,7 +67,9 @@ class VectorJob:
         if self.scored and len(self._logprobs) == self.num_tokens - 1:  # the first token has none
             found = self._logprobs[-self.scored :]
         if found is None:
-            raise InvalidRequest("request_aborted", "The request was aborted before its vector was there")
+            raise InvalidRequest(
+                "request_aborted", "The request was aborted before its vector was there", fix="submit it again"
+            )
         return np.array(found, np.float64)
 
 

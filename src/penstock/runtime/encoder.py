@@ -82,9 +82,11 @@ class EncoderRunner:
         request = self.requests[id]
         if start != 0 or count != len(request.tokens):
             why = f"positions {start} to {start + count - 1} of {len(request.tokens)} are asked for"
-            raise EngineError("text_not_whole", "An encoder computes texts as a whole", why=why)
+            raise EngineError("text_not_whole", "An encoder computes texts as a whole", why=why, fix="report this")
         if request.task == "generate" or (self.encoder.classifier is not None and request.task != "cls"):
-            raise EngineError("task_unsupported", f"This encoder cannot do the task {request.task!r}")
+            raise EngineError(
+                "task_unsupported", f"This encoder cannot do the task {request.task!r}", fix="report this"
+            )
         return request
 
     def _types(self, tokens: tuple[int, ...]) -> list[int]:

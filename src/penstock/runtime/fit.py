@@ -79,6 +79,7 @@ def _fitted(
             why=f"it needs {gib(needed)} ({', '.join(f'{name} {gib(size)}' for name, size in parts.items())}) in "
             f"{dtype if config.quant == 'none' else config.quant} and {gib(free)} are free"
             + (f", beside {gib(taken)} that other models may need" if taken > 0 else ""),
+            fix="choose a smaller model or --quant, lower max_model_len or max_num_batched_tokens, or free memory",
         )
     if isinstance(spec, EncoderSpec):
         return config

@@ -70,7 +70,10 @@ class Inputs:
         if row is None:
             if not self.free:
                 raise EngineError(
-                    "executor_full", "More requests are known than there are rows", why=f"{len(self.known)}"
+                    "executor_full",
+                    "More requests are known than there are rows",
+                    why=f"{len(self.known)}",
+                    fix="report this",
                 )
             row = self.row_of[request.id] = self.free.pop()
         count = len(request.tokens)
@@ -98,7 +101,12 @@ class Inputs:
         if (ends > known).any():
             bad = int((ends > known).argmax())
             why = f"positions up to {ends[bad]} are asked for and {known[bad]} tokens are known"
-            raise EngineError("token_unknown", f"A slice of request {requests[bad]} is ahead of its tokens", why=why)
+            raise EngineError(
+                "token_unknown",
+                f"A slice of request {requests[bad]} is ahead of its tokens",
+                why=why,
+                fix="report this",
+            )
         row_starts = np.zeros(count + 1, np.int64)
         np.cumsum(counts, out=row_starts[1:])
         if row_starts[-1] == count:

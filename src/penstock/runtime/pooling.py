@@ -65,6 +65,7 @@ class Vector:
                 "pooling_incomplete",
                 "A vector cannot be made of part of its positions",
                 why=f"{self.rows} hidden states of {length} tokens are there, pooled by {self.task}",
+                fix="report this",
             )
         value_D = self._value / self.rows
         if not np.isfinite(value_D).all():

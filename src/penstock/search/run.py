@@ -113,7 +113,9 @@ class SearchRun:
             return
         if update.error is not None or update.finish_reason == "abort":
             self.cancel()
-            raise update.error or EngineError("search_aborted", f"Request {update.id} of a search was aborted")
+            raise update.error or EngineError(
+                "search_aborted", f"Request {update.id} of a search was aborted", fix="search again"
+            )
         sample = samples[update.sample]
         sample.extend(update.tokens, update.logprobs, update.finish_reason, update.stop_reason)
         if sample.finished and update.finish_reason is None:  # a stop string

@@ -273,7 +273,12 @@ def read_lines(path: Path, endpoint: str) -> tuple[list[Line], list[Complaint]]:
                 continue
             try:
                 if len(raw) > MAX_BODY_BYTES:
-                    raise HTTPError("line_too_large", "The line is too large", why=f"more than {MAX_BODY_BYTES} bytes")
+                    raise HTTPError(
+                        "line_too_large",
+                        "The line is too large",
+                        why=f"more than {MAX_BODY_BYTES} bytes",
+                        fix="split its request into several",
+                    )
                 custom_id = _custom_id(raw, endpoint, names)
             except HTTPError as error:
                 complaints.append(Complaint(error.code, str(error), error.param, number))
@@ -293,7 +298,9 @@ def read_lines(path: Path, endpoint: str) -> tuple[list[Line], list[Complaint]]:
 def _custom_id(raw: bytes, endpoint: str, taken: set[str]) -> str:
     line = parse(raw, BatchLine)
     if line.url != endpoint:
-        raise HTTPError("mismatched_endpoint", f"url must be the batch's endpoint, {endpoint}", param="url")
+        fix = "write that there, or make a batch for each endpoint"
+        raise HTTPError("mismatched_endpoint", f"url must be the batch's endpoint, {endpoint}", fix=fix, param="url")
     if line.custom_id in taken:
-        raise HTTPError("duplicate_custom_id", f"custom_id {line.custom_id!r} is used twice", param="custom_id")
+        what = f"custom_id {line.custom_id!r} is used twice"
+        raise HTTPError("duplicate_custom_id", what, fix="give each line its own", param="custom_id")
     return line.custom_id

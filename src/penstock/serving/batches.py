@@ -176,7 +176,13 @@ class Batches:
         store = await self.store()
         batch = await asyncio.to_thread(store.batches.get, tenant, id)
         if batch.status not in LIVE:
-            raise HTTPError("batch_ended", "The batch has ended", why=f"it is {batch.status}", status=409)
+            raise HTTPError(
+                "batch_ended",
+                "The batch has ended",
+                why=f"it is {batch.status}",
+                fix="make a new one of its file",
+                status=409,
+            )
 
         def cancelled(batch: Batch) -> Batch:
             return batch.moved("cancelling") if batch.status in ("validating", "in_progress") else batch

@@ -121,6 +121,7 @@ class Edge:
                 "headers_too_large",
                 "The request carries too many headers",
                 why=f"{len(headers)} headers of {size} bytes; at most {MAX_HEADERS} of {MAX_HEADER_BYTES}",
+                fix="send fewer, such as no cookies",
                 status=431,
             )
         if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
@@ -174,8 +175,10 @@ async def body_of(request: Request) -> AsyncIterator[bytes]:
             async with asyncio.timeout(BODY_SECONDS):
                 await _read(request, body, context)
         except TimeoutError:
-            why = f"waited {BODY_SECONDS:g} s"
-            raise HTTPError("request_timeout", "The body did not arrive in time", why=why, status=408) from None
+            why, fix = f"waited {BODY_SECONDS:g} s", "send it again, over a faster connection or in parts"
+            raise HTTPError(
+                "request_timeout", "The body did not arrive in time", why=why, fix=fix, status=408
+            ) from None
         yield bytes(body)
     finally:
         context.uploading -= max(0, len(body) - INLINE_BYTES)

@@ -105,8 +105,8 @@ async def upload(request: Request, store: Store, tenant: str, key: str | None = 
             name = Path(file.filename or "upload.jsonl").name[:MAX_FILE_NAME]
             return shown(await asyncio.to_thread(_keep, store, tenant, name, file.file, key))
     except TimeoutError:
-        why = f"waited {FILE_SECONDS:g} s"
-        raise HTTPError("request_timeout", "The file did not arrive in time", why=why, status=408) from None
+        why, fix = f"waited {FILE_SECONDS:g} s", "send it again, or split it into several batches"
+        raise HTTPError("request_timeout", "The file did not arrive in time", why=why, fix=fix, status=408) from None
     except OSError as error:  # while it came it was in the folder of temporary files
         raise unwritable(error) from error
     except HTTPException:

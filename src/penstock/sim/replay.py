@@ -107,7 +107,7 @@ class RecordedExecutor:
     def submit(self, plan: StepPlan) -> Done:
         self.requests.update((new.id, new) for new in plan.new)
         self.known.update((new.id, len(new.tokens)) for new in plan.new)
-        error = EngineError("recorded_fault", "This step failed when it was recorded")
+        error = EngineError("recorded_fault", "This step failed when it was recorded", fix="see the log of that run")
         if plan.number in self.failed:
             return Done(StepFailed(error))
         result = StepResult([self._drawn(id, start + count) for id, start, count in plan.slices])

@@ -138,7 +138,9 @@ class ToyExecutor:
         """Fails as badly as a step can: nothing was copied and all it should have written is garbage."""
         for id, start, count in plan.slices:
             self._scribble(id, start, count)
-        return StepFailed(EngineError("injected_fault", f"Step {plan.number} was made to fail"))
+        return StepFailed(
+            EngineError("injected_fault", f"Step {plan.number} was made to fail", fix="a test wants it so")
+        )
 
     def _scribble(self, id: int, start: int, count: int) -> None:
         for group, table in enumerate(self.rows[id].tables):

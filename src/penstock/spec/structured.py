@@ -113,13 +113,19 @@ def _schema_text(schema: object, name: str = "json") -> str:
         text = json.dumps(parsed, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (ValueError, TypeError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InvalidRequest("invalid_schema", f"structured_outputs.{name} is not JSON", why=why[:200]) from None
+        raise InvalidRequest(
+            "invalid_schema", f"structured_outputs.{name} is not JSON", why=why[:200], fix="send a JSON schema"
+        ) from None
     if not isinstance(parsed, (Mapping, bool)):
         why = f"it is {reprlib.repr(parsed)}"
-        raise InvalidRequest("invalid_schema", "A JSON schema must be an object, true or false", why=why)
+        raise InvalidRequest(
+            "invalid_schema", "A JSON schema must be an object, true or false", why=why, fix="send {} for any JSON"
+        )
     if (depth := depth_of(text)) > MAX_SCHEMA_DEPTH:
         why = f"it is nested {depth} deep, at most {MAX_SCHEMA_DEPTH} are allowed"
-        raise InvalidRequest("invalid_schema", f"structured_outputs.{name} is nested too deeply", why=why)
+        raise InvalidRequest(
+            "invalid_schema", f"structured_outputs.{name} is nested too deeply", why=why, fix="flatten it"
+        )
     return text
 
 

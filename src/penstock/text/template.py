@@ -158,7 +158,10 @@ def _render(template: SandboxedTemplate, variables: Mapping[str, Any], input_cha
         return template.render(variables, Budget(input_chars))
     except TemplateRefusal as refusal:
         raise InvalidRequest(
-            "template_refused", "The chat template does not accept this conversation", why=str(refusal)
+            "template_refused",
+            "The chat template does not accept this conversation",
+            why=str(refusal),
+            fix="change the conversation as the model's template wants it",
         ) from None
     except (BudgetExceeded, RecursionError, MemoryError) as error:
         raise InvalidRequest(
@@ -328,5 +331,8 @@ def _read(path: Path) -> str:
             return file.read(MAX_TEMPLATE_CHARS + 1)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "chat_template_unreadable", f"The chat template {path} cannot be read", why=str(error)[:200]
+            "chat_template_unreadable",
+            f"The chat template {path} cannot be read",
+            why=str(error)[:200],
+            fix="name a file of UTF-8 text",
         ) from None

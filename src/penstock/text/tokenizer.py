@@ -119,7 +119,7 @@ class Tokenizer:
                 lone surrogate), token_out_of_range (the model has no such id).
         """
         if not isinstance(text, str):
-            raise InvalidRequest("invalid_text", f"A text was expected, not {type(text).__name__}")
+            raise InvalidRequest("invalid_text", f"A text was expected, not {type(text).__name__}", fix="pass a str")
         if max_chars is not None and len(text) > max_chars:
             raise InvalidRequest(
                 "prompt_too_long", f"The text has {len(text)} characters", why=f"at most {max_chars} are accepted"
@@ -242,7 +242,9 @@ def _backend_errors(text: str) -> Iterator[None]:
     except BaseException as error:
         surrogate = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
         why = str(error) if surrogate is None else f"character {surrogate} is a lone surrogate, which is half of one"
-        raise InvalidRequest("invalid_text", "The text cannot be tokenized", why=why[:200]) from None
+        raise InvalidRequest(
+            "invalid_text", "The text cannot be tokenized", why=why[:200], fix="send valid Unicode"
+        ) from None
 
 
 def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
