@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from penstock.serving import admin, app
-from penstock.serving.openapi import REFUSALS, document
+from penstock.serving.gate import Access
+from penstock.serving.openapi import FILES, REFUSALS, document
+from penstock.serving.operations import Routes
 
 HEAD = """# HTTP
 
@@ -57,6 +60,31 @@ def routes(told: dict[str, Any]) -> Iterator[str]:
             gives = [given(media, c["schema"]) for media, c in each["responses"]["200"].get("content", {}).items()]
             cells = (f"`{method.upper()} {path}`", each["x-access"], each["summary"])
             yield row(*cells, ", ".join([*map(kind, taken), *asked]), "; ".join(gives))
+
+
+def roles() -> str:
+    """A table of the paths that each kind of caller may use; what many begin with stands for all of them."""
+    rows = {
+        "no key": [*paths(app.ROUTES, "public"), "the files of the [dashboard](dashboard.md)"],
+        "any key": paths(app.ROUTES, "inference"),
+        "a key of the role `admin`": paths(app.ROUTES, "admin"),
+        "the same, at `--admin-port`": paths(admin.ROUTES, "admin"),
+    }
+    head = "| asks for | at |\n| --- | --- |\n"
+    return head + "".join(row(who, ", ".join(listed)) for who, listed in rows.items())
+
+
+def paths(table: Routes, access: Access, enough: int = 4) -> list[str]:
+    """``enough`` of them that begin alike are told as one."""
+    named = [re.sub(r"{(\w+)[^}]*}", lambda found: found[1].upper(), path) for path in of_access(table, access)]
+    starts = Counter(path.split("/")[1] for path in named)
+    short = (f"/{start}/..." if starts[start := path.split("/")[1]] >= enough else path for path in named)
+    return [f"`{path}`" for path in dict.fromkeys(short)]
+
+
+def of_access(table: Routes, access: Access) -> list[str]:
+    """Its paths that ask for so much, but for the files of the dashboard."""
+    return [path for path, (asked, *_) in table.items() if asked == access and not FILES.fullmatch(path)]
 
 
 def given(media: str, schema: dict[str, Any]) -> str:

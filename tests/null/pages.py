@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from house import ROOT, Function, Source, base_names, dotted, package_sources
 from penstock.spec import EngineConfig
-from reference import http_page, reference_pages, server_options
+from reference import KEYS_PAGE, http_page, keys_page, reference_pages, server_options
 
 
 def markdown_pages() -> list[Path]:
@@ -272,7 +272,7 @@ def refusals(sources: list[Source]) -> dict[int, set[str]]:
 
 def generated_pages(sources: list[Source]) -> dict[Path, str]:
     made = {ERRORS_PAGE: errors_page(sources), CONFIGURATION_PAGE: configuration_page()}
-    return made | {HTTP_PAGE: http_page(refusals(sources))} | reference_pages()
+    return made | {HTTP_PAGE: http_page(refusals(sources)), KEYS_PAGE: keys_page()} | reference_pages()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import re
@@ -38,10 +39,27 @@ def reference_pages() -> dict[Path, str]:
 
 def http_page(codes: Mapping[int, set[str]]) -> str:
     """``codes``: of errors, by their status."""
-    sys.path.append(str(ROOT / "tests" / "e2e"))
-    import http_page
+    return str(_e2e().http_page(codes))
 
-    return http_page.http_page(codes)
+
+KEYS_PAGE = ROOT / "docs" / "how-to" / "keys.md"
+ROLES = re.compile(r"(?<=<!-- made of the routes -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def keys_page() -> str:
+    """As it is, with the table of who may use which route."""
+    return ROLES.sub(lambda _: f"\n{_e2e().roles()}\n", KEYS_PAGE.read_text("utf-8"))
+
+
+def open_routes() -> list[str]:
+    """That ask for no key."""
+    return list(_e2e().of_access(_e2e().app.ROUTES, "public"))
+
+
+def _e2e() -> Any:
+    """What knows the routes, which needs the packages that serving needs."""
+    sys.path.append(str(ROOT / "tests" / "e2e"))
+    return importlib.import_module("http_page")
 
 
 # -- docs/reference/cli.md ---------------------------------------------------------------------------------------------

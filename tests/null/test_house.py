@@ -16,6 +16,7 @@ import pytest
 
 import house
 import pages
+import reference
 from house import PACKAGE, ROOT, Source, import_table, package_sources
 
 EXCEPTIONS: dict[str, int] = {}
@@ -145,6 +146,12 @@ def test_repository_names_no_machine_and_no_registry() -> None:
 def test_generated_pages_are_current() -> None:
     for page, content in pages.generated_pages(SOURCES).items():
         assert page.read_text("utf-8") == content, f"{page.name}: run `make docs`"
+
+
+def test_pages_name_every_route_that_asks_for_no_key() -> None:
+    for name in ("SECURITY.md", "docs/reliability.md"):
+        page = (ROOT / name).read_text("utf-8")
+        assert [path for path in reference.open_routes() if f"`{path}`" not in page] == [], name
 
 
 def test_error_codes_are_stable_names() -> None:
