@@ -2,12 +2,16 @@
 
 Its options are those of ``penstock serve``. The face is the bundled model's, the context is 2 million tokens long. A
 token is a hash of the request's prompt, seed, sample and length, so that an answer that went to somebody else shows.
+Where QUICK_HOLD names a file, the model is loaded by two fifths and no more until that is there; what it holds is then
+wrong with the model.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from array import array
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -17,9 +21,11 @@ from typing import Any
 import penstock.wire
 from penstock.assemble import Loaded, find_model, read_face
 from penstock.assemble.executor import engine_setup
+from penstock.base import ModelFormatError
 from penstock.cli import main as command_line
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import NewRequest, StepPlan, StepResult
+from penstock.host import Told
 from penstock.host import main as engine
 from penstock.serving import limits
 from penstock.sim.toy import Done
@@ -70,7 +76,13 @@ class Quick:
         pass
 
 
-def load(config: EngineConfig, *_: object) -> tuple[Any, Loaded]:
+def load(config: EngineConfig, told: Told, _: int) -> tuple[Any, Loaded]:
+    if hold := os.environ.get("QUICK_HOLD"):
+        told(0.4)
+        while not Path(hold).exists():
+            time.sleep(0.01)
+        if wrong := Path(hold).read_text():
+            raise ModelFormatError("weights_truncated", wrong, fix="download the file again")
     face = read_face(find_model(None), config)
     tokens = max(config.max_num_batched_tokens, 1 << 16)
     config = replace(config, max_model_len=LONGEST, max_num_batched_tokens=tokens, depth=1, backend="ref")

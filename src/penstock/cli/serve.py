@@ -69,9 +69,7 @@ def serve(
     kept, configs = Keeping(**keeping), configured([*([model] if model else []), *(others or [])], engine, config)
     service = RemoteService(python("penstock.host"), at_once(configs))  # first of all: it takes longest
 
-    from penstock.fleet import Admission
     from penstock.serving import server
-    from penstock.serving.gate import Gate
     from penstock.serving.requestlog import RequestLog
     from penstock.serving.transport import origins_of
 
@@ -80,13 +78,12 @@ def serve(
         models = stack.enter_context(closing(models_of(configs, service, kept, tokenizer_workers)))
         bound = stack.enter_context(server.listen(host, port))
         public = not server.is_loopback(bound)
-        gate = Gate(Admission(queue_tokens or 1), keys, public=public)
+        gate = _gate(models, keys, queue_tokens, public=public)
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
         certificate, origins = _certificate(tls_cert, tls_key), origins_of(cors_origin) if cors_origin else ()
         log = None if log_file is None else RequestLog(log_file)
         spans = _spans(otlp_endpoint or env.otlp_endpoint())
-        _load(models, gate if queue_tokens is None else None)
         scheme = "http" if certificate is None else "https"
         url, admin_url = server.url_of(bound, scheme), None if admin is None else server.url_of(admin, scheme)
         stack.enter_context(_present(list(models.all), url, admin_url, gate, certificate))
@@ -105,13 +102,15 @@ def serve(
         )
 
 
-def _load(models: Models, gate: Gate | None) -> None:
-    """``gate``: whose queue has to fit what is loaded, now and later."""
-    from penstock.serving.gate import queue_budget
+def _gate(models: Models, keys: Path | None, queue_tokens: int | None, *, public: bool) -> Gate:
+    """Its queue has to fit what is loaded, now and later, unless its size is given."""
+    from penstock.fleet import Admission
+    from penstock.serving.gate import FIRST_TOKENS, Gate, queue_budget
 
-    if gate is not None:
+    gate = Gate(Admission(queue_tokens or FIRST_TOKENS), keys, public=public)
+    if queue_tokens is None:
         models.changed = lambda: gate.widen(sum(map(queue_budget, models.engines)))
-    models.start()
+    return gate
 
 
 def _spans(endpoint: str | None) -> Spans | None:

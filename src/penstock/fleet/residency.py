@@ -184,6 +184,10 @@ class Residency:
         resident = self.models[model]
         resident.wanted, resident.unwanted = False, resident.state in ("loading", "loaded")
 
+    def begin(self, model: str, now: float) -> None:
+        """It is being loaded: as a turn says, or before anybody asks."""
+        self.models[model].state, self.models[model].began = "loading", now
+
     def loaded(self, model: str, now: float) -> None:
         resident = self.models[model]
         resident.state, resident.came, resident.used = "loaded", now, now
@@ -302,7 +306,7 @@ class Residency:
         if following is None or any(r.checking or r.state in ("loading", "unloading") for r in self.models.values()):
             return
         if not self._in_the_way(following):
-            self.models[following].state, self.models[following].began = "loading", now
+            self.begin(following, now)
             turn.load = following
             return
         # What an operator wants, and what has been told to leave, is not put off.

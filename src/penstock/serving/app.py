@@ -37,8 +37,8 @@ from penstock.serving.errors import (
     on_other_exception,
     on_penstock_error,
 )
-from penstock.serving.gate import Access, Gate, current, queue_budget
-from penstock.serving.health import health
+from penstock.serving.gate import FIRST_TOKENS, Access, Gate, current, queue_budget
+from penstock.serving.health import health, ready
 from penstock.serving.history import finished
 from penstock.serving.messages import (
     EVENTS,
@@ -57,7 +57,6 @@ from penstock.serving.model_routes import (
     model_ready,
     models_listed,
     models_told,
-    ready,
     unload_model,
 )
 from penstock.serving.models import Models
@@ -121,7 +120,7 @@ def build_app(
     settle()
     models = Models.of(models) if isinstance(models, AsyncLLM) else models
     metrics = Metrics(models.status, frozenset(ROUTES))
-    gate = gate or Gate(Admission(sum(map(queue_budget, models.engines))))
+    gate = gate or Gate(Admission(sum(map(queue_budget, models.engines)) or FIRST_TOKENS))
     metrics.registry.register(QueueCollector(gate.admission, log, spans))
     context = Context(models=models, served=models.first, metrics=metrics, gate=gate, log=log, spans=spans)
     context.batches = Batches(context, store or env.data_folder() / "store", in_batches())

@@ -50,6 +50,7 @@ class Context:
         history: those that ended last.
         responses: those that may be gone on from.
         uploading: bytes of bodies that are being read or parsed.
+        starting: the models that shall be there at once are being loaded; requests wait for them.
         draining: no new requests; the process is about to end.
         batches: files of requests, answered when there is time.
         origins: web pages of other sites whose scripts may use it.
@@ -66,6 +67,7 @@ class Context:
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     history: History = field(default_factory=History)
     responses: ResponseStore = field(default_factory=ResponseStore)
+    starting: bool = False
     draining: bool = False
     uploading: int = 0
     batches: Batches = field(init=False)

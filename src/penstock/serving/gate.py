@@ -25,6 +25,9 @@ Access = Literal["public", "inference", "admin"]
 
 Headers = Iterable[tuple[bytes, bytes]]
 POOLS_QUEUED = 8
+FIRST_TOKENS = 1 << 16
+"""Admitted at a time, by the bytes of their bodies, before it is known what the first engine has room for."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -192,12 +195,13 @@ class Gate:
         self.path = keys
         self.ring = None if keys is None else Keyring(read_keys(keys))
         self.live: set[Caller] = set()
+        self._found = 0
         self._share()
         self._own: tuple[Key, ...] = ()
 
     def widen(self, budget: int) -> None:
-        """There is room for so many tokens, if that is more than before."""
-        self.admission.budget = max(self.admission.budget, budget)
+        """There is room for so many tokens, if that is more than was found before."""
+        self.admission.budget = self._found = max(self._found, budget)
 
     def own_key(self) -> str | None:
         """A key of the role admin that is in no file, good until the process ends; None if nobody needs one."""

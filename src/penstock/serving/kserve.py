@@ -24,8 +24,9 @@ from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json, parse
 from penstock.serving.errors import invalid, plain_body, unsupported
+from penstock.serving.health import check_welcome
 from penstock.serving.limits import MAX_TEXTS
-from penstock.serving.model_routes import check_model_ready, check_ready, in_memory
+from penstock.serving.model_routes import check_model_ready, in_memory
 from penstock.serving.operations import operation
 from penstock.serving.schemas import CompletionRequest, Harmless, ModelRequest, Name
 from penstock.serving.sse import Dialect, event
@@ -232,7 +233,7 @@ async def live(_: Request) -> Response:
 @operation("Whether new requests are welcome.", gives=dict[str, Any])
 async def ready(request: Request) -> Response:
     """Raises Unavailable."""
-    check_ready(context_of(request))
+    check_welcome(context_of(request))
     return as_json({"ready": True})
 
 

@@ -115,7 +115,7 @@ def step_seconds(engine: Assembled) -> float:
 
 
 class Models:
-    """Brings models in and out as requests ask for them. ``start`` runs before the event loop, the rest in it.
+    """Brings models in and out as requests ask for them, in the event loop.
 
     Args:
         room: most models in memory at a time; None for all of them.
@@ -163,8 +163,7 @@ class Models:
         """One model that is in memory."""
         config = llm.engine.config
         models = cls([Served(name=llm.engine.name, config=config, llm=llm)])
-        models.policy.want(llm.engine.name)
-        models.policy.turn(time.monotonic())
+        models.policy.begin(llm.engine.name, time.monotonic())
         models.policy.loaded(llm.engine.name, time.monotonic())
         return models
 
@@ -194,12 +193,16 @@ class Models:
             )
         return found
 
-    def start(self) -> None:
-        """Loads those that are pinned, or else the first. Raises as ``assemble.build_engine``."""
+    async def start(self) -> None:
+        """Loads those that are pinned, or else the first; others wait until these are there. Raises as
+        ``assemble.build_engine``.
+        """
         for model in [model for model in self.all.values() if model.stay.pinned] or [self.first]:
-            self.policy.want(model.name)
-            self.policy.turn(time.monotonic())
-            self._came(model, model.bring(self._held_beside(model), *self._bringing))
+            self.policy.begin(model.name, time.monotonic())
+            self._act_soon()  # who waited for the one before goes on
+            bring = partial(model.bring, self._held_beside(model), *self._bringing)
+            self._came(model, await asyncio.to_thread(bring))
+        self._act()
 
     def ask(self, model: Served) -> Ticket:
         """A ticket, which may be granted at once; ``leave`` has to follow. Raises Unavailable: the model could not be

@@ -138,13 +138,12 @@ def serve(
     certificate: Certificate | None = None,
     origins: tuple[str, ...] = (),
 ) -> None:
-    """Answers until SIGTERM or Ctrl-C; calls ``announce`` once it does.
+    """Answers until SIGTERM or Ctrl-C. Loads the models that shall be there at once, then calls ``announce``.
 
     Then new requests are refused, running ones have DRAIN_SECONDS to finish, and what is left is aborted and told so.
     A second signal ends it at once. SIGHUP reads the keys and the certificate again and opens the log anew.
 
     Args:
-        models: those that shall be there at once are.
         store: as for ``build_app``. Batches that an earlier process left go on.
         gate: who may use it; anybody by default.
         admin: where administration is spoken to.
@@ -154,9 +153,10 @@ def serve(
 
     Raises:
         KeyboardInterrupt: it was Ctrl-C.
+        PenstockError: a model that shall be there at once cannot be loaded, as ``assemble.build_engine``.
     """
     app, context = build_app(models, store, hosts=_own_names(bound), gate=gate, log=log, spans=spans)
-    context.origins, app = origins, shared_with(app, origins)
+    context.starting, context.origins, app = True, origins, shared_with(app, origins)
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
     server = uvicorn.Server(_settings(app, certificate))
@@ -183,8 +183,7 @@ def serve(
         for sink in (log, spans):
             if sink is not None:
                 sink.close()
-    if ending.signals[:1] == [signal.SIGINT]:
-        raise KeyboardInterrupt
+    ending.say()
 
 
 def _have_nobody_wait() -> None:
@@ -195,13 +194,14 @@ def _have_nobody_wait() -> None:
 
 
 class _Ending:
-    """Signals, and how a server ends. It listens until the last request is done, so that whoever asks meanwhile hears
-    that it is about to end.
+    """How a server begins and ends, and signals. It listens while its models are loaded and until the last request is
+    done, so that whoever asks meanwhile hears what it is about.
     """
 
     def __init__(self, server: uvicorn.Server, context: Context, certificate: Certificate | None) -> None:
         self.server, self.context, self.certificate = server, context, certificate
         self.signals: list[int] = []
+        self._fault: Exception | None = None
         self._hurry = asyncio.Event()
 
     async def accompany(self, announce: Callable[[], None]) -> None:
@@ -212,16 +212,37 @@ class _Ending:
             loop.add_signal_handler(number, self._end, number)
         if any((self.context.gate.path, self.context.log, self.certificate)):
             loop.add_signal_handler(signal.SIGHUP, self._renew)
-        await self.context.batches.resume()
-        with suppress(BrokenPipeError):  # whoever read it has read enough
-            announce()
+        beginning = asyncio.create_task(self._begin(announce))
         await self.context.stop.wait()
         self.context.draining = True
+        if self._fault is not None or (self.context.starting and not self.context.models.engines):
+            self._hurry.set()  # nobody will be answered
         await self.context.batches.stop()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._done(), DRAIN_SECONDS)
         self.server.should_exit = True
+        beginning.cancel()
         await self.context.abort_all()
+
+    async def _begin(self, announce: Callable[[], None]) -> None:
+        try:
+            await self.context.models.start()
+            if not self.context.draining:
+                self.context.starting = False
+                await self.context.batches.resume()
+                with suppress(OSError):  # whoever read it has read enough, or its disk is full
+                    announce()
+        except Exception as fault:
+            if not self.context.draining:  # else it is why
+                self._fault = fault
+                self.context.stop.set()
+
+    def say(self) -> None:
+        """Raises what ended it, if that was no SIGTERM: KeyboardInterrupt, or what was wrong with a model."""
+        if self.signals[:1] == [signal.SIGINT]:
+            raise KeyboardInterrupt
+        if self._fault is not None:
+            raise self._fault
 
     async def _done(self) -> None:
         while self.context.gate.admission.running and not self._hurry.is_set():
