@@ -1,6 +1,6 @@
 """The models of a server. Each that is in memory has an engine process of its own; ``fleet.Residency`` says which are.
 
-A server of one model is one whose only model came in before it began, and stays.
+A server of one model is one whose only model comes in first, and stays.
 """
 
 from __future__ import annotations
