@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
 import pytest
+from pydantic import BaseModel
 
 from penstock.text import Tokenizer
 from scripted import saying
@@ -18,6 +19,11 @@ CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_ca
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
 TOOLS: list[Any] = [{"name": "get_weather", "description": "The weather.", "input_schema": SCHEMA}]
 USER: Any = {"role": "user", "content": "Weather?"}
+
+
+class Weather(BaseModel):
+    city: Literal["Paris", "Rome"]
+    sure: bool
 
 
 @pytest.fixture
@@ -115,6 +121,21 @@ def test_a_call_that_must_come(say: Any, choice: Any) -> None:
     assert say(CALL, tools=TOOLS, tool_choice={"type": "none"}).content[0].text == CALL
 
 
+def test_an_answer_has_the_form_that_the_client_s_own_helper_asks_for(client: anthropic.Anthropic, say: Any) -> None:
+    asked: Any = {"model": "m", "messages": [USER], "max_tokens": 150, "output_format": Weather}
+    for parse in (client.messages.parse, client.beta.messages.parse):
+        parsed = parse(**asked, extra_body={"temperature": 0}).parsed_output
+        assert isinstance(parsed, Weather)
+    with client.messages.stream(**asked, extra_body={"temperature": 0}) as stream:
+        assert stream.get_final_message().parsed_output == parsed
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "schema": schema}
+    for fields in ({"output_config": {"format": form, "effort": "low"}}, {"output_format": form}):
+        assert json.loads(say(extra_body=fields).content[0].text) == {"a": "x"}
+    calls = say(CALL, tools=TOOLS, output_config={"format": form}).content
+    assert [block.type for block in calls] == ["tool_use"]  # an answer that calls is none of that form
+
+
 def test_thoughts_are_bounded(say: Any) -> None:
     says = "<think>" + "a b " * 40 + "</think>Yes."
     body = {"thinking_start": "<think>", "thinking_end": "</think>"}
@@ -136,6 +157,9 @@ def test_thoughts_are_bounded(say: Any) -> None:
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "no tool named 'x'"),
         ({"tools": TOOLS, "tool_choice": {"type": "some"}}, "tool_choice"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
+        ({"output_format": {"type": "json_schema"}}, "output_format"),
+        ({"output_format": {}, "output_config": {"format": {}}}, "exclude each other"),
         ({"mcp_servers": [1]}, "mcp_servers"),
         ({"n": 2}, "one answer"),
         ({"messages": [{"role": "user", "content": "a " * 9000}]}, "prompt_too_long"),

@@ -54,6 +54,8 @@ class MessagesRequest(GenerationRequest, kw_only=True):
     tools: Annotated[list[InputTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Block | None = None
     thinking: Block | None = None
+    output_config: Block | None = None
+    output_format: Block | None = None
     stop_sequences: Annotated[list[Stop], Meta(max_length=MAX_STOP)] | None = None
     metadata: Block | None = None
 
@@ -68,6 +70,8 @@ class CountRequest(ModelRequest, kw_only=True):
     tools: Annotated[list[InputTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Block | None = None
     thinking: Block | None = None
+    output_config: Block | None = None
+    output_format: Block | None = None
 
 
 class MessageUsage(TypedDict):
@@ -226,6 +230,7 @@ async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
     if request.n not in (None, 1):
         raise invalid("n", "a message has one answer")
     request.stop = request.stop_sequences if request.stop_sequences is not None else request.stop
+    request.response_format = _form(request)
     thoughts = request.thinking or {}
     match thoughts:
         case {"type": "enabled", "budget_tokens": int(budget)}:
@@ -239,6 +244,7 @@ async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
     reads = engine.chat.variables if engine.chat is not None else frozenset[str]()
     switch = next((name for name in ("enable_thinking", "thinking") if name in reads), None)
     variables: dict[str, Any] | None = {switch: thoughts["type"] != "disabled"} if switch and thoughts else None
+    effort = (request.output_config or {}).get("effort") if "reasoning_effort" in reads else None
     return await Dialogue.prepare(
         context,
         f"msg_{uuid.uuid4().hex}",
@@ -246,8 +252,30 @@ async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
         request.params(dict(engine.recommended), max_tokens=request.max_tokens),
         await asyncio.to_thread(_offer, request),
         priority=request.priority or 0,
-        variables=template_variables(engine.chat, variables, None),
+        variables=template_variables(
+            engine.chat, variables, "xhigh" if effort == "max" else effort, "output_config.effort"
+        ),
     )
+
+
+def _form(request: MessagesRequest) -> dict[str, Any] | None:
+    """What the answer must be, as chat's response_format; older clients say it in ``output_format``."""
+    given = {
+        "output_config.format": (request.output_config or {}).get("format"),
+        "output_format": request.output_format,
+        "response_format": request.response_format,
+    }
+    asked = {name: form for name, form in given.items() if form is not None}
+    if len(asked) > 1:
+        raise invalid(next(iter(asked)), f"{' and '.join(asked)} exclude each other")
+    for name, form in asked.items():
+        match form:
+            case _ if name == "response_format":
+                return request.response_format
+            case {"type": "json_schema", "schema": dict(schema)}:
+                return {"type": "json_schema", "json_schema": {"schema": schema}}
+        raise invalid(name, "it must be a json_schema with its schema")
+    return None
 
 
 def _offer(request: MessagesRequest) -> Offer:

@@ -1,0 +1,53 @@
+"""What clients of other people's APIs send by themselves, in this process, where a test may read the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from penstock import AsyncLLM
+from penstock.serving import build_app
+from penstock.spec import EngineConfig
+from penstock.text import ChatTemplate
+from scripted import HERMES
+
+USER = {"role": "user", "content": "Weather?"}
+MESSAGE = {"messages": [USER], "max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[AsyncLLM]:
+    llm = AsyncLLM(EngineConfig(num_threads=1, logits_rule="scripted:say"))
+    yield llm
+    llm.close()
+
+
+def reading(llm: AsyncLLM, template: str) -> AsyncLLM:
+    return AsyncLLM(replace(llm.engine, chat=ChatTemplate(template)))
+
+
+def ask(llm: AsyncLLM, path: str, **body: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        app, _ = build_app(llm)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.post(path, json=body)
+
+    return asyncio.run(send())
+
+
+def test_effort_reaches_a_template_that_reads_it(llm: AsyncLLM) -> None:
+    told = reading(llm, "{% if reasoning_effort %}Effort: {{ reasoning_effort }}\n{% endif %}" + HERMES)
+
+    def tokens(of: AsyncLLM, **config: Any) -> int:
+        answer = ask(of, "/v1/messages/count_tokens", messages=[USER], output_config=config)
+        return int(answer.json()["input_tokens"])
+
+    assert tokens(told, effort="xhigh") == tokens(told, effort="max") > tokens(told)
+    assert tokens(reading(llm, HERMES), effort="max") == tokens(reading(llm, HERMES))
+    wrong = ask(told, "/v1/messages", **MESSAGE, output_config={"effort": ["much"]})
+    assert wrong.status_code == 400 and "output_config.effort" in wrong.json()["error"]["message"]
