@@ -40,6 +40,18 @@ def ask(llm: AsyncLLM, path: str, **body: Any) -> httpx.Response:
     return asyncio.run(send())
 
 
+def test_what_claude_code_sends_by_itself_is_neither_refused_nor_told_to_the_operator(
+    llm: AsyncLLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    edits = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    told = reading(llm, HERMES)
+    fields = {"context_management": edits, "metadata": {"user_id": "u"}}
+    assert ask(told, "/v1/messages", **MESSAGE, **fields).status_code == 200
+    counted = ask(told, "/v1/messages/count_tokens", messages=[USER], **fields).json()
+    assert counted == ask(told, "/v1/messages/count_tokens", messages=[USER]).json() and counted["input_tokens"] > 4
+    assert caplog.records == []
+
+
 def test_effort_reaches_a_template_that_reads_it(llm: AsyncLLM) -> None:
     told = reading(llm, "{% if reasoning_effort %}Effort: {{ reasoning_effort }}\n{% endif %}" + HERMES)
 

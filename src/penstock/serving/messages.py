@@ -46,7 +46,7 @@ class InputTool(msgspec.Struct, kw_only=True):
 class MessagesRequest(GenerationRequest, kw_only=True):
     """POST /v1/messages; its own fields are Anthropic's, the others those of this server."""
 
-    HARMLESS: ClassVar[Harmless] = {"container": (), "context_management": (), "mcp_servers": ([],)}
+    HARMLESS: ClassVar[Harmless] = {"container": (), "mcp_servers": ([],)}
 
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)]

@@ -16,13 +16,14 @@ from penstock.serving.schemas import ModelRequest
 SHOWN = 300
 """Characters of names in one line."""
 
-_LABELS = {"metadata", "prompt_cache_key", "request_id", "safety_identifier", "user"}
-"""Fields that could not change the text."""
+_IGNORED = {"context_management", "metadata", "prompt_cache_key", "request_id", "safety_identifier", "user"}
+"""Fields that cannot make an answer wrong. ``context_management`` has Anthropic's servers edit the history of a long
+conversation; here the model reads all of it."""
 
 
 def unknown_fields(fields: Iterable[str], shape: type[ModelRequest]) -> list[str]:
     """Those this server has never heard of, and ignores."""
-    return sorted(set(fields) - set(shape.__struct_fields__) - set(shape.HARMLESS) - _LABELS)
+    return sorted(set(fields) - set(shape.__struct_fields__) - set(shape.HARMLESS) - _IGNORED)
 
 
 def refuse_unsupported(fields: Mapping[str, msgspec.Raw], shape: type[ModelRequest]) -> None:
