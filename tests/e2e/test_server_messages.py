@@ -177,6 +177,8 @@ def test_what_cannot_be_asked(hermes: Server, fields: dict[str, Any], said: str,
 def test_errors_are_the_client_s_own(say: Any) -> None:
     with pytest.raises(anthropic.NotFoundError):
         say("x", model="other")
-    with pytest.raises(anthropic.BadRequestError):
-        say("x", tools=[{"name": "a b", "input_schema": {}}])
+    with pytest.raises(anthropic.BadRequestError) as refused:
+        say("x", tools=[{"name": "a b", "input_schema": {}}], extra_headers={"x-request-id": "mine"})
+    body: Any = refused.value.body
+    assert refused.value.request_id == body["request_id"] == "mine" and len(say("x")._request_id) == 32
     assert json.loads(json.dumps(say("x").model_dump()))["type"] == "message"

@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.base import Unavailable
 from penstock.serving.context import Context, context_of
-from penstock.serving.errors import HTTPError, error_response, internal_error
+from penstock.serving.errors import AnthropicErrorBody, HTTPError, error_response, internal_error, shape_of_errors
+from penstock.serving.errors import request_id as current_id
 from penstock.serving.gate import Caller, current
 from penstock.serving.history import Visit
 from penstock.serving.limits import (
@@ -71,13 +72,17 @@ class Edge:
         caller = self.context.gate.caller(headers, request_id)
         caller.stalls = scope.setdefault(STALLS, caller.stalls)
         current.set(caller)
+        current_id.set(request_id)
+        names = [b"x-request-id"]
+        if shape_of_errors(scope["path"]) is AnthropicErrorBody:
+            names.append(b"request-id")  # where Anthropic's clients look for it
         started = 0
 
         async def send_named(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = message["status"]
-                own = [(b"x-request-id", request_id.encode("ascii")), *caller.allowances()]
+                own = [*((name, request_id.encode("ascii")) for name in names), *caller.allowances()]
                 if self.context.draining:  # a client shall not come back on a connection that is about to end
                     own.append((b"connection", b"close"))
                 message["headers"] = [*message["headers"], *own]

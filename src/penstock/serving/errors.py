@@ -9,6 +9,7 @@ import logging
 import random
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from math import ceil
 from typing import Any, Literal, TypedDict
 
@@ -33,6 +34,9 @@ _ANTHROPIC_TYPES = {
 _PLAIN = ("/api/", "/v2/")
 _log = logging.getLogger(__name__)
 _PARAMETER = re.compile(r"(\w+) = ")
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Of the request that the running task works on. The edge sets it."""
 
 
 class HTTPError(InvalidRequest):
@@ -72,6 +76,7 @@ class PlainErrorBody(TypedDict):
 class AnthropicErrorBody(TypedDict):
     type: Literal["error"]
     error: AnthropicFault
+    request_id: str | None
 
 
 def unsupported(param: str, *, what: str = "") -> HTTPError:
@@ -103,7 +108,8 @@ def body_of(error: PenstockError) -> ErrorBody:
 def anthropic_body(error: PenstockError) -> AnthropicErrorBody:
     """As Anthropic's clients expect it; the code stays at the end of the message."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": body_of(error).error.message}}
+    fault: AnthropicFault = {"type": kind, "message": body_of(error).error.message}
+    return {"type": "error", "error": fault, "request_id": request_id.get()}
 
 
 def shape_of_errors(path: str) -> type:
