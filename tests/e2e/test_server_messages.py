@@ -145,6 +145,24 @@ def test_thoughts_are_bounded(say: Any) -> None:
     assert off.input_tokens + off.cache_read_input_tokens > on.input_tokens + on.cache_read_input_tokens
 
 
+def test_a_budget_that_cannot_be_kept_is_left_out(say: Any) -> None:
+    """Which is for this server to see; of its own field it says so."""
+    thinking: Any = {"type": "enabled", "budget_tokens": 1024}
+    marks = {"thinking_start": "<think>", "thinking_end": "</think>"}
+    assert say("Yes.", thinking=thinking).content[0].text == "Yes."  # the tokenizer of the model has no such marks
+    one: Any = {"type": "auto", "disable_parallel_tool_use": True}
+    for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}, one):
+        made = say(CALL, tools=TOOLS, tool_choice=choice, thinking=thinking, extra_body=marks)
+        assert [block.type for block in made.content] == ["tool_use"]
+    config: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    held = say(PARIS, output_config=config, thinking=thinking, extra_body=marks)
+    assert json.loads(held.content[0].text) == {"city": "Paris"}
+    with pytest.raises(anthropic.BadRequestError, match="no_thinking_tags"):
+        say("x", extra_body={"thinking_budget": 9})
+    with pytest.raises(anthropic.BadRequestError, match="thinking_budget"):
+        say("x", tools=TOOLS, tool_choice={"type": "any"}, extra_body={"thinking_budget": 9, **marks})
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -157,6 +175,7 @@ def test_thoughts_are_bounded(say: Any) -> None:
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "no tool named 'x'"),
         ({"tools": TOOLS, "tool_choice": {"type": "some"}}, "tool_choice"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "budget_tokens"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
         ({"output_format": {"type": "json_schema"}}, "output_format"),
         ({"output_format": {}, "output_config": {"format": {}}}, "exclude each other"),

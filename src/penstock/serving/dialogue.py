@@ -15,7 +15,7 @@ from penstock.serving.limits import MAX_TEMPLATE_VARIABLE, MAX_TEMPLATE_VARIABLE
 from penstock.serving.schemas import CompletionTokensDetails, Usage
 from penstock.serving.tools import Offer, after_thoughts
 from penstock.spec import SamplingParams
-from penstock.text import ChatTemplate, Delta
+from penstock.text import ChatTemplate, Delta, thinking_tags
 from penstock.text.parsers import CallEnd, Event, Parser
 
 Message = Mapping[str, Any]
@@ -65,11 +65,14 @@ class Dialogue:
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        budget: int | None = None,
     ) -> Dialogue:
         """Raises HTTPError and InvalidRequest before anything is computed.
 
         Args:
             variables: for the chat template; each must be one that it reads.
+            budget: as ``thinking_budget`` of ``params``, but left out where it cannot be kept: the model has no
+                thoughts, or its text is held to a form.
         """
         engine = context.llm.engine
         formats = engine.formats
@@ -94,6 +97,8 @@ class Dialogue:
             structured_outputs=form,
             shown_token_ids=formats.shown_ids(engine.tokenizer, calls=bool(offer.tools)),
         )
+        if budget is not None and form is None and None not in thinking_tags(params, engine.tokenizer):
+            params = replace(params, thinking_budget=budget)
         await context.llm.compile(params)
         generation = Generation(context, identifier, [prompt], params, priority)
         return cls(generation=generation, offer=offer, opened=opened)

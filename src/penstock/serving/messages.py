@@ -232,15 +232,16 @@ async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
     request.stop = request.stop_sequences if request.stop_sequences is not None else request.stop
     request.response_format = _form(request)
     thoughts = request.thinking or {}
+    budget: int | None = None
     match thoughts:
-        case {"type": "enabled", "budget_tokens": int(budget)}:
-            request.thinking_budget = budget
+        case {"type": "enabled", "budget_tokens": int(budget)} if 0 <= budget <= MAX_ID:
+            pass
         case {"type": "disabled" | "adaptive"}:
             pass
         case {} if not thoughts:
             pass
         case _:
-            raise invalid("thinking", "it must be disabled, or enabled with budget_tokens")
+            raise invalid("thinking", f"it must be disabled, adaptive, or enabled with budget_tokens, at most {MAX_ID}")
     reads = engine.chat.variables if engine.chat is not None else frozenset[str]()
     switch = next((name for name in ("enable_thinking", "thinking") if name in reads), None)
     variables: dict[str, Any] | None = {switch: thoughts["type"] != "disabled"} if switch and thoughts else None
@@ -255,6 +256,7 @@ async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
         variables=template_variables(
             engine.chat, variables, "xhigh" if effort == "max" else effort, "output_config.effort"
         ),
+        budget=budget if request.thinking_budget is None else None,  # this server's own field is kept, or refused
     )
 
 

@@ -18,6 +18,14 @@ TAGS = (
 )
 """Pairs that models are known to use; the first one of whose parts the tokenizer has tokens of their own."""
 
+Tag = str | Sequence[int] | None
+
+
+def thinking_tags(params: SamplingParams, tokenizer: Tokenizer) -> tuple[Tag, Tag]:
+    """How thoughts begin and end: as the parameters name it, else the model's own tags; None where it is not known."""
+    own = next((pair for pair in TAGS if _known(pair, tokenizer)), (None, None))
+    return params.thinking_start or own[0], params.thinking_end or own[1]
+
 
 def with_thinking_ids(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
     """The same parameters, with ``thinking_ids`` made of their strings, or of the model's own tags.
@@ -27,8 +35,7 @@ def with_thinking_ids(params: SamplingParams, tokenizer: Tokenizer) -> SamplingP
     """
     if params.thinking_budget is None or params.thinking_ids:
         return params
-    own = next((pair for pair in TAGS if _known(pair, tokenizer)), (None, None))
-    start, end = params.thinking_start or own[0], params.thinking_end or own[1]
+    start, end = thinking_tags(params, tokenizer)
     if start is None or end is None:
         raise InvalidRequest(
             "no_thinking_tags",
