@@ -15,6 +15,7 @@ from penstock.serving.gate import Caller, Gate, current
 from penstock.serving.limits import MAX_RESPONSE_BYTES, MAX_STORED_RESPONSES
 from penstock.serving.response_items import messages_from
 from penstock.serving.response_store import ResponseStore, Stored
+from penstock.serving.response_tools import InputText, arguments_of, tools_from
 from penstock.text import Tokenizer
 from scripted import saying
 from servers import Server
@@ -23,6 +24,11 @@ PARIS = '{"city": "Paris"}'
 CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
 TOOLS: list[Any] = [{"type": "function", "name": "get_weather", "parameters": SCHEMA, "strict": False}]
+PATCH: Any = {
+    "type": "custom", "name": "apply_patch", "description": "Change files.",
+    "format": {"type": "grammar", "syntax": "lark", "definition": "start: /[^x]+/"},
+}  # fmt: skip
+EDIT = '*** Begin Patch\n+a "b" \\ \u00e9 \U0001f600\n*** End Patch'
 
 
 @pytest.fixture
@@ -100,6 +106,54 @@ def test_a_conversation_is_kept(respond: Any, hermes: Server) -> None:
         responses.retrieve(unkept.id)
 
 
+def test_a_custom_tool_is_called_with_a_text(respond: Any) -> None:
+    patching = f'<tool_call>\n{{"name": "apply_patch", "arguments": {arguments_of(EDIT)}}}\n</tool_call>'
+    events = list(respond(patching, tools=[*TOOLS, PATCH], stream=True))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert [kind for i, kind in enumerate(kinds) if kind != kinds[i - 1]] == [
+        "created", "in_progress", "output_item.added",
+        "custom_tool_call_input.delta", "custom_tool_call_input.done", "output_item.done", "completed",
+    ]  # fmt: skip
+    told = [event.delta for event in events if event.type.endswith("_input.delta")]
+    assert len(told) > 9 and "".join(told) == EDIT == next(e.input for e in events if e.type.endswith("_input.done"))
+    (call,) = events[-1].response.output
+    assert (call.type, call.name, call.input) == ("custom_tool_call", "apply_patch", EDIT)
+    assert call.id.startswith("ctc_") and events[2].item.input == ""
+    result = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "done"}
+    history = [{"role": "user", "content": "Weather?"}, call.model_dump(exclude_none=True), result]
+    again = respond("Well.", input=history, tools=[*TOOLS, PATCH])
+    kept = respond("Well.", input=[result], previous_response_id=events[-1].response.id, tools=[*TOOLS, PATCH])
+    assert again.usage.input_tokens == kept.usage.input_tokens
+    named = respond(patching, tools=[*TOOLS, PATCH], tool_choice={"type": "custom", "name": "apply_patch"})
+    assert [item.input for item in named.output] == [EDIT]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (arguments_of(EDIT), EDIT), (json.dumps({"input": EDIT}), EDIT), ('{ "input" :"a\\/\\t"}', "a/\t"),
+        ('{"input": "\\ud83d"}', "\ufffd"), ('{"other": 1}', '{"other": 1}'), ('{"a": 1, "input": "b"}', "b"),
+        (f'{{"a": {"1" * 5000}}}', f'{{"a": {"1" * 5000}}}'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [1, 3, 10_000])
+def test_the_text_of_a_call_comes_in_pieces(arguments: str, text: str, size: int) -> None:
+    given = InputText()
+    pieces = [given.feed(arguments[i : i + size]) for i in range(0, len(arguments), size)]
+    assert "".join([*pieces, given.finish()]) == given.text == text
+
+
+def test_what_openai_would_run_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    remote = ["web_search", "web_search_preview_2025_03_11", "file_search", "code_interpreter", "image_generation",
+              "computer_use_preview", "mcp", "local_shell", "shell"]  # fmt: skip
+    tools = [{"type": kind} for kind in remote]
+    for _ in range(2):
+        found = [tool.function for tool in tools_from([*tools, *TOOLS, PATCH])]
+        assert [function.name for function in found if function is not None] == ["get_weather", "apply_patch"]
+    (record,) = caplog.records  # told once
+    assert all(kind in record.message for kind in remote)
+
+
 def test_forms_and_calls_that_must_come(respond: Any) -> None:
     named = {"type": "function", "name": "get_weather"}
     for stream in (False, True):
@@ -131,7 +185,10 @@ def test_what_breaks_off_is_incomplete(respond: Any) -> None:
          "input[0].content"),
         ({"input": [{"role": "user", "content": 7}]}, "invalid_parameter", "input[0].content"),
         ({"input": [{"role": "user", "content": "x"}] * 2049}, "invalid_parameter", "input"),
-        ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
+        ({"tools": [{"type": "namespace"}]}, "unsupported_parameter", "tools[0].type"),
+        ({"tools": [{"type": "custom"}]}, "invalid_parameter", "tools[0]"),
+        ({"tools": [*TOOLS, PATCH], "tool_choice": {"type": "web_search"}}, "invalid_parameter", "tool_choice"),
+        ({"input": [{"type": "custom_tool_call", "call_id": "a"}]}, "invalid_parameter", "input[0]"),
         ({"tools": [{"type": "function"}]}, "invalid_parameter", "tools[0]"),
         ({"text": {"format": {"type": "xml"}}}, "unsupported_parameter", "text"),
         ({"background": True}, "unsupported_parameter", "background"),

@@ -9,8 +9,8 @@ import msgspec
 
 from penstock.serving.errors import invalid, unsupported
 from penstock.serving.limits import MAX_MESSAGES
+from penstock.serving.response_tools import arguments_of
 from penstock.serving.schemas import ROLES
-from penstock.serving.tools import FunctionSpec, ToolSpec
 
 Item = dict[str, Any]
 
@@ -88,16 +88,16 @@ def messages_from(items: Sequence[Item], instructions: str | None) -> list[dict[
     for i, item in enumerate(items):
         place = f"input[{i}]"
         match item:
-            case {"type": "function_call", "status": "incomplete"}:  # its text is a message
+            case {"type": "function_call" | "custom_tool_call", "status": "incomplete"}:  # its text is a message
                 continue
             case {"type": "function_call", "call_id": str(call), "name": str(name), "arguments": str(arguments)}:
-                turn = _turn(messages, turn)
-                function = {"name": name, "arguments": arguments}
-                turn.setdefault("tool_calls", []).append({"id": call, "type": "function", "function": function})
+                _call(turn := _turn(messages, turn), call, name, arguments)
+            case {"type": "custom_tool_call", "call_id": str(call), "name": str(name), "input": str(text)}:
+                _call(turn := _turn(messages, turn), call, name, arguments_of(text))
             case {"type": "reasoning"}:
                 turn = _turn(messages, None)
                 turn["reasoning_content"] = _text(item.get("content") or item.get("summary") or [], place)
-            case {"type": "function_call_output", "call_id": str(call), "output": output}:
+            case {"type": "function_call_output" | "custom_tool_call_output", "call_id": str(call), "output": output}:
                 messages.append({"role": "tool", "tool_call_id": call, "content": _text(output, place)})
                 turn = None
             case {"role": "assistant", "content": content} if item.get("type", "message") == "message":
@@ -109,7 +109,7 @@ def messages_from(items: Sequence[Item], instructions: str | None) -> list[dict[
                 messages.append({"role": role, "content": _text(content, place)})
                 turn = None
             case _:
-                what = "an item is a message, a function_call with its output, or reasoning"
+                what = "an item is a message, a function_call or custom_tool_call, the output of one, or reasoning"
                 raise invalid(place, what)
     return messages
 
@@ -118,6 +118,11 @@ def _turn(messages: list[dict[str, Any]], turn: dict[str, Any] | None) -> dict[s
     if turn is None:
         messages.append(turn := {"role": "assistant", "content": ""})
     return turn
+
+
+def _call(turn: dict[str, Any], identifier: str, name: str, arguments: str) -> None:
+    function = {"name": name, "arguments": arguments}
+    turn.setdefault("tool_calls", []).append({"id": identifier, "type": "function", "function": function})
 
 
 def _text(content: Any, place: str) -> str:
@@ -133,30 +138,6 @@ def _text(content: Any, place: str) -> str:
             case _:
                 raise unsupported(f"{place}.content", what="Only text parts are supported by this server")
     return "\n".join(texts)
-
-
-def tools_from(tools: Sequence[Item] | None) -> list[ToolSpec]:
-    """The flat form of this API. Raises HTTPError."""
-    found = []
-    for i, tool in enumerate(tools or ()):
-        if tool.get("type") != "function":
-            raise unsupported(f"tools[{i}].type", what="Only tools of type function are supported by this server")
-        try:
-            function = msgspec.convert(tool, FunctionSpec)
-        except msgspec.ValidationError as error:
-            raise invalid(f"tools[{i}]", str(error)[:200]) from None
-        found.append(ToolSpec(type="function", function=function))
-    return found
-
-
-def choice_from(choice: Any) -> Any:
-    """As chat has it."""
-    match choice:
-        case {"type": "function", "name": str(name)}:
-            return {"type": "function", "function": {"name": name}}
-        case {"type": "allowed_tools", "mode": mode, "tools": list(tools)}:
-            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [choice_from(t) for t in tools]}}
-    return choice
 
 
 def format_from(text: Any) -> Any:

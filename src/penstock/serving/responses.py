@@ -17,12 +17,11 @@ from penstock.serving.limits import MAX_TOOLS
 from penstock.serving.response_items import (
     ResponseObject,
     as_items,
-    choice_from,
     format_from,
     messages_from,
-    tools_from,
 )
 from penstock.serving.response_store import Stored
+from penstock.serving.response_tools import InputText, choice_from, custom_names, tools_from
 from penstock.serving.schemas import GenerationRequest, Harmless, Name
 from penstock.serving.tools import Offer, offer_of
 from penstock.spec.ranges import MAX_ID
@@ -78,6 +77,7 @@ class ResponseTask:
         self.request, self.context, self.dialogue = request, context, dialogue
         self._before, self._given = before, given
         self._output: list[Item] = []
+        self._custom, self._input = custom_names(request.tools), InputText()
         self._status = "in_progress"
         self._sequence = -1
 
@@ -141,23 +141,33 @@ class ResponseTask:
                 yield self._more("reasoning_text", text)
             case CallStart(_, identifier, name):
                 yield from self._close()
-                item = {"type": "function_call", "call_id": identifier, "name": name, "arguments": ""}
-                yield self._add("fc", item)
+                custom = name in self._custom
+                self._input = InputText()
+                item = {"type": "custom_tool_call" if custom else "function_call", "call_id": identifier, "name": name}
+                yield self._add("ctc" if custom else "fc", item | {"input" if custom else "arguments": ""})
             case Arguments(_, text):
-                self._output[-1]["arguments"] += text
-                yield self._at("response.function_call_arguments.delta", delta=text)
+                yield from self._argue(self._input.feed(text) if "input" in self._output[-1] else text)
             case CallEnd():
-                yield self._at(
-                    "response.function_call_arguments.done",
-                    arguments=self._output[-1]["arguments"],
-                    name=self._output[-1]["name"],
-                )
+                item = self._output[-1]
+                if "input" in item:
+                    yield from self._argue(self._input.finish())
+                    yield self._at("response.custom_tool_call_input.done", input=item["input"])
+                else:
+                    done = "response.function_call_arguments.done"
+                    yield self._at(done, arguments=item["arguments"], name=item["name"])
                 yield from self._close()
             case CallDropped():  # its text follows as a message; in a stream it was announced, and stays
                 if self.request.stream:
                     yield from self._close("incomplete")
                 else:
                     self._output.pop()
+
+    def _argue(self, text: str) -> Iterator[Item]:
+        item = self._output[-1]
+        kind, name = ("custom_tool_call", "input") if "input" in item else ("function_call", "arguments")
+        if text:
+            item[name] += text
+            yield self._at(f"response.{kind}_{name}.delta", delta=text)
 
     def _open(self, kind: str) -> Iterator[Item]:
         """Goes on with an item that holds text, or begins one."""
@@ -188,7 +198,7 @@ class ResponseTask:
             return
         item = self._output[-1]
         item["status"] = "incomplete" if self._status == "incomplete" else status
-        if item["type"] != "function_call":
+        if "content" in item:
             part = item["content"][0]
             rest: Item = {"logprobs": []} if part["type"] == "output_text" else {}
             yield self._at(f"response.{part['type']}.done", content_index=0, text=part["text"], **rest)

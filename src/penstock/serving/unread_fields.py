@@ -40,9 +40,14 @@ def _is_flag(value: object) -> bool:
 
 
 class NotedFields:
-    """Names that were told in the last NOTED_SECONDS, MAX_FIELDS_NOTED of them at most. Any thread may ask."""
+    """Names that were told in the last NOTED_SECONDS, MAX_FIELDS_NOTED of them at most. Any thread may ask.
 
-    def __init__(self) -> None:
+    Args:
+        says: what a line says of them.
+    """
+
+    def __init__(self, says: str = "a request carries unknown fields, which are ignored") -> None:
+        self._says = says
         self._lock = threading.Lock()
         self._told: set[str] = set()
         self._until = 0.0
@@ -72,4 +77,4 @@ class NotedFields:
         if not fresh and not untold:
             return None
         before = f" (and {untold} more in the time before)" if untold else ""
-        return f"a request carries unknown fields, which are ignored{before}: {fresh!r:.{SHOWN}}"
+        return f"{self._says}{before}: {fresh!r:.{SHOWN}}"
