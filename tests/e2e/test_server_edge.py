@@ -379,10 +379,12 @@ FIELDS = st.sampled_from(
     "include_stop_str_in_output priority add_special_tokens logprobs echo best_of top_logprobs "
     "tools tool_choice parallel_tool_calls chat_template_kwargs reasoning_effort add_generation_prompt "
     "continue_final_message response_format suffix user input instructions previous_response_id reasoning text "
-    "metadata max_output_tokens system thinking stop_sequences tokens return_token_strs".split()
+    "metadata max_output_tokens system thinking stop_sequences tokens return_token_strs output_config output_format "
+    "truncation".split()
 )
 OTHERS = {
     "/v1/responses": [],
+    "/v1/responses/input_tokens": [],
     "/v1/messages": ["messages", "max_tokens"],
     "/v1/messages/count_tokens": ["messages"],
     "/tokenize": ["prompt"],
@@ -398,7 +400,8 @@ NEAR = st.sampled_from(
 def test_any_json_gets_an_answer_or_a_named_error(llm: AsyncLLM, path: str, fields: dict[str, Any]) -> None:
     base = {"prompt": "a", "messages": [USER], "max_tokens": 1}
     if path in OTHERS:
-        base = {name: base[name] for name in OTHERS[path]} | ({"input": "a"} if path == "/v1/responses" else {})
+        base = {name: base[name] for name in OTHERS[path]}
+        base |= {"input": "a"} if path.startswith("/v1/responses") else {}
     other = AsyncLLM(replace(llm.engine, chat=ChatTemplate(TEMPLATE)))
     response = ask(other, path, base | fields)
     if path.startswith("/v1/messages") and response.status_code != 200:

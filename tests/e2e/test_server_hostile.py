@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from penstock import AsyncLLM
 from penstock.bench.load.machine import resident_bytes
 from penstock.core.trace import Trace
-from penstock.serving import build_app, kserve, limits, ollama_schemas, schemas, vectors
+from penstock.serving import build_app, kserve, limits, ollama_schemas, responses, schemas, vectors
 from penstock.serving import server as serving
 from penstock.serving.chrome import STALLED, chrome_trace
 from penstock.serving.edge import nested_too_deeply
@@ -109,6 +109,7 @@ REQUESTS = {
     f"/v2/models/{MODEL}/generate": kserve.GenerateRequest,
     f"/v2/models/{MODEL}/infer": kserve.InferRequest,
     "/models/load": ModelChoice,
+    "/v1/responses/input_tokens": responses.InputTokensRequest,
 }
 BASE = {
     COMPLETIONS: {"prompt": "a", "max_tokens": 1},
@@ -125,6 +126,7 @@ BASE = {
         "parameters": {"max_tokens": 1},
     },
     "/models/load": {"model": MODEL},
+    "/v1/responses/input_tokens": {"input": "a"},
 }
 NUMBERS = [(path, *number) for path, shape in REQUESTS.items() for number in numbers_of(shape)]
 

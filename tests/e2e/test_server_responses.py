@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ from penstock.fleet import Admission
 from penstock.serving.errors import HTTPError
 from penstock.serving.gate import Caller, Gate, current
 from penstock.serving.limits import MAX_RESPONSE_BYTES, MAX_STORED_RESPONSES
+from penstock.serving.response_inputs import fitting
 from penstock.serving.response_items import messages_from
 from penstock.serving.response_store import ResponseStore, Stored
 from penstock.serving.response_tools import InputText, arguments_of, tools_from
@@ -24,6 +26,7 @@ PARIS = '{"city": "Paris"}'
 CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
 TOOLS: list[Any] = [{"type": "function", "name": "get_weather", "parameters": SCHEMA, "strict": False}]
+USER = {"role": "user", "content": "Weather?"}
 PATCH: Any = {
     "type": "custom", "name": "apply_patch", "description": "Change files.",
     "format": {"type": "grammar", "syntax": "lark", "definition": "start: /[^x]+/"},
@@ -154,6 +157,86 @@ def test_what_openai_would_run_is_left_out(caplog: pytest.LogCaptureFixture) -> 
     assert all(kind in record.message for kind in remote)
 
 
+def test_what_a_response_was_given_is_listed_in_parts(respond: Any, hermes: Server) -> None:
+    turns: Any = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{i}"} for i in range(5)]
+    answer, items = respond("Yes.", input=turns), hermes.client.responses.input_items
+    assert respond("Yes.", text={"verbosity": "low"}).output_text == "Yes."
+    told = list(items.list(answer.id, order="asc"))
+    assert [(item.role, item.content[0].type, item.content[0].text) for item in told] == [
+        (turn["role"], "input_text" if i % 2 == 0 else "output_text", turn["content"]) for i, turn in enumerate(turns)
+    ]
+    assert list(items.list(answer.id, limit=2)) == told[::-1]  # page after page
+    first = items.list(answer.id, limit=2)
+    assert first.has_more and (first.first_id, first.last_id) == (told[4].id, told[3].id)
+    assert [item.id for item in items.list(answer.id, after=told[3].id, limit=3)] == [told[i].id for i in (2, 1, 0)]
+    many = respond("Yes.", input=turns * 5)
+    assert len(items.list(many.id).data) == 20 and len(list(items.list(many.id))) == 25
+    for wrong in ({"after": "x"}, {"limit": 0}, {"limit": 101}, {"order": "up"}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            items.list(answer.id, **wrong)
+        assert refused.value.param == next(iter(wrong))
+
+
+def test_items_that_are_kept_may_be_referred_to(respond: Any, hermes: Server) -> None:
+    first = respond(CALL, tools=TOOLS)
+    (asked,) = hermes.client.responses.input_items.list(first.id)
+    result = {"type": "function_call_output", "call_id": first.output[0].call_id, "output": "rain"}
+    whole = respond("Rain.", input=[USER, first.output[0].model_dump(exclude_none=True), result], tools=TOOLS)
+    named = [{"type": "item_reference", "id": asked.id}, {"id": first.output[0].id}, result]
+    second = respond("Rain.", input=named, tools=TOOLS)
+    assert second.usage.input_tokens == whole.usage.input_tokens
+    assert [i.type for i in hermes.client.responses.input_items.list(second.id, order="asc")] == [
+        "message", "function_call", "function_call_output",
+    ]  # fmt: skip
+    hermes.client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError) as gone:
+        respond("Rain.", input=named, tools=TOOLS)
+    assert (gone.value.code, gone.value.param) == ("response_not_found", "input[0]")
+
+
+def test_the_tokens_of_an_input_are_counted(respond: Any, hermes: Server) -> None:
+    count = hermes.client.responses.input_tokens.count
+    first = respond("Yes.", instructions="Be brief.", tools=TOOLS)
+    asked: Any = {"model": "m", "input": "Weather?", "instructions": "Be brief.", "tools": TOOLS}
+    counted = count(**asked)
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", first.usage.input_tokens)
+    second = respond("Yes.", input="And now?", previous_response_id=first.id)
+    assert count(model="m", input="And now?", previous_response_id=first.id).input_tokens == second.usage.input_tokens
+
+
+def test_a_conversation_that_is_too_long_loses_what_is_oldest(respond: Any, hermes: Server) -> None:
+    count = hermes.client.responses.input_tokens.count
+    pair = [USER, {"role": "assistant", "content": "a " * 100}]
+    asked: Any = {"model": "m", "instructions": "Be brief.", "truncation": "auto"}
+    whole = count(input=[*pair * 2, USER], **asked)
+    assert whole == count(input=[*pair * 2, USER], model="m", instructions="Be brief.")
+    one = whole.input_tokens - count(input=[*pair, USER], **asked).input_tokens
+    longest = httpx.post(f"{hermes.url}/tokenize", json={"prompt": "a"}).json()["max_model_len"]
+    turns = [*pair * (longest // one + 2), USER]
+    with pytest.raises(openai.BadRequestError, match="prompt_too_long"):
+        respond("Yes.", input=turns)
+    cut = respond("Yes.", input=turns, truncation="auto", instructions="Be brief.", max_output_tokens=9)
+    assert (cut.truncation, cut.output_text) == ("auto", "Yes.")
+    assert longest - 9 - one < cut.usage.input_tokens <= longest - 9
+    assert (cut.usage.input_tokens - whole.input_tokens) % one == 0  # whole turns, and the instructions
+
+
+def test_what_is_cut_begins_where_it_may() -> None:
+    call, result = {"role": "assistant", "size": 2}, {"role": "tool", "size": 5}
+    user, system = {"role": "user", "size": 3}, {"role": "system", "size": 1}
+    for messages, kept in (
+        ([system, user, call, result, user], [0, 4]),
+        ([user, system, call, result, call, result], [1, 4, 5]),
+        ([user, call, {"role": "tool", "size": 99}], [0, 1, 2]),
+        ([user, user], [0, 1]),
+    ):
+
+        async def count(some: list[dict[str, Any]]) -> int:
+            return sum(message["size"] for message in some)
+
+        assert asyncio.run(fitting(messages, count, 9)) == [messages[i] for i in kept]
+
+
 def test_forms_and_calls_that_must_come(respond: Any) -> None:
     named = {"type": "function", "name": "get_weather"}
     for stream in (False, True):
@@ -181,6 +264,7 @@ def test_what_breaks_off_is_incomplete(respond: Any) -> None:
     [
         ({"input": [{"role": "wizard", "content": "x"}]}, "invalid_parameter", "input[0].role"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_parameter", "input[0]"),
+        ({"input": [{"type": "item_reference", "id": 7}]}, "invalid_parameter", "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "unsupported_parameter",
          "input[0].content"),
         ({"input": [{"role": "user", "content": 7}]}, "invalid_parameter", "input[0].content"),
@@ -192,7 +276,9 @@ def test_what_breaks_off_is_incomplete(respond: Any) -> None:
         ({"tools": [{"type": "function"}]}, "invalid_parameter", "tools[0]"),
         ({"text": {"format": {"type": "xml"}}}, "unsupported_parameter", "text"),
         ({"background": True}, "unsupported_parameter", "background"),
-        ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
+        ({"truncation": "some"}, "invalid_parameter", "truncation"),
+        ({"truncation": "auto", "input": "a " * 9000}, "prompt_too_long", None),
+        ({"text": {"verbosity": "loud"}}, "unsupported_parameter", "text"),
         ({"n": 2}, "invalid_parameter", "n"),
         ({"input": "a " * 9000}, "prompt_too_long", None),
     ],

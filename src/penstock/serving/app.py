@@ -37,6 +37,7 @@ from penstock.serving.errors import (
     on_other_exception,
     on_penstock_error,
 )
+from penstock.serving.files import PageQuery
 from penstock.serving.gate import FIRST_TOKENS, Access, Gate, current, queue_budget
 from penstock.serving.health import health, ready
 from penstock.serving.history import finished
@@ -64,8 +65,15 @@ from penstock.serving.openapi import openapi
 from penstock.serving.operations import PLAIN_TEXT, Endpoint, Routes, operation
 from penstock.serving.other_apis import other_apis
 from penstock.serving.requestlog import RequestLog
+from penstock.serving.response_inputs import page
 from penstock.serving.response_items import DeletedResponse, ItemList, ResponseEvent, ResponseObject
-from penstock.serving.responses import ResponsesRequest, ResponseTask
+from penstock.serving.responses import (
+    InputTokens,
+    InputTokensRequest,
+    ResponsesRequest,
+    ResponseTask,
+    input_tokens,
+)
 from penstock.serving.schemas import (
     ChatRequest,
     Completion,
@@ -197,12 +205,20 @@ async def _response(request: Request) -> Response:
     return as_json(stored.get(identifier).response)
 
 
-@operation("What a stored response answered.", gives=ItemList)
+@operation("What a stored response was given, the latest first.", query=PageQuery, gives=ItemList)
 async def _response_items(request: Request) -> Response:
-    given = context_of(request).responses.get(request.path_params["response"]).given
-    data = [{"id": f"item_{i}", **item} for i, item in enumerate(given)]
-    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return as_json(ItemList(data=data, has_more=False, first_id=first, last_id=last))
+    stored = context_of(request).responses.get(request.path_params["response"])
+    return as_json(page(stored, request.query_params))
+
+
+@operation(
+    "Count the tokens that a response would be given.",
+    takes=InputTokensRequest,
+    gives=InputTokens,
+    example={"input": "Once upon a time"},
+)
+async def _input_tokens(request: Request) -> Response:
+    return await _vectors(request, InputTokensRequest, input_tokens)
 
 
 @operation(
@@ -305,6 +321,7 @@ ROUTES: Routes = {
     "/v1/completions": ("inference", _completions, "POST"),
     "/v1/chat/completions": ("inference", _chat, "POST"),
     "/v1/responses": ("inference", _responses, "POST"),
+    "/v1/responses/input_tokens": ("inference", _input_tokens, "POST"),
     "/v1/responses/{response}": ("inference", _response, "GET DELETE"),
     "/v1/responses/{response}/input_items": ("inference", _response_items),
     "/v1/messages": ("inference", _messages, "POST"),

@@ -57,7 +57,7 @@ class DeletedResponse(msgspec.Struct):
 
 
 class ItemList(msgspec.Struct, kw_only=True):
-    """What a response answered, as it was sent."""
+    """Items that a response was given."""
 
     data: list[Item]
     has_more: bool
@@ -66,6 +66,8 @@ class ItemList(msgspec.Struct, kw_only=True):
     object: str = "list"
 
 
+_VERBOSITY = (None, "low", "medium", "high")
+"""A wish that models here do not read: no answer is wrong for its length."""
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
@@ -149,6 +151,6 @@ def format_from(text: Any) -> Any:
             return {"type": "json_schema", "json_schema": {"schema": schema}}
         case {"format": {"type": "text" | "json_object" as kind}}:
             return {"type": kind}
-        case dict() if text.get("format") is None and text.get("verbosity") in (None, "medium"):
+        case dict() if text.get("format") is None and text.get("verbosity") in _VERBOSITY:
             return None
     raise unsupported("text", what="text.format must be text, json_object or json_schema")

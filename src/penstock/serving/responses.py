@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from msgspec import Meta
 
@@ -14,6 +14,7 @@ from penstock.serving.context import Context
 from penstock.serving.dialogue import Dialogue, template_variables
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_TOOLS
+from penstock.serving.response_inputs import fitting, resolved
 from penstock.serving.response_items import (
     ResponseObject,
     as_items,
@@ -22,7 +23,7 @@ from penstock.serving.response_items import (
 )
 from penstock.serving.response_store import Stored
 from penstock.serving.response_tools import InputText, choice_from, custom_names, tools_from
-from penstock.serving.schemas import GenerationRequest, Harmless, Name
+from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Name
 from penstock.serving.tools import Offer, offer_of
 from penstock.spec.ranges import MAX_ID
 from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
@@ -40,7 +41,6 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
         "max_tool_calls": (),
         "prompt": (),
         "top_logprobs": (0,),
-        "truncation": ("disabled",),
     }
 
     input: str | list[Item]
@@ -53,6 +53,7 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning: Item | None = None
     text: Item | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
 
@@ -62,6 +63,35 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
             param = "n" if self.response_format is None else "response_format"
             why = "a response has one answer" if param == "n" else "text.format says it here"
             raise HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)
+
+
+class InputTokensRequest(ModelRequest, kw_only=True):
+    """POST /v1/responses/input_tokens"""
+
+    HARMLESS: ClassVar[Harmless] = {"conversation": ()}
+
+    input: str | list[Item] | None = None
+    instructions: str | None = None
+    previous_response_id: Name | None = None
+    tools: Annotated[list[Item], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | Item | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Item | None = None
+    text: Item | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+
+class InputTokens(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+async def input_tokens(request: InputTokensRequest, context: Context) -> InputTokens:
+    """Raises HTTPError and InvalidRequest."""
+    fields = {name: getattr(request, name) for name in request.__struct_fields__}
+    task = await ResponseTask.prepare(ResponsesRequest(**fields | {"input": request.input or []}), context)
+    prompt = task.dialogue.generation.prompts[0]["prompt_token_ids"]
+    return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
 
 def _offer(request: ResponsesRequest) -> Offer:
@@ -86,19 +116,32 @@ class ResponseTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
         engine, previous = context.llm.engine, request.previous_response_id
         before = context.responses.get(previous, "previous_response_id").items if previous is not None else []
-        given = as_items(request.input)
+        given = resolved(as_items(request.input), context.responses)
         request.response_format = format_from(request.text)
         if request.max_output_tokens is not None:
             request.max_tokens = request.max_output_tokens
         effort = (request.reasoning or {}).get("effort")
+        variables = template_variables(engine.chat, None, effort, "reasoning.effort")
+        offer = await asyncio.to_thread(_offer, request)
+        messages = await asyncio.to_thread(messages_from, [*before, *given], request.instructions)
+        if request.truncation == "auto":
+
+            async def count(some: list[dict[str, Any]]) -> int:
+                prompt = await context.llm.tokenize_chat(
+                    some, tools=offer.told, add_generation_prompt=True, **variables
+                )
+                return len(prompt["prompt_token_ids"])
+
+            longest = engine.setup.limits.max_model_len
+            messages = await fitting(messages, count, longest - min(request.max_tokens or 1, longest // 2))
         dialogue = await Dialogue.prepare(
             context,
             f"resp_{uuid.uuid4().hex}",
-            await asyncio.to_thread(messages_from, [*before, *given], request.instructions),
+            messages,
             request.params({"max_tokens": None, **engine.recommended}, max_tokens=request.max_tokens),
-            await asyncio.to_thread(_offer, request),
+            offer,
             priority=request.priority or 0,
-            variables=template_variables(engine.chat, None, effort, "reasoning.effort"),
+            variables=variables,
         )
         return cls(request, context, dialogue, before, given)
 
@@ -249,7 +292,7 @@ class ResponseTask:
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
             "top_p": generation.params.top_p,
-            "truncation": "disabled",
+            "truncation": request.truncation or "disabled",
             "usage": None if self._status == "in_progress" else told,
             "user": request.user,
         }
