@@ -155,7 +155,7 @@ def test_bounds_and_what_must_ask_nothing_are_told(told: dict[str, Any]) -> None
 def test_flags_that_must_be_false_are_not_numbers(hermes: Server) -> None:
     """To Python, 0 is false."""
     for path, base, field in (
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "store"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "echo"),
         ("/v1/completions", {"prompt": "a"}, "use_beam_search"),
     ):
         for value, expected in ((False, 200), (None, 200), (0, 400), (True, 400)):

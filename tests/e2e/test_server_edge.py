@@ -137,6 +137,10 @@ def test_values_that_ask_for_nothing_are_accepted(server: Server) -> None:
         "metadata": {"a": 1},
     }
     assert post(server, CHAT, messages=[USER], **harmless, store=False).status_code == 200
+    asked = {"messages": [USER], "temperature": 0, "max_tokens": 4}
+    vain = {"store": True, "verbosity": "low", "prediction": {"type": "content", "content": "a"}}
+    answers = [post(server, CHAT, **asked, **fields).json()["choices"] for fields in ({}, vain)]
+    assert answers[0] == answers[1]  # none of them can make an answer wrong
     nulls = dict.fromkeys(("temperature", "n", "stop", "seed", "logprobs", "stream", "logit_bias", "suffix", "best_of"))
     assert post(server, COMPLETIONS, prompt=PROMPT, **nulls).status_code == 200
 

@@ -61,9 +61,6 @@ _CHAT_HARMLESS = _HARMLESS | {
     "echo": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "prediction": (),
-    "store": (False,),
-    "verbosity": ("medium",),
     "web_search_options": (),
 }
 

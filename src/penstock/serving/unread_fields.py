@@ -16,7 +16,9 @@ from penstock.serving.schemas import ModelRequest
 SHOWN = 300
 """Characters of names in one line."""
 
-_IGNORED = {"context_management", "metadata", "prompt_cache_key", "request_id", "safety_identifier", "user"}
+_IGNORED = frozenset(
+    "context_management metadata prediction prompt_cache_key request_id safety_identifier store user verbosity".split()
+)
 """Fields that cannot make an answer wrong. ``context_management`` has Anthropic's servers edit the history of a long
 conversation; here the model reads all of it."""
 
