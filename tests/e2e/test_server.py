@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import time
@@ -162,6 +163,27 @@ def test_service_tiers_are_priorities() -> None:
     with pytest.raises(HTTPError) as refused:
         priority(service_tier="gold")
     assert refused.value.param == "service_tier"
+
+
+def test_answers_tell_their_tier_and_what_computed_them(server: Server, hermes: Server) -> None:
+    told = set()
+    for tier, used in (("flex", "flex"), ("priority", "priority"), ("auto", "default"), (None, "default")):
+        for path, asked in (
+            ("completions", {"prompt": "a"}),
+            ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ):
+            body: dict[str, Any] = {"max_tokens": 2, "service_tier": tier} | asked
+            chunks = httpx.post(f"{server.url}/v1/{path}", json=body | {"stream": True}).text.split("\n\n")[:-2]
+            answers = [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+            answers.append(httpx.post(f"{server.url}/v1/{path}", json=body).json())
+            assert len(answers) > 1 and {answer["service_tier"] for answer in answers} == {used}
+            told |= {answer["system_fingerprint"] for answer in answers}
+    (fingerprint,) = told
+    assert re.fullmatch("fp_[0-9a-f]{16}", fingerprint)
+    other = hermes.client.completions.create(model="m", prompt="a", max_tokens=1)
+    assert other.system_fingerprint not in {fingerprint, None}
+    response = hermes.client.responses.create(model="m", input="a", max_output_tokens=1, service_tier="flex")
+    assert response.service_tier == "flex"
 
 
 def test_a_stream_is_the_answer_in_pieces(server: Server) -> None:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from penstock.serving.chat_schemas import (
     AssistantMessage,
@@ -101,12 +102,11 @@ class ChatTask:
         return chat_logprobs(delta, tokenizer, self.request.top_logprobs or 0) if self.request.logprobs else None
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatCompletion[ChatChunkChoice]:
-        usage = (None,) if self.request.usage_wanted() else ()
-        return self._completion("chat.completion.chunk", [choice], *usage)
+        return self._completion("chat.completion.chunk", [choice], None if self.request.usage_wanted() else UNSET)
 
-    def _completion(self, kind: str, choices: list[C], *usage: Usage | None) -> ChatCompletion[C]:
-        generation = self.generation
-        return ChatCompletion(generation.id, kind, generation.created, generation.context.name, choices, *usage)
+    def _completion(self, kind: str, choices: list[C], usage: Usage | UnsetType | None = UNSET) -> ChatCompletion[C]:
+        made, tier = self.generation, self.request.tier
+        return ChatCompletion(made.id, kind, made.created, made.context.name, choices, usage, tier, made.fingerprint)
 
 
 def message_of(events: Sequence[Event]) -> AssistantMessage:

@@ -70,3 +70,5 @@ class ChatCompletion(msgspec.Struct, Generic[C]):
     model: str
     choices: list[C]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    service_tier: str = "default"
+    system_fingerprint: str | None = None

@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 
+from msgspec import UNSET, UnsetType
+
 from penstock.llm import TokensPrompt
 from penstock.serving.context import Context, Generation
 from penstock.serving.edge import off_loop
@@ -64,7 +66,7 @@ class CompletionTask:
         wanted = self.request.usage_wanted()
         async with aclosing(self._choices()) as pieces:
             async for piece in pieces:
-                yield self._completion([piece], None) if wanted else self._completion([piece])
+                yield self._completion([piece], None if wanted else UNSET)
         if wanted:
             yield self._completion([], self._usage())
 
@@ -123,11 +125,9 @@ class CompletionTask:
         told = partial(prompt_logprobs, tokens, self._reported[prompt], self._echoed[prompt], tokenizer)
         return await off_loop(64 * len(tokens), told)
 
-    def _completion(self, choices: list[CompletionChoice], *usage: Usage | None) -> Completion:
-        generation = self.generation
-        return Completion(
-            generation.id, "text_completion", generation.created, generation.context.name, choices, *usage
-        )
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
+        made, tier, kind = self.generation, self.request.tier, "text_completion"
+        return Completion(made.id, kind, made.created, made.context.name, choices, usage, tier, made.fingerprint)
 
 
 def _shown(prompt: TokensPrompt, tokenizer: Tokenizer) -> str:

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -178,6 +179,7 @@ class Generation:
 
     Attributes:
         id: the id of the response; the engine's ids are made from it.
+        fingerprint: of weights and arithmetic; it is another exactly where bits of an answer may be others.
         kept: of a prompt's ``params.n`` samples only so many are answered with, the best; 0 for all, as they come.
     """
 
@@ -190,8 +192,10 @@ class Generation:
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
     cached_tokens: int = 0
+    fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.fingerprint = f"fp_{blake2b(self.context.llm.engine.setup.numerics_id, digest_size=8).hexdigest()}"
         if len(self.prompts) * self.params.n > MAX_CHOICES:
             raise HTTPError(
                 "too_many_choices",

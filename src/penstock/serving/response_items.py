@@ -32,6 +32,7 @@ class ResponseObject(TypedDict):
     parallel_tool_calls: bool
     previous_response_id: str | None
     reasoning: Item
+    service_tier: str
     store: bool
     temperature: float
     text: Item

@@ -285,6 +285,7 @@ class ResponseTask:
             "output": list(self._output),
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": request.previous_response_id,
+            "service_tier": request.tier,
             "reasoning": {"effort": (request.reasoning or {}).get("effort"), "summary": None},
             "store": request.store is not False,
             "temperature": generation.params.temperature,

@@ -150,6 +150,11 @@ class GenerationRequest(ModelRequest, kw_only=True):
         asked["structured_outputs"] = wanted_form({name: getattr(self, name) for name in _FORMS})
         return SamplingParams(**defaults | {name: value for name, value in asked.items() if value is not None})
 
+    @property
+    def tier(self) -> str:
+        """At which it is served."""
+        return self.service_tier if self.service_tier in TIERS else "default"
+
     def usage_wanted(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -346,6 +351,8 @@ class Completion(msgspec.Struct):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    service_tier: str = "default"
+    system_fingerprint: str | None = None
 
 
 class TopLogprob(msgspec.Struct):
