@@ -193,6 +193,18 @@ def test_what_cannot_be_asked(hermes: Server, fields: dict[str, Any], said: str,
     assert error["error"]["type"] == "invalid_request_error" and said in error["error"]["message"]
 
 
+def test_models_are_as_the_client_reads_them(client: anthropic.Anthropic, hermes: Server) -> None:
+    (model,) = client.models.list()
+    assert (model.id, model.display_name, model.type, model.lifecycle) == ("m", "m", "model", "active")
+    own = hermes.client.models.retrieve("m")  # of another client it is as before
+    assert (int(model.created_at.timestamp()), own.object) == (own.created, "model")
+    page = client.models.list()
+    assert (page.first_id, page.last_id, page.has_more) == ("m", "m", False)
+    assert client.models.retrieve("m") == model
+    with pytest.raises(anthropic.NotFoundError):
+        client.models.retrieve("other")
+
+
 def test_errors_are_the_client_s_own(say: Any) -> None:
     with pytest.raises(anthropic.NotFoundError):
         say("x", model="other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Annotated
 
 import msgspec
@@ -18,6 +19,9 @@ from penstock.serving.limits import MAX_MODEL_NAME
 from penstock.serving.models import Models, Served
 from penstock.serving.operations import PLAIN_TEXT, operation
 from penstock.serving.schemas import Model, ModelList
+
+ANTHROPIC = "anthropic-version"
+"""The header that Anthropic's clients send with every request."""
 
 
 class ModelChoice(msgspec.Struct, kw_only=True):
@@ -57,16 +61,47 @@ class AllModels(msgspec.Struct, kw_only=True):
     max_loaded: int
 
 
-@operation("List the models that are served.", gives=ModelList)
+class AnthropicModel(msgspec.Struct, kw_only=True):
+    """As Anthropic's API describes one, to clients that send the header ``anthropic-version``."""
+
+    id: str
+    display_name: str
+    created_at: str
+    max_input_tokens: int | None
+    max_tokens: int | None
+    lifecycle: str = "active"
+    type: str = "model"
+
+
+class AnthropicModels(msgspec.Struct, kw_only=True):
+    data: list[AnthropicModel]
+    has_more: bool = False
+    first_id: str | None
+    last_id: str | None
+
+
+@operation("List the models that are served.", gives=(ModelList, AnthropicModels))
 async def models_listed(request: Request) -> Response:
     models = context_of(request).models
-    return as_json(ModelList([_listed(models, model) for model in models.all.values()]))
+    each = [_listed(models, model) for model in models.all.values()]
+    if ANTHROPIC not in request.headers:
+        return as_json(ModelList(each))
+    return as_json(AnthropicModels(data=[*map(_to_anthropic, each)], first_id=each[0].id, last_id=each[-1].id))
 
 
-@operation("Describe a model.", gives=Model)
+@operation("Describe a model.", gives=(Model, AnthropicModel))
 async def described(request: Request) -> Response:
     context = context_of(request)
-    return as_json(_listed(context.models, context.admit(request.path_params["model"])))
+    model = _listed(context.models, context.admit(request.path_params["model"]))
+    return as_json(_to_anthropic(model) if ANTHROPIC in request.headers else model)
+
+
+def _to_anthropic(model: Model) -> AnthropicModel:
+    longest = model.max_model_len
+    created = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
+    return AnthropicModel(
+        id=model.id, display_name=model.id, created_at=created, max_input_tokens=longest, max_tokens=longest
+    )
 
 
 def _listed(models: Models, model: Served) -> Model:

@@ -58,7 +58,7 @@ def document(routes: Routes, *, keys: bool) -> dict[str, Any]:
     """OpenAPI 3.1. ``keys``: callers are asked for one."""
     api = {path: route for path, route in routes.items() if not FILES.fullmatch(path)}
     said = [each for _, endpoint, *_ in api.values() for each in operations_of(endpoint).values()]
-    used = [shape for each in said for shape in (each.takes, each.form, each.gives, *each.streams)]
+    used = [shape for each in said for shape in (each.takes, each.form, *each.given, *each.streams)]
     errors = dict.fromkeys(map(shape_of_errors, api))
     shapes = dict.fromkeys([*filter(_is_shape, used), *errors])
     found, schemas = msgspec.json.schema_components(shapes, ref_template="#/components/schemas/{name}")
@@ -163,7 +163,8 @@ def _answer(refs: Refs, said: Operation) -> dict[str, Any]:
     if isinstance(said.gives, str):
         content[said.gives] = {"schema": {"type": "string"}}
     elif said is not UNSAID:
-        content[JSON] = {"schema": refs[said.gives]}
+        shapes = [refs[given] for given in said.given]
+        content[JSON] = {"schema": {"anyOf": shapes} if len(shapes) > 1 else shapes[0]}
     if said.lines:
         content["application/x-ndjson"] = {"schema": {"anyOf": [refs[given] for given in said.streams]}}
     elif said.streams:

@@ -33,7 +33,7 @@ class Operation:
         takes: shape of the JSON in the body.
         form: shape of a form in the body instead.
         query: shape of the query, all of it optional.
-        gives: shape of the JSON that answers, or the media type of an answer that is none.
+        gives: shape of the JSON that answers, or several, or the media type of an answer that is none.
         streams: shapes of the JSON that an event may hold where the body says ``stream``; a text stands for itself.
         lines: the stream is of lines of JSON, and not of events.
         example: a body that works.
@@ -49,6 +49,10 @@ class Operation:
     lines: bool = False
     example: Mapping[str, Any] | None = None
     once: bool = False
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        return self.gives if isinstance(self.gives, tuple) else (self.gives,)
 
 
 UNSAID = Operation(says="")
