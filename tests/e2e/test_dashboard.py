@@ -248,6 +248,12 @@ def test_playground_shows_thoughts_and_calls_and_the_inspector_all_of_it(
     assert page.locator(".each tbody tr").count() == told["completion_tokens"]
     own = r"^0\"<\"-\d+\.\d{4}0\.\d %.+ %$"  # the probability is the model's, who would have said something else
     expect(page.locator(".each tbody tr").first).to_have_text(re.compile(own))
+    page.click("nav >> text=Playground")
+    page.click("#clear")
+    say(page, "And now?", reasoning_effort="none", tool_choice="none", **saying("No.", tokenizer))
+    page.click("#look")
+    expect(page.locator(".rendered")).to_contain_text("<|im_start|>assistant\n<think>\n\n</think>")
+    assert "Tools:" not in (page.locator(".rendered").text_content() or "")
 
     page.click("nav >> text=Live")
     expect(page.locator("#live-note")).to_contain_text("role_not_allowed")

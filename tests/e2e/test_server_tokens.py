@@ -31,12 +31,20 @@ def test_a_text(hermes: Server, tokenizer: Tokenizer) -> None:
 
 
 def test_a_conversation_as_it_would_run(hermes: Server, tokenizer: Tokenizer) -> None:
-    for options in ({}, {"tools": TOOLS}, {"add_generation_prompt": False}):
-        answer = post(hermes, "/tokenize", messages=[USER], **options)
+    all_options: list[dict[str, Any]] = [
+        {}, {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"}, {"reasoning_effort": "none"},
+        {"messages": [USER, {"role": "assistant", "content": "Well,"}], "continue_final_message": True},
+        {"add_generation_prompt": False},
+    ]  # fmt: skip
+    counts = []
+    for options in all_options:
+        answer = post(hermes, "/tokenize", **{"messages": [USER]} | options)
         run = httpx.post(
             f"{hermes.url}/v1/chat/completions", json={"messages": [USER], "max_tokens": 1} | options
         ).json()
         assert answer["count"] == run["usage"]["prompt_tokens"]
+        counts.append(answer["count"])
+    assert counts[2] == counts[0] < min(counts[1], counts[3])
     text = post(hermes, "/detokenize", tokens=answer["tokens"])["prompt"]
     assert text.count("<|im_end|>") == 2 and text.endswith("you<|im_end|>\n")
     ends = answer["tokens"].count(tokenizer.added_tokens["<|im_end|>"])

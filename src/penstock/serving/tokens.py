@@ -26,6 +26,8 @@ class TokenizeRequest(ModelRequest, kw_only=True):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
     tools: list[ToolSpec] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -65,13 +67,13 @@ async def tokenize(request: TokenizeRequest, context: Context) -> Tokens:
     else:
         going_on = bool(request.continue_final_message)
         begun = request.add_generation_prompt
-        offer = await asyncio.to_thread(offer_of, request.tools, None, None)
+        offer = await asyncio.to_thread(offer_of, request.tools, request.tool_choice, None)
         prompt = await context.llm.tokenize_chat(
             [plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages or ())],
             tools=offer.told,
             add_generation_prompt=not going_on if begun is None else begun,
             continue_final_message=going_on,
-            **template_variables(engine.chat, request.chat_template_kwargs, None),
+            **template_variables(engine.chat, request.chat_template_kwargs, request.reasoning_effort),
         )
     ids = prompt["prompt_token_ids"]
     strings = None

@@ -148,11 +148,17 @@ function keep(id, record) {
   $("look").hidden = false;
 }
 
+// Fields that the prompt is made of.
+const COMPLETION = ["prompt", "add_special_tokens"];
+const CHAT = [
+  "messages", "tools", "tool_choice", "reasoning_effort", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
+];
+
 // The prompt as the model got it: after the template, token by token.
 export async function promptOf({ path, body }) {
-  const { prompt, messages, tools, chat_template_kwargs, add_special_tokens } = body;
-  const rendered = path === "/v1/completions" ? { prompt, add_special_tokens } : { messages, tools, chat_template_kwargs };
-  return (await json("/tokenize", { model: body.model, return_token_strs: true, ...rendered })).token_strs;
+  const rendered = path === "/v1/completions" ? COMPLETION : CHAT;
+  const given = Object.fromEntries(rendered.map((name) => [name, body[name]]));
+  return (await json("/tokenize", { model: body.model, return_token_strs: true, ...given })).token_strs;
 }
 
 function busy(yes) {
