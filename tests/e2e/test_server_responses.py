@@ -237,6 +237,27 @@ def test_what_is_cut_begins_where_it_may() -> None:
         assert asyncio.run(fitting(messages, count, 9)) == [messages[i] for i in kept]
 
 
+def test_log_probabilities_are_those_of_the_text(respond: Any, hermes: Server, tokenizer: Tokenizer) -> None:
+    wanted: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    says = f"<think>Hm.</think>Let me see.\n{CALL}"
+    events = list(respond(says, tools=TOOLS, stream=True, **wanted))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    (part,) = events[-1].response.output[1].content
+    told = [entry.model_dump() for delta in deltas for entry in delta.logprobs]
+    for same in (done.logprobs, part.logprobs, respond(says, tools=TOOLS, **wanted).output[1].content[0].logprobs):
+        assert [entry.model_dump() for entry in same] == told
+    assert "Let me see." in "".join(entry["token"] for entry in told) and len(told[0]["top_logprobs"]) == 2
+    plain = respond("Let me see.", **wanted).output[0].content[0]
+    said: Any = {"messages": [USER], "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    body = {"model": "m", **said, **saying("Let me see.", tokenizer)}
+    chat = httpx.post(f"{hermes.url}/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]["content"]
+    assert [(entry.token, entry.logprob) for entry in plain.logprobs] == [
+        (entry["token"], entry["logprob"]) for entry in chat[: len(plain.logprobs)]
+    ]
+    assert len(chat) - len(plain.logprobs) <= 1  # the end of the text
+
+
 def test_forms_and_calls_that_must_come(respond: Any) -> None:
     named = {"type": "function", "name": "get_weather"}
     for stream in (False, True):
@@ -279,6 +300,8 @@ def test_what_breaks_off_is_incomplete(respond: Any) -> None:
         ({"truncation": "some"}, "invalid_parameter", "truncation"),
         ({"truncation": "auto", "input": "a " * 9000}, "prompt_too_long", None),
         ({"text": {"verbosity": "loud"}}, "unsupported_parameter", "text"),
+        ({"include": ["output"]}, "unsupported_parameter", "include"),
+        ({"top_logprobs": 1}, "invalid_parameter", "top_logprobs"),
         ({"n": 2}, "invalid_parameter", "n"),
         ({"input": "a " * 9000}, "prompt_too_long", None),
     ],

@@ -29,11 +29,13 @@ class Said:
 
     Attributes:
         finish_reason: as ``delta``'s, or "tool_calls".
+        thought: its tokens count as thoughts.
     """
 
     delta: Delta
     events: list[Event]
     finish_reason: str | None
+    thought: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -117,14 +119,15 @@ class Dialogue:
             self._parsers[index] = parser
         before = parser.thinking
         events = parser.feed(delta.text)
-        if before or parser.thinking:
+        thought = before or parser.thinking
+        if thought:
             self.reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             events += parser.finish()
         if any(isinstance(event, CallEnd) for event in events):
             self._called.add(index)
         called = delta.finish_reason == "stop" and index in self._called
-        return Said(delta, events, "tool_calls" if called else delta.finish_reason)
+        return Said(delta, events, "tool_calls" if called else delta.finish_reason, thought)
 
     def usage(self) -> Usage:
         usage = self.generation.usage()

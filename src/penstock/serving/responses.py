@@ -6,14 +6,16 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from copy import deepcopy
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from msgspec import Meta
 
 from penstock.serving.context import Context
 from penstock.serving.dialogue import Dialogue, template_variables
-from penstock.serving.errors import HTTPError
+from penstock.serving.errors import HTTPError, invalid, unsupported
 from penstock.serving.limits import MAX_TOOLS
+from penstock.serving.logprobs import chat_logprobs
 from penstock.serving.response_inputs import fitting, resolved
 from penstock.serving.response_items import (
     ResponseObject,
@@ -23,12 +25,19 @@ from penstock.serving.response_items import (
 )
 from penstock.serving.response_store import Stored
 from penstock.serving.response_tools import InputText, choice_from, custom_names, tools_from
-from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Name
+from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Name, TokenLogprob
 from penstock.serving.tools import Offer, offer_of
 from penstock.spec.ranges import MAX_ID
 from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
 
 Item = dict[str, Any]
+
+LOGPROBS = "message.output_text.logprobs"
+_OF_OTHERS = (
+    "file_search_call.results web_search_call.results web_search_call.action.sources message.input_image.image_url "
+    "computer_call_output.output.image_url code_interpreter_call.outputs reasoning.encrypted_content"
+).split()
+"""What may be included of items that no answer has here."""
 
 
 class ResponsesRequest(GenerationRequest, kw_only=True):
@@ -37,10 +46,8 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     HARMLESS: ClassVar[Harmless] = {
         "background": (False,),
         "conversation": (),
-        "include": ([], ["reasoning.encrypted_content"]),
         "max_tool_calls": (),
         "prompt": (),
-        "top_logprobs": (0,),
     }
 
     input: str | list[Item]
@@ -54,6 +61,8 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     reasoning: Item | None = None
     text: Item | None = None
     truncation: Literal["auto", "disabled"] | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
 
@@ -63,6 +72,15 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
             param = "n" if self.response_format is None else "response_format"
             why = "a response has one answer" if param == "n" else "text.format says it here"
             raise HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)
+        if not {LOGPROBS, *_OF_OTHERS}.issuperset(self.include or ()):
+            raise unsupported("include")
+        if self.top_logprobs and self.logprobs is None:
+            raise invalid("top_logprobs", f"it needs {LOGPROBS} in include")
+
+    @property
+    def logprobs(self) -> int | None:
+        """So many of the likeliest tokens are told beside each; None if nothing is."""
+        return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
 
 
 class InputTokensRequest(ModelRequest, kw_only=True):
@@ -107,6 +125,7 @@ class ResponseTask:
         self.request, self.context, self.dialogue = request, context, dialogue
         self._before, self._given = before, given
         self._output: list[Item] = []
+        self._logprobs: list[TokenLogprob] = []  # of tokens whose text is to come
         self._custom, self._input = custom_names(request.tools), InputText()
         self._status = "in_progress"
         self._sequence = -1
@@ -138,7 +157,9 @@ class ResponseTask:
             context,
             f"resp_{uuid.uuid4().hex}",
             messages,
-            request.params({"max_tokens": None, **engine.recommended}, max_tokens=request.max_tokens),
+            request.params(
+                {"max_tokens": None, **engine.recommended}, max_tokens=request.max_tokens, logprobs=request.logprobs
+            ),
             offer,
             priority=request.priority or 0,
             variables=variables,
@@ -159,6 +180,9 @@ class ResponseTask:
                 if self._sequence < 0:  # what is refused is refused before anything is told
                     yield self._event("response.created", response=self._response())
                     yield self._event("response.in_progress", response=self._response())
+                if self.request.logprobs is not None and not said.thought:
+                    tokenizer = self.context.llm.engine.tokenizer
+                    self._logprobs += chat_logprobs(said.delta, tokenizer, self.request.logprobs).content
                 for event in said.events:
                     for told in self._tell(event):
                         yield told
@@ -184,13 +208,16 @@ class ResponseTask:
                 yield self._more("reasoning_text", text)
             case CallStart(_, identifier, name):
                 yield from self._close()
+                self._logprobs.clear()
                 custom = name in self._custom
                 self._input = InputText()
                 item = {"type": "custom_tool_call" if custom else "function_call", "call_id": identifier, "name": name}
                 yield self._add("ctc" if custom else "fc", item | {"input" if custom else "arguments": ""})
             case Arguments(_, text):
+                self._logprobs.clear()
                 yield from self._argue(self._input.feed(text) if "input" in self._output[-1] else text)
             case CallEnd():
+                self._logprobs.clear()
                 item = self._output[-1]
                 if "input" in item:
                     yield from self._argue(self._input.finish())
@@ -224,15 +251,18 @@ class ResponseTask:
             if kind == "message"
             else self._add("rs", item | {"summary": []})
         )
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        part: Item = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         if kind == "reasoning":
             part = {"type": "reasoning_text", "text": ""}
-        self._output[-1]["content"].append(part)
-        yield self._at("response.content_part.added", content_index=0, part=dict(part))
+        self._output[-1]["content"].append(deepcopy(part))
+        yield self._at("response.content_part.added", content_index=0, part=part)
 
     def _more(self, kind: str, text: str) -> Item:
-        self._output[-1]["content"][0]["text"] += text
-        rest: Item = {"logprobs": []} if kind == "output_text" else {}
+        part, rest = self._output[-1]["content"][0], dict[str, Any]()
+        part["text"] += text
+        if kind == "output_text":
+            part["logprobs"] += self._logprobs
+            rest["logprobs"], self._logprobs = self._logprobs, []
         return self._at(f"response.{kind}.delta", content_index=0, delta=text, **rest)
 
     def _close(self, status: str = "completed") -> Iterator[Item]:
@@ -243,7 +273,7 @@ class ResponseTask:
         item["status"] = "incomplete" if self._status == "incomplete" else status
         if "content" in item:
             part = item["content"][0]
-            rest: Item = {"logprobs": []} if part["type"] == "output_text" else {}
+            rest = {"logprobs": part["logprobs"]} if part["type"] == "output_text" else {}
             yield self._at(f"response.{part['type']}.done", content_index=0, text=part["text"], **rest)
             yield self._at("response.content_part.done", content_index=0, part=dict(part))
         yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=dict(item))
