@@ -110,13 +110,6 @@ def _listed(models: Models, model: Served) -> Model:
     return Model(model.name, model.created, config.max_model_len, list(model.aliases), state)
 
 
-@operation("Whether new requests are welcome.", gives=PLAIN_TEXT)
-async def ready(request: Request) -> Response:
-    """New requests are welcome. Raises Unavailable."""
-    check_ready(context_of(request))
-    return PlainTextResponse("ok\n")
-
-
 @operation("Whether a model can compute now.", gives=PLAIN_TEXT)
 async def model_ready(request: Request) -> Response:
     """One model can compute now. Raises Unavailable."""
