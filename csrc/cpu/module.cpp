@@ -43,7 +43,8 @@ bool runs(const std::string& name) {
     bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
     if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     if (name == "avx512") return avx512;
-    if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (name == "avx512_vnni") return avx512 && __builtin_cpu_supports("avx512vnni");
+    if (name == "avx512_bf16") return runs("avx512_vnni") && __builtin_cpu_supports("avx512bf16");
     if (name == "amx") {
 #if defined(__linux__)
         constexpr unsigned NEEDED = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8

@@ -152,16 +152,17 @@ def test_what_is_off_is_named(what: str) -> None:
     assert concern.what in table(sick) and "nothing is off" not in table(sick)
 
 
-@pytest.mark.parametrize("name", ["amx", "i8mm", "avx512", "avx2"])
+@pytest.mark.parametrize("name", ["amx", "avx512_vnni", "i8mm", "avx512", "avx2"])
 def test_what_no_processor_has_run_is_said(name: str) -> None:
     report = table(replace(SOUND, usable=(name, "portable")))
-    assert ("untested on hardware" in report) == (name in ("amx", "i8mm"))
+    assert ("untested on hardware" in report) == (name in ("amx", "avx512_vnni", "i8mm"))
     assert name in doctor.NEEDS
 
 
 def test_the_kernels_that_a_processor_could_run() -> None:
     every = frozenset(name for needs in doctor.NEEDS.values() for name in needs)
-    assert [best_set(f) for f in (every, AVX512, AVX2, frozenset({"sse2"}))] == ["amx", "avx512", "avx2", "portable"]
+    found = [best_set(f) for f in (every, AVX512 | {"avx512_vnni"}, AVX512, AVX2, frozenset({"sse2"}))]
+    assert found == ["amx", "avx512_vnni", "avx512", "avx2", "portable"]
     flags = doctor._processor(Path("/")).get("flags", "")
     assert not (doctor.USABLE and flags) or best_set(frozenset(flags.split())) == doctor.USABLE[0]
 

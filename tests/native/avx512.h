@@ -103,8 +103,10 @@ inline __m512i maskz_loadu_epi32(__mmask16 mask, const void* p) {
 #define _mm512_maskz_loadu_epi32 emulated::maskz_loadu_epi32
 
 #define __AVX512F__ 1
-#if defined(EMULATE_BF16)
+#if defined(EMULATE_VNNI)
 #define __AVX512VNNI__ 1
+#endif
+#if defined(EMULATE_BF16)
 #define __AVX512BF16__ 1
 #endif
 #if defined(EMULATE_AMX)

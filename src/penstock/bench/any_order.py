@@ -22,6 +22,7 @@ AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c"
 FLAGS = {
     "amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
     "avx512_bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
+    "avx512_vnni": f"{AVX512} -mavx512vnni",
     "avx512": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
     "i8mm": "-march=armv8.2-a+dotprod+i8mm",

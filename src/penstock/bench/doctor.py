@@ -35,6 +35,7 @@ WEIGHTS = int(parameters(YARDSTICK) * (FORMATS["int8"].bytes(1, 32) / 32 if FORM
 NEEDS = {
     "amx": ("amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512_vnni"),
     "avx512_bf16": ("avx512_bf16", "avx512_vnni", "avx512bw", "avx512vl", "avx512dq"),
+    "avx512_vnni": ("avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
     "avx2": ("avx2", "fma", "f16c"),
     "i8mm": ("i8mm", "asimddp"),
@@ -42,7 +43,7 @@ NEEDS = {
 }
 """Sets of kernels, best first, and the names that Linux has for what they need."""
 
-UNTESTED = {"amx": "products with small integers", "i8mm": "all of them", "dotprod": "all of them"}
+UNTESTED = {"amx": "products with small integers"} | dict.fromkeys(("avx512_vnni", "i8mm", "dotprod"), "all of them")
 """What of a set no processor has run yet: emulated, it has the bits of the others (``make emulate``)."""
 
 WINDOWS = 5
