@@ -15,7 +15,7 @@ from torch import Tensor
 from families import CONFIGS, random_config
 from penstock.base import ModelFormatError
 from penstock.kernels import make_ops
-from penstock.models import Placement, load_decoder
+from penstock.models import Placement, load_decoder, numerics_id, weights
 from penstock.spec.families import FAMILIES
 from penstock.spec.hf import model_spec
 from penstock.spec.sizing import active_parameters, parameters, weight_bytes
@@ -121,3 +121,12 @@ def test_large_numbers_are_numbers(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="float16") as error:
         load_decoder(folder, model_spec(CONFIG), make_ops("ref"), Placement(torch.float16, CPU))
     assert code_of(error) == "weights_not_finite"
+
+
+@pytest.mark.parametrize("name", ["SEGMENT", "SUM_GROUP", "MAX_SEGMENTS"])
+def test_whatever_orders_sums_is_in_the_numerics_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = (write_model(tmp_path, CONFIG), model_spec(CONFIG), make_ops("ref"), Placement(torch.float32, CPU))
+    before = numerics_id(*about)
+    assert numerics_id(*about) == before
+    monkeypatch.setattr(weights, name, 2 * getattr(weights, name))
+    assert numerics_id(*about) != before

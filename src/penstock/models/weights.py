@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penstock.base.segments import SUM_GROUP
+from penstock.base.segments import MAX_SEGMENTS, SUM_GROUP
 from penstock.formats import Checkpoint, file_digest, open_checkpoint
 from penstock.layers import (
     SCALE,
@@ -281,7 +281,8 @@ def numerics_id(
     but for the rope that follows from it. ``recipe`` names what became of the checkpoint's matrices,
     ``digest`` what a file holds.
     """
-    parts = [ops.numerics, str(placement), f"segment={SEGMENT}", f"sum_group={SUM_GROUP}", recipe]
+    sums = f"segment={SEGMENT} sum_group={SUM_GROUP} max_segments={MAX_SEGMENTS}"
+    parts = [ops.numerics, str(placement), sums, recipe]
     if isinstance(spec, ModelSpec):
         spec = replace(spec, max_positions=0, rope=spec.rope.settled(spec.max_positions))
     parts.append(repr(spec))
