@@ -16,6 +16,8 @@
 #include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "kernels.h"
@@ -60,6 +62,14 @@ bool runs(const std::string& name) {
     constexpr unsigned long INT8_MATRICES = 1ul << 13;  // HWCAP2_I8MM
     if (name == "dotprod") return getauxval(AT_HWCAP) & DOT_PRODUCTS;
     if (name == "i8mm") return runs("dotprod") && getauxval(AT_HWCAP2) & INT8_MATRICES;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    auto has = [](const char* feature) {
+        int64_t found = 0;
+        size_t size = sizeof found;
+        return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found;
+    };
+    if (name == "dotprod") return has("hw.optional.arm.FEAT_DotProd");
+    if (name == "i8mm") return runs("dotprod") && has("hw.optional.arm.FEAT_I8MM");
 #endif
     return name == "portable" || name.ends_with("_emulated");  // the latter in builds for tests alone
 }
