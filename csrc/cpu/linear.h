@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "functions.h"
 #include "kernels.h"
@@ -601,15 +602,20 @@ INLINE void scale_row(T* row, int64_t width, float factor) {
     }
 }
 
+inline int64_t id_of(const Embed& a, int64_t row) {
+    if (a.ids[row] < 0 || a.ids[row] >= a.outputs) throw std::out_of_range("no such row of the table");
+    return a.ids[row];
+}
+
 template <class T>
 void embed_of(const Embed& a) {
     constexpr bool pairs = sizeof(T) == 2;
     parallel(a.rows, [&](int64_t row, int) {
-        int64_t first = a.ids[row] / PANEL * PANEL;
+        int64_t id = id_of(a, row), first = id / PANEL * PANEL;
         int width = (int)std::min<int64_t>(PANEL, a.outputs - first);
         const T* panel = (const T*)a.table + first * a.inputs;
         T* out = (T*)a.out + row * a.inputs;
-        for (int64_t k = 0; k < a.inputs; k++) out[k] = panel[packed_at(a.ids[row] - first, k, width, a.inputs, pairs)];
+        for (int64_t k = 0; k < a.inputs; k++) out[k] = panel[packed_at(id - first, k, width, a.inputs, pairs)];
         scale_row(out, a.inputs, a.factor);
     });
 }

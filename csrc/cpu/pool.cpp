@@ -147,7 +147,7 @@ private:
                     if (number < share.items) (*work_)(share.first + number * share.step, thread);
                 }
             }
-        } catch (...) {  // no memory; the caller is told when all are out
+        } catch (...) {  // no memory, or no such id; the caller is told when all are out
             for (auto& share : shares_) share.taken.store(share.items, std::memory_order_relaxed);
             std::lock_guard lock(sleep_);
             failure_ = std::current_exception();

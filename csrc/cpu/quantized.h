@@ -654,8 +654,9 @@ void grouped_embed_of(const Embed& a) {
     int64_t groups = a.inputs / a.format.group, bytes = a.format.group_bytes();
     int64_t codes = a.format.group * PANEL * a.format.bits / 8;
     parallel(a.rows, [&](int64_t row, int) {
-        int lane = (int)(a.ids[row] % PANEL);
-        const uint8_t* panel = (const uint8_t*)a.table + a.ids[row] / PANEL * groups * bytes;
+        int64_t id = id_of(a, row);
+        int lane = (int)(id % PANEL);
+        const uint8_t* panel = (const uint8_t*)a.table + id / PANEL * groups * bytes;
         for (int64_t g = 0; g < groups; g++) {
             const uint8_t* from = panel + g * bytes;
             float numbers[MAX_GROUP], scale = value((const fp16*)(from + codes) + lane);

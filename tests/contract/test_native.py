@@ -8,13 +8,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from opsuite import DTYPES, SHAPES, Sequence, Shape, agree, mixed, packed, run_attention
-from penstock.kernels import SEGMENT, Ops, make_ops, native
+from opsuite import CPU, DTYPES, EPS, SHAPES, Sequence, Shape, agree, mixed, packed, paged, run_attention
+from penstock.kernels import SEGMENT, GroupedWeight, Ops, make_ops, native
+from penstock.quant import quantize
 from test_ops import ROW_OPS, row_inputs, run
 
 pytestmark = pytest.mark.skipif(not native(), reason="installed without a compiler")
@@ -97,6 +99,109 @@ def test_what_would_be_read_as_it_lies_is_refused() -> None:
         ops.add_norm(x_TK, x_TK.bfloat16(), torch.ones(32).bfloat16(), 1e-5)
     with pytest.raises(TypeError):
         ops.norm(x_TK, torch.ones(32).bfloat16(), 1e-5)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_ids_that_a_table_does_not_have(bits: int, ops: Ops) -> None:
+    table_VD = torch.randn(40, 64)
+    weight = ops.pack(quantize(table_VD, bits, 32) if bits else table_VD)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for wrong in (-1, 40, 2**62):
+            with pytest.raises(IndexError):
+                ops.embed(torch.tensor([3, wrong, 39]), weight, torch.float32)
+        assert ops.embed(torch.tensor([0, 39]), weight, torch.float32).isfinite().all()
+    for ids_T, dtype in ((torch.tensor([3]).int(), torch.float32), (torch.tensor([3]), torch.bfloat16)):
+        if bits == 0 or ids_T.dtype == torch.int32:
+            with pytest.raises(TypeError):
+                ops.embed(ids_T, weight, dtype)
+
+
+def test_vectors_of_another_length_are_refused() -> None:
+    ops, x_TK, ones_N = make_ops("cpu"), torch.randn(3, 48), torch.ones(48)
+    weight_NK, gate_up_E2FD, down_EDF = packed(ops, torch.randn(8, 48), torch.randn(2, 64, 48), torch.randn(2, 48, 32))
+    assert weight_NK is not None and gate_up_E2FD is not None and down_EDF is not None
+    chosen_TA, weights_TA = torch.tensor([[0], [1], [0]]), torch.ones(3, 1)
+
+    def experts(up: int, down: int, rows: int, gates: int) -> Tensor:
+        biases, shared = (torch.ones(2, up), torch.ones(2, down)), (torch.ones(rows, 48), torch.ones(gates, 1))
+        given = (gate_up_E2FD, biases[0], down_EDF, biases[1])
+        return ops.experts(x_TK, chosen_TA, weights_TA, *given, "silu", shared)  # type: ignore[arg-type]
+
+    assert ops.linear(x_TK, weight_NK, torch.ones(8), 4).isfinite().all() and experts(64, 48, 3, 3).isfinite().all()
+    for wrong in (47, 49):
+        with pytest.raises(ValueError, match="48 numbers"):
+            ops.norm(x_TK, torch.ones(wrong), EPS)
+        with pytest.raises(ValueError, match="48 numbers"):
+            ops.layer_norm(x_TK, ones_N, torch.ones(wrong), EPS)
+        with pytest.raises(ValueError, match="144 numbers"):
+            ops.add_norm(x_TK, torch.ones(3, wrong), ones_N, EPS)
+        with pytest.raises(ValueError, match="8 numbers"):
+            ops.linear(x_TK, weight_NK, torch.ones(wrong - 40))
+    for sizes in ((63, 48, 3, 3), (64, 47, 3, 3), (64, 48, 2, 3), (64, 48, 3, 2)):
+        with pytest.raises(ValueError, match="numbers are read"):
+            experts(*sizes)
+    for segments in (3, 6, 0, -1):
+        with pytest.raises(ValueError, match=f"in {segments} segments"):
+            ops.linear(x_TK, weight_NK, None, segments)
+
+
+def test_a_batch_is_read_as_what_it_is() -> None:
+    ops, shape = make_ops("cpu"), SHAPES["odd"]
+    sequences = mixed(shape, torch.float32)[:2]
+    batch, kv = paged(ops, sequences, 16, None, CPU)
+    q_TNd, d = torch.cat([s.q_TNd for s in sequences]), shape.head_dim
+    qkv_TC, rope_Pd = torch.randn(len(q_TNd), shape.qkv), torch.ones(40, d)
+
+    def write(norms: tuple[int, int] | None = None, rope_Pd: Tensor = rope_Pd, **changes: Any) -> None:
+        weights = None if norms is None else (torch.ones(norms[0]), torch.ones(norms[1]))
+        ops.qk_norm_rope_write(qkv_TC, weights, EPS, rope_Pd, kv, replace(batch, **changes), 0)
+
+    def attend(sinks: int = 3, slopes: int = 3, **changes: Any) -> None:
+        rest = (None, torch.ones(sinks), torch.ones(slopes))
+        ops.attention(q_TNd, kv, replace(batch, **changes), 0, None, 1.0, *rest)
+
+    for good in (None, (d, d), (3 * d, d)):
+        write(good)
+    attend()
+    slots_T = batch.groups[0].slots_T.int()
+    for other in ({"positions_T": batch.positions_T.int()}, {"groups": [replace(batch.groups[0], slots_T=slots_T)]}):
+        with pytest.raises(TypeError, match="int32"):
+            write(**other)
+    with pytest.raises(TypeError, match="float64"):
+        write(rope_Pd=rope_Pd.double())
+    for name in ("row_starts_R1", "contexts_R"):
+        with pytest.raises(TypeError, match="int32"):
+            attend(**{name: getattr(batch, name).int()})
+    for norms in ((d, 3 * d), (3 * d, 3 * d), (2 * d, d), (2 * d, 2 * d), (d - 1, d - 1), (d, d + 1)):
+        with pytest.raises(ValueError, match="numbers are read"):
+            write(norms)
+    for count in ((2, 3), (3, 4)):
+        with pytest.raises(ValueError, match="3 numbers"):
+            attend(*count)
+
+
+def test_groups_are_whole() -> None:
+    ops, scales_NG = make_ops("cpu"), torch.ones(4, 2).half()
+    assert ops.quantize is not None
+    for bits in (8, 4):
+        with pytest.raises(ValueError, match="48 inputs in groups of 32"):
+            ops.quantize(torch.randn(4, 48), bits, 32)
+    codes_NK, zeros_NG = torch.ones(4, 64, dtype=torch.int8), torch.ones(4, 2, dtype=torch.uint8)
+    for weight in (
+        GroupedWeight(torch.ones(4, 65, dtype=torch.int8), scales_NG),
+        GroupedWeight(codes_NK, scales_NG[:3]),
+        GroupedWeight(codes_NK.byte(), scales_NG, zeros_NG[:3]),
+    ):
+        with pytest.raises(ValueError):
+            ops.pack(weight)
+    for weight in (
+        GroupedWeight(codes_NK.int(), scales_NG),
+        GroupedWeight(codes_NK, scales_NG.float()),
+        GroupedWeight(codes_NK.byte(), scales_NG, zeros_NG.int()),
+    ):
+        with pytest.raises(TypeError):
+            ops.pack(weight)
 
 
 def test_a_query_that_is_not_contiguous(ops: Ops) -> None:

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,26 @@ def test_a_recording_that_fails_is_made_anew(tmp_path: Path) -> None:
     broken.append(False)
     driver.step([(driver.request(), [1, 2, 3])])
     assert isinstance(captured, Captured) and captured.recording is not None
+
+
+def test_a_replay_reads_nothing_as_it_lies(tmp_path: Path) -> None:
+    decoder, ops = build("llama", tmp_path)
+    driver = PagedDriver(decoder, ops, blocks=400, block_size=8, rng=random.Random(0))
+    captured = driver.forward = Captured(driver.forward)
+    driver.step([(driver.request(), [1, 2, 3])])
+    with pytest.raises(IndexError):
+        driver.step([(driver.request(), [1, decoder.spec.vocab_size])])
+
+    def narrow(name: str, batch: Batch) -> Batch:
+        if name == "slots_T":
+            return replace(batch, groups=[replace(group, slots_T=group.slots_T.int()) for group in batch.groups])
+        return replace(batch, **{name: getattr(batch, name).int()})
+
+    for name in ("positions_T", "row_starts_R1", "contexts_R", "slots_T"):
+        driver.forward = lambda ids_T, batch, name=name: captured(ids_T, narrow(name, batch))  # type: ignore[misc]
+        with pytest.raises(TypeError, match="int32"):
+            driver.step([(driver.request(), [1, 2])])
+    assert isinstance(captured, Captured) and captured.replayed
 
 
 def test_recording_is_quick_to_import() -> None:

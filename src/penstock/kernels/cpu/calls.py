@@ -33,6 +33,13 @@ def same(x: Tensor, dtype: torch.dtype, *others: Tensor | None) -> None:
         raise TypeError(f"native kernels cannot reach {x.device}")
 
 
+def counted(count: int, *vectors: Tensor | None) -> None:
+    """Nor does it see where a vector ends."""
+    for vector in vectors:
+        if vector is not None and vector.numel() != count:
+            raise ValueError(f"{list(vector.shape)} where {count} numbers are read")
+
+
 def pools(kv: KVLayer, x: Tensor) -> tuple[int, int, int, int]:
     """Addresses of K, V and their scales, which are of ``allocate_kv`` and go with rows like x."""
     k_PHdB, v_PHBd = kv.k_PBHd.permute(0, 2, 3, 1), kv.v_PBHd.transpose(1, 2)
@@ -58,6 +65,8 @@ def norm(
     wide = weight_D is not None and weight_D.dtype == torch.float32
     same(x_TD, x_TD.dtype, residual_TD)
     same(x_TD, torch.float32 if wide else x_TD.dtype, weight_D, bias_D)
+    counted(width, weight_D, bias_D)
+    counted(rows * width, residual_TD)
     out_TD = None if weight_D is None else torch.empty_like(x_TD)
     _native.norm(
         x_TD.data_ptr(),
@@ -90,20 +99,21 @@ def linear(
     wide: bool = False,
 ) -> Tensor:
     share_threads()
-    x_TK = x_TK.contiguous()
-    outputs, inputs = weight_NK.shape
+    x_TK, (rows, width), (outputs, inputs) = x_TK.contiguous(), x_TK.shape, weight_NK.shape
     data, bits, group = stored(weight_NK)
     same(x_TK, x_TK.dtype, None if bits else data, bias_N)
-    if x_TK.shape[1] != inputs or inputs % (segments * (group or 1)):
+    counted(outputs, bias_N)
+    # The segments' sums add along a binary tree.
+    if width != inputs or not 0 < segments == segments & -segments or inputs % (segments * (group or 1)):
         raise ValueError(f"{list(x_TK.shape)} times {list(weight_NK.shape)} in {segments} segments")
     dtype = torch.float32 if wide else x_TK.dtype
-    out_TN = torch.empty(len(x_TK), outputs // 2 if gated else outputs, dtype=dtype)
+    out_TN = torch.empty(rows, outputs // 2 if gated else outputs, dtype=dtype)
     _native.linear(
         x_TK.data_ptr(),
         data.data_ptr(),
         address(bias_N),
         out_TN.data_ptr(),
-        len(x_TK),
+        rows,
         outputs,
         inputs,
         segments,
@@ -133,7 +143,9 @@ def attention(
     share_threads()
     q_TNd, (rows, heads, head_dim), tables_RM = q_TNd.contiguous(), q_TNd.shape, batch.groups[group].tables_RM
     same(q_TNd, torch.int32, tables_RM)
+    same(q_TNd, torch.int64, batch.row_starts_R1, batch.contexts_R)
     same(q_TNd, torch.float32, sinks_N, slopes_N)
+    counted(heads, sinks_N, slopes_N)
     out_TC = q_TNd.new_empty(rows, heads * head_dim)
     _native.attention(
         q_TNd.data_ptr(),
@@ -192,6 +204,10 @@ def experts(
     same(x_TD, torch.float32, weights_TA)
     if gate_up_E2FD.shape != (count, 2 * inner, x_TD.shape[1]) or x_TD.shape[1] != width:
         raise ValueError(f"{list(x_TD.shape)} through {list(gate_up_E2FD.shape)} and {list(down_EDF.shape)}")
+    counted(2 * count * inner, gate_up_bias_E2F)
+    counted(count * width, down_bias_ED)
+    counted(x_TD.numel(), y_TD)
+    counted(len(x_TD), gate_T1)
     if len(chosen_TA) != len(x_TD) or chosen_TA.shape != weights_TA.shape:
         raise ValueError(f"{list(chosen_TA.shape)} and {list(weights_TA.shape)} of {len(x_TD)} rows")
     out_TD = torch.empty_like(x_TD)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from penstock.kernels import _native
-from penstock.kernels.cpu.calls import share_threads
+from penstock.kernels.cpu.calls import same, share_threads
 from penstock.kernels.ops import Forward
 from penstock.kernels.types import Batch
 
@@ -19,7 +19,7 @@ MOST_ROWS = 256
 """Of a step that is replayed: the time of Python in one is nothing beside that of more rows."""
 
 MAKES_OR_VIEWS = frozenset("empty empty_like new_empty view permute transpose".split())
-ASKS = frozenset("__get__ __len__ data_ptr is_contiguous contiguous stride size".split())
+ASKS = frozenset("__get__ __len__ data_ptr is_contiguous contiguous stride size numel".split())
 """What torch may do in a forward pass that is recorded: memory is made, named and asked about, nothing computed. Where
 ``contiguous`` copies, the tape sees an address that no call wrote."""
 
@@ -84,9 +84,9 @@ class Watch(TorchFunctionMode):
 
 
 def _step(ids_T: Tensor, batch: Batch) -> _native.Step:
-    for tensor in (ids_T, *(group.tables_RM for group in batch.groups)):
-        if not tensor.is_contiguous():
-            raise TypeError(f"ids or block tables with strides {tensor.stride()}")
+    same(ids_T, torch.int64, ids_T, batch.positions_T, batch.row_starts_R1, batch.contexts_R)
+    same(ids_T, torch.int64, *(group.slots_T for group in batch.groups))
+    same(ids_T, torch.int32, *(group.tables_RM for group in batch.groups))
     return _native.step(
         len(ids_T),
         len(batch.contexts_R),

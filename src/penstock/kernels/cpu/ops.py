@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.kernels import _native
 from penstock.kernels.cpu import calls
-from penstock.kernels.cpu.calls import DTYPES, address, pools, same, share_threads, stored
+from penstock.kernels.cpu.calls import DTYPES, address, counted, pools, same, share_threads, stored
 from penstock.kernels.cpu.capture import Captured
 from penstock.kernels.ops import Activation, Draw, Forward
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks
@@ -61,6 +61,8 @@ class CpuOps:
         ids_T, (rows, width) = ids_T.contiguous(), table_VD.shape
         out_TD = torch.empty(len(ids_T), width, dtype=dtype)
         data, bits, group = stored(table_VD)
+        same(ids_T, torch.int64, ids_T)
+        same(ids_T, dtype, None if bits else data)
         sizes = (len(ids_T), rows, width, bits, group)
         _native.embed(data.data_ptr(), ids_T.data_ptr(), out_TD.data_ptr(), *sizes, scale, DTYPES[dtype])
         return out_TD
@@ -115,17 +117,23 @@ class CpuOps:
         q_TNd = qkv_TC.new_empty(len(qkv_TC), heads, head_dim)
         q_weight, k_weight = norms or (None, None)
         wide = q_weight is not None and q_weight.dtype == torch.float32
+        whole_row = q_weight is not None and q_weight.numel() != head_dim
+        slots_T = batch.groups[group].slots_T
         same(qkv_TC, torch.float32 if wide else qkv_TC.dtype, q_weight, k_weight)
+        same(qkv_TC, torch.float32, rope_Pd)
+        same(qkv_TC, torch.int64, batch.positions_T, slots_T)
+        counted(heads * head_dim if whole_row else head_dim, q_weight)
+        counted(kv_heads * head_dim if whole_row else head_dim, k_weight)
         _native.heads(
             qkv_TC.data_ptr(),
             address(q_weight),
             address(k_weight),
             wide,
-            q_weight is not None and len(q_weight) != head_dim,
+            whole_row,
             address(rope_Pd),
             0 if rope_Pd is None else rope_Pd.shape[1] // 2,
             batch.positions_T.data_ptr(),
-            batch.groups[group].slots_T.data_ptr(),
+            slots_T.data_ptr(),
             q_TNd.data_ptr(),
             *pools(kv, qkv_TC),
             len(qkv_TC),
@@ -225,12 +233,17 @@ def _draw(logits_RV: Tensor, limits_R5: Tensor, sites_R5: Tensor) -> Tensor:
     return tokens_R
 
 
+def check_groups(group: int, inputs: int) -> None:
+    """Raises ValueError."""
+    if group not in GROUPS or inputs % group:
+        raise ValueError(f"{inputs} inputs in groups of {group}; the kernels know whole ones of {GROUPS}")
+
+
 def _quantize(weight: Tensor, bits: int, group: int) -> GroupedWeight:
     """Raises ValueError if no kernel has such groups."""
     share_threads()
-    if group not in GROUPS:
-        raise ValueError(f"groups of {group} inputs; the kernels know {GROUPS}")
     weight, (*rows, inputs) = weight.contiguous(), weight.shape
+    check_groups(group, inputs)
     codes_NK = torch.empty(weight.shape, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales_NG = torch.empty(*rows, inputs // group, dtype=torch.float16)
     zeros_NG = None if bits == 8 else torch.empty(scales_NG.shape, dtype=torch.uint8)
@@ -242,11 +255,13 @@ def _quantize(weight: Tensor, bits: int, group: int) -> GroupedWeight:
 
 def _pack_grouped(weight: GroupedWeight) -> PackedWeight:
     *stack, outputs, inputs = weight.shape
-    if weight.group not in GROUPS:
-        raise ValueError(f"groups of {weight.group} inputs; the kernels know {GROUPS}")
+    check_groups(weight.group, inputs)
     codes, scales, zeros = weight.codes_NK.contiguous(), weight.scales_NG.contiguous(), weight.zeros_NG
     zeros = None if zeros is None else zeros.contiguous()
+    same(codes, torch.int8 if zeros is None else torch.uint8, codes)
     same(codes, torch.float16, scales)
+    same(codes, torch.uint8, zeros)
+    counted(codes.numel() // weight.group, scales, zeros)
     size = -(-outputs // PANEL) * _native.panel_bytes(inputs, weight.bits, weight.group)
     data = torch.empty(*stack, size, dtype=torch.uint8)
     for index, target in enumerate(data.view(-1, size)):
