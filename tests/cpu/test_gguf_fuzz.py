@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from oracle import CPU
 from penstock.base import ModelFormatError
-from penstock.kernels import make_ops
+from penstock.kernels import Ops, make_ops, native
 from penstock.layers import Placement
 from penstock.models import load_decoder
 from penstock.spec import ModelSpec
@@ -53,18 +53,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return [path.read_bytes() for path in cases]
 
 
-def load_all(path: Path) -> ModelSpec:
-    """All that is read of a file when an engine starts."""
+def load_all(path: Path, ops: Ops) -> ModelSpec:
+    """All that is read of a file when an engine starts, as a backend packs it."""
     spec = read_any_spec(path)
     load_tokenizer(path, spec.vocab_size)
     load_chat_template(path)
     read_recommended(path)
     # A context is cut to what memory holds before a rope table is made for it.
-    load_decoder(path, replace(spec, max_positions=min(spec.max_positions, 64)), OPS, Placement(torch.bfloat16, CPU))
+    load_decoder(path, replace(spec, max_positions=min(spec.max_positions, 64)), ops, Placement(torch.bfloat16, CPU))
     return spec
 
 
-OPS = make_ops("torch")
+OPS = [make_ops(name) for name in ("torch", "cpu") if name == "torch" or native()]
 
 
 def mutated(rng: random.Random, whole: bytes) -> bytes:
@@ -127,7 +127,7 @@ def survive(folder: Path, files: list[bytes], seeds: range) -> Counter[str]:
         path = folder / f"{seed % 2}.gguf"
         path.write_bytes((lying if seed % 4 == 0 else mutated)(rng, rng.choice(files)))
         try:
-            load_all(path)
+            load_all(path, OPS[seed // 4 % len(OPS)])
             outcomes["loaded"] += 1
         except ModelFormatError as error:
             assert error.what and error.code
@@ -155,7 +155,8 @@ def test_the_files_are_good(files: list[bytes], tmp_path: Path) -> None:
     for i, data in enumerate(files):
         path = tmp_path / f"{i}.gguf"
         path.write_bytes(data)
-        load_all(path)
+        for ops in OPS:
+            load_all(path, ops)
 
 
 @pytest.mark.timeout(900)

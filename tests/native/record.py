@@ -1,5 +1,5 @@
 """A plugin of pytest: calls of the native kernels with the bytes they read and wrote, in the file PENSTOCK_RECORD, for
-``replay.cpp``. Of calls that differ in their data alone one is kept."""
+``replay.cpp``. Of calls that differ in their data alone one is kept, but for ``quantize``, which goes by its data."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ LARGEST = 2 << 20
 
 NAMES: dict[str, list[str]] = {
     "pack": "*weight outputs inputs dtype".split(),
+    "quantize": "*weight *codes *scales *zeros groups bits group dtype".split(),
     "pack_grouped": "*codes *scales *zeros *out outputs inputs bits group".split(),
     "embed": "*table *ids *out rows outputs inputs bits group ~factor dtype".split(),
     "linear": ("*x *weight *bias *out rows outputs inputs segments activation gated wide bits group dtype".split()),
@@ -43,6 +44,7 @@ NAMES: dict[str, list[str]] = {
 }
 WRITTEN = {"weight": ("pack",), "out": None, "residual": None, "tokens": None, "q": ("heads",)}
 WRITTEN |= dict.fromkeys(("chosen", "weights"), ("route",))
+WRITTEN |= dict.fromkeys(("codes", "scales", "zeros"), ("quantize",))
 WRITTEN |= dict.fromkeys(("k_pool", "v_pool", "k_scales", "v_scales"), ("heads",))
 
 
@@ -64,6 +66,10 @@ def sizes(call: str, a: dict[str, Any]) -> dict[str, tuple[int, int]]:
     match call:
         case "pack":
             return {"weight": (n * k * one, dtype)}
+        case "quantize":
+            groups, numbers = a["groups"], a["groups"] * a["group"]
+            found = {"weight": (numbers * one, dtype), "codes": (numbers, RAW)}
+            return found | {"scales": (2 * groups, RAW), "zeros": (groups, RAW)}
         case "embed":
             return {"table": (matrix, RAW), "ids": (8 * rows, RAW), "out": (rows * k * one, dtype)}
         case "draw":
@@ -128,7 +134,9 @@ def recorded(call: str, native: Callable[..., None]) -> Callable[..., None]:
 
     def run(*arguments: Any) -> None:
         a = {name.strip("*~"): value for name, value in zip(names, arguments, strict=True)}
-        key = (call, *(bool(v) if n[0] == "*" else v for n, v in zip(names, arguments, strict=True)))
+        key: tuple[Any, ...] = (call, *(bool(v) if n[0] == "*" else v for n, v in zip(names, arguments, strict=True)))
+        if call == "quantize":
+            key += (ctypes.string_at(a["weight"], sizes(call, a)["weight"][0]),)
         about = sizes(call, a) if key not in seen else {}
         if not about or sum(size for size, _ in about.values()) > LARGEST:
             return native(*arguments)

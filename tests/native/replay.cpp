@@ -97,6 +97,9 @@ void run(Call& c) {
     if (c.name == "pack") {
         struct { void* w; int64_t outputs, inputs; } a{p(), n(), n()};
         kernels.pack(a.w, a.outputs, a.inputs, dtype);
+    } else if (c.name == "quantize") {
+        struct { void *weight, *codes, *scales, *zeros; int64_t groups, bits, group; } a{p(), p(), p(), p(), n(), n(), n()};
+        kernels.quantize({a.weight, a.groups, {(int)a.bits, (int)a.group}, a.codes, (uint16_t*)a.scales, (uint8_t*)a.zeros}, dtype);
     } else if (c.name == "embed") {
         Embed a{p(), c.at<int64_t>(), p(), n(), n(), n(), {(int)n(), (int)n()}, c.real()};
         kernels.embed(a, dtype);
