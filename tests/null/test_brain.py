@@ -17,7 +17,7 @@ RARER = ("failures", "vectors", "reports")
 def test_random_lives() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=10 * settings.default.max_examples)
+    @settings(max_examples=5 * settings.default.max_examples)
     @given(lives())
     def run(life: Life) -> None:
         outcome = live(life)
@@ -37,7 +37,7 @@ def test_random_lives() -> None:
 def test_lives_that_another_engine_has_begun() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=5 * settings.default.max_examples)
+    @settings(max_examples=3 * settings.default.max_examples)
     @given(lives(begun=True))
     def run(life: Life) -> None:
         outcome = live(life)

@@ -175,7 +175,7 @@ def test_thousands_of_added_tokens_cost_little() -> None:
     pattern = any_of(words)
     assert pattern.fullmatch("<unused4999>") and pattern.match("<unused50001>").group() == "<"  # type: ignore[union-attr]
     assert len(pattern.findall("<" * 100_001)) == 50_001  # would not end if each place tried each word
-    assert any_of(["a" * n for n in range(1, 3_000)]).match("a" * 2_500).end() == 2_500  # type: ignore[union-attr]
+    assert any_of(["a" * n for n in range(1, 1_000)]).match("a" * 900).end() == 900  # type: ignore[union-attr]
     assert not any_of([]).search("x")
 
 

@@ -238,7 +238,7 @@ def test_an_error_of_a_narrower_kind_arrives_as_the_wider_one() -> None:
     assert isinstance(arrived, Refused) and words(arrived.error) == (InvalidRequest, "a", "b ?", "", "")
 
 
-@settings(max_examples=10 * settings.default.max_examples)
+@settings(max_examples=5 * settings.default.max_examples)
 @given(submissions(), FROM_ENGINE, st.randoms(use_true_random=False))
 def test_a_mutated_frame_is_a_message_or_a_wire_error(
     submission: Submission, message: News | Ready | Seen, dice: random.Random
