@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from penstock import AsyncLLM
 from penstock.fleet import Admission, Rates
 from penstock.serving import build_app
+from penstock.serving.batch_table import Batch
 from penstock.serving.gate import Gate
 from penstock.serving.keys import change_keys, new_key
 from penstock.spec import EngineConfig
@@ -115,3 +116,11 @@ def test_a_prompt_that_never_fits_is_told_so_also_while_there_is_no_room(llm: As
     for prompt, expected in (([5] * longest, (400, "prompt_too_long")), ([5] * (longest - 1), (503, "queue_full"))):
         answer = asyncio.run(ask(prompt=prompt))
         assert (answer.status_code, answer.json()["error"]["code"]) == expected
+
+
+def test_what_is_read_is_looked_at_before_there_are_threads(llm: AsyncLLM) -> None:
+    """Two threads that were the first to read batches ended the server."""
+    if "__msgspec_cache__" in vars(Batch):
+        del Batch.__msgspec_cache__  # type: ignore[attr-defined]
+    build_app(llm)
+    assert "__msgspec_cache__" in vars(Batch)

@@ -20,6 +20,7 @@ from penstock.base import PenstockError, env
 from penstock.fleet import Admission
 from penstock.llm import AsyncLLM
 from penstock.serving import durable
+from penstock.serving.batch_table import Batch
 from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
 from penstock.serving.chat_schemas import ChatChoice, ChatChunkChoice, ChatCompletion
@@ -125,7 +126,7 @@ def build_app(
         log: has a line for each request.
         spans: sends one for each.
     """
-    settle()
+    settle(Batch)
     models = Models.of(models) if isinstance(models, AsyncLLM) else models
     metrics = Metrics(models.status, frozenset(ROUTES))
     gate = gate or Gate(Admission(sum(map(queue_budget, models.engines)) or FIRST_TOKENS))

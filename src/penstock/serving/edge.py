@@ -272,19 +272,21 @@ _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _PLAIN = re.compile(r"(Expected `[^`]{1,80}`( (<=|>=|<|>) [-\d.]+| of length (<=|>=) \d+)?(, got `[^`]{1,40}`)?)")
 
 
-def settle(shape: type[msgspec.Struct] = msgspec.Struct) -> int:
-    """Has msgspec look at every shape that there is, before there are threads; returns how many.
+def settle(*others: type) -> None:
+    """Has msgspec look at every struct that there is, and at other classes that it reads, before there are threads.
 
-    It does so when a shape is first decoded, bit by bit: a second thread that decodes it at that moment reads what is
-    not there yet, and the process ends (0.22; likely enough with short turns of the interpreter).
+    It does so when a class is first read, bit by bit: a second thread that reads it at that moment finds what is not
+    there yet, and the process ends (0.22; likely enough with short turns of the interpreter).
     """
-    settled = 0
-    for each in shape.__subclasses__():
+    for each in (*_structs(msgspec.Struct), *others):
         with suppress(TypeError):  # of those that are written alone, some can be read by nobody
             msgspec.json.Decoder(each)
-            settled += 1
-        settled += settle(each)
-    return settled
+
+
+def _structs(base: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
+    for each in base.__subclasses__():
+        yield each
+        yield from _structs(each)
 
 
 def parse(body: bytes, shape: type[T]) -> T:
