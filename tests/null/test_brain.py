@@ -17,7 +17,7 @@ RARER = ("failures", "vectors", "reports")
 def test_random_lives() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=5 * settings.default.max_examples)
+    @settings(max_examples=10 * settings.default.max_examples)
     @given(lives())
     def run(life: Life) -> None:
         outcome = live(life)
