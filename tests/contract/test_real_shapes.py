@@ -14,8 +14,7 @@ from opsuite import Sequence, Shape, run_attention
 from penstock.base.segments import ffn_segments, sum_segments
 from penstock.kernels import GroupedWeight, Weight, make_ops, native
 
-if not native():
-    pytest.skip("the native kernels are not built", allow_module_level=True)
+pytestmark = pytest.mark.skipif(not native(), reason="installed without a compiler")
 
 MODELS = {
     "qwen3-0.6b": Shape(1024, 3072, 16, 8, 128, 151_936),
