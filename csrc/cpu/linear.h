@@ -83,7 +83,7 @@ INLINE void accumulate(const float* x, int64_t inputs, const PanelOf<float>* p, 
 
 template <int R, class T>
 INLINE void accumulate(const T* x, int64_t inputs, const PanelOf<T>* p, int64_t k0, int64_t k1, F (*sums)[2]) {
-    auto add = [&](int64_t k, F w0, F w1) {
+    auto add = [&](int64_t k, F w0, F w1) ALWAYS_INLINE {
         for (int r = 0; r < R; r++) {
             F one = splat(value(x + r * inputs + k));
             sums[r][0] = fma(one, w0, sums[r][0]);
@@ -92,7 +92,7 @@ INLINE void accumulate(const T* x, int64_t inputs, const PanelOf<T>* p, int64_t 
     };
     F a0, a1, b0, b1;
     b0 = b1 = splat(0);
-    auto pair = [&](int64_t index) {
+    auto pair = [&](int64_t index) ALWAYS_INLINE {
         for (int i = 0; R == 1 && i < 2; i++) fetch_ahead(p[i].weight + index * 2 * PANEL);
         pair_of_columns(p[0], index, a0, a1);
         if (p[1].width) pair_of_columns(p[1], index, b0, b1);
@@ -133,7 +133,7 @@ INLINE __m512i last_at(PanelOf<bf16> p, int64_t inputs) {
 template <int R>
 INLINE void accumulate(const bf16* x, int64_t inputs, const PanelOf<bf16>* p, int64_t k0, int64_t k1, F (*sums)[2]) {
     bool two = p[1].width != 0;
-    auto add = [&](int64_t k, uint32_t kept, __m512i w0, __m512i w1) {
+    auto add = [&](int64_t k, uint32_t kept, __m512i w0, __m512i w1) ALWAYS_INLINE {
         for (int r = 0; r < R; r++) {
             uint32_t both = 0;
             const bf16* at = x + r * inputs + (k & ~1ll);
@@ -205,7 +205,9 @@ struct Widened<Rows<T>, PanelOf<T>> {
     // Adds inputs [k0, k1), all of them or both of each pair, to sums [R], as accumulate does.
     template <int R>
     static INLINE void accumulate(const float* x, int64_t inputs, PanelOf<T> p, int64_t k0, int64_t k1, F* sums) {
-        auto add = [&](const float* at, F w) { each<R>([&](auto r) { sums[r] = fma(splat(at[r * STRIDE]), w, sums[r]); }); };
+        auto add = [&](const float* at, F w) ALWAYS_INLINE {
+            each<R>([&](auto r) ALWAYS_INLINE { sums[r] = fma(splat(at[r * STRIDE]), w, sums[r]); });
+        };
         if constexpr (sizeof(T) == 4) {
             for (int64_t k = k0; k < k1; k++) add(x + k - k0, column(p, k, inputs));
         } else {

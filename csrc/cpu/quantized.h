@@ -206,7 +206,7 @@ INLINE void dots(const uint8_t* w, const int8_t* x, int64_t stride, int group, c
     } else {
         const __m256i low = _mm256_set1_epi8(15);
         // Sixteen products of a code below 16 and one below 128 are below 2^15: a piece of 32 inputs adds up in int16.
-        auto half = [&](auto side) __attribute__((always_inline)) {
+        auto half = [&](auto side) ALWAYS_INLINE {
             for (int from = 0; from < group; from += 32) {
                 __m256i pairs[R];
                 each<R>([&](auto r) { pairs[r] = _mm256_setzero_si256(); });
@@ -448,7 +448,7 @@ INLINE void part_by_groups(
         const uint8_t* panel = pair.panels[i].weight;
         if (!panel) return;
         int row = 0;
-        auto take = [&]<int R>() {
+        auto take = [&]<int R>() ALWAYS_INLINE {
             for (; row + R <= rows; row += R) {
                 some_groups<BITS, R, GROUP>(x, row, panel, k0 / GROUP, k1 / GROUP, fresh, out + row * BLOCK + i * PANEL);
             }

@@ -15,7 +15,8 @@
 #include <arm_neon.h>
 #endif
 
-#define INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
 
 namespace penstock {
 
@@ -347,7 +348,7 @@ INLINE float greatest(F a) {
 // Calls work(0), work(1), ... of constants: what they index is in registers from the start.
 template <int N, class Work>
 INLINE void each(const Work& work) {
-    [&]<int... i>(std::integer_sequence<int, i...>) { (work(std::integral_constant<int, i>()), ...); }
+    [&]<int... i>(std::integer_sequence<int, i...>) ALWAYS_INLINE { (work(std::integral_constant<int, i>()), ...); }
     (std::make_integer_sequence<int, N>());
 }
 

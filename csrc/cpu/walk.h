@@ -115,12 +115,12 @@ struct Sums {
 
     void score_panel(int64_t group) {
         const float* panel = m_.panel.data();
-        in_blocks(count_, [&]<int Q>(int q) { score<Q, 1>(q, group, &panel, LANES); });
+        in_blocks(count_, [&]<int Q>(int q) ALWAYS_INLINE { score<Q, 1>(q, group, &panel, LANES); });
     }
 
     void add_panel(Partial& p, int64_t at) {
         const float* panel = m_.panel.data();
-        in_blocks(count_, [&]<int Q>(int q) {
+        in_blocks(count_, [&]<int Q>(int q) ALWAYS_INLINE {
             add<Q, 1>(p, q, at, LANES, [&](int64_t group) { return panel + group * LANES * LANES; });
         });
     }
@@ -341,7 +341,7 @@ private:
     }
 
     void score_directly(int64_t from, int64_t to) {
-        in_blocks(count_, [&]<int Q>(int q) {
+        in_blocks(count_, [&]<int Q>(int q) ALWAYS_INLINE {
             int64_t group = from / LANES, end = (to + LANES - 1) / LANES;
             for (; group + AT_ONCE<Q> <= end; group += AT_ONCE<Q>) {
                 fetch(group, AT_ONCE<Q>, end);
@@ -398,7 +398,7 @@ private:
     }
 
     void add_directly(Partial& p) {
-        in_blocks(count_, [&]<int Q>(int q) {
+        in_blocks(count_, [&]<int Q>(int q) ALWAYS_INLINE {
             int64_t at = 0;
             auto of_group = [&](int64_t group) { return v_[group] + at; };
             for (; at + AT_ONCE<Q> * LANES <= width_; at += AT_ONCE<Q> * LANES) {

@@ -30,6 +30,8 @@ FLAGS = {
     "portable": "",
 }
 """What the product is compiled with for each set of kernels (CMakeLists.txt)."""
+GNU_LEVEL = "-O2 -fvect-cost-model=dynamic -fpeel-loops"
+"""What CMakeLists.txt asks GCC for; others get -O3."""
 
 LONG_SEGMENT = 512
 """Keys of an attention segment where they are free: the scores of a prompt's rows just stay in a second-level cache."""
@@ -73,9 +75,10 @@ def build_library(work: Path, chosen: str, sources: Path = SOURCES) -> Path:
             why=f"none of {', '.join(COMPILERS)} is on the PATH",
             fix="install a C++ compiler (apt install g++)",
         )
-    common = [compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{sources / 'cpu'}"]
-    builds = {name: flags.format(flags=FLAGS[chosen]) for name, flags in BUILDS.items()}
     version = _run([compiler, "--version"])
+    level = GNU_LEVEL if "Free Software Foundation" in version else "-O3"
+    common = [compiler, "-std=c++20", *level.split(), "-fPIC", "-fvisibility=hidden", f"-I{sources / 'cpu'}"]
+    builds = {name: flags.format(flags=FLAGS[chosen]) for name, flags in BUILDS.items()}
     known = hashlib.blake2b(repr((version, common, builds, machine())).encode(), digest_size=8)
     for file in files:
         known.update(file.read_bytes())
