@@ -81,5 +81,5 @@ def test_a_live_run_replays_without_torch(test_data: Path, tmp_path: Path) -> No
 
     # A scheduler that decides otherwise is caught: the recording says another budget than the run had.
     setup = json.loads(lines[0])
-    setup["setup"]["limits"]["max_batch_tokens"] += 1
+    setup["setup"]["limits"]["max_mixed_prefill"] -= 1
     assert replay([json.dumps(setup), *lines[1:]]).differs_at is not None

@@ -66,6 +66,7 @@ def lives(draw: st.DrawFn, begun: bool = False) -> Life:
             max_batch_tokens=draw(st.integers(rows, 80 if whole else 32)),
             max_batch_requests=rows,
             max_model_len=longest,
+            max_mixed_prefill=(None, 1, 3)[rows % 3],  # no draw of its own: another would change what the others find
             max_prefix_waits=draw(st.sampled_from([0, 2, 32])),
             whole=whole,
         ),

@@ -24,9 +24,9 @@ EXCEPTIONS: dict[str, int] = {}
 
 ENGINE_OPTIONS = """
     model served_model_name device backend dtype quant weight_cache max_model_len max_num_seqs max_num_batched_tokens
-    block_size kv_memory kv_dtype gpu_memory_utilization enable_prefix_caching scheduling_policy priority_age_seconds
-    depth seed tensor_parallel_size pipeline_parallel_size enforce_eager num_threads chat_template tool_parser
-    reasoning_parser generation_config logits_rule
+    max_mixed_prefill block_size kv_memory kv_dtype gpu_memory_utilization enable_prefix_caching scheduling_policy
+    priority_age_seconds depth seed tensor_parallel_size pipeline_parallel_size enforce_eager num_threads
+    chat_template tool_parser reasoning_parser generation_config logits_rule
 """.split()
 """Every field of EngineConfig, so every flag. A new one is a decision: it is argued for where this list is edited.
 

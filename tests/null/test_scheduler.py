@@ -29,8 +29,15 @@ def setup(
     depth: int = 1,
     policy: str = "fcfs",
     waits: int = 32,
+    mixed: int | None = None,
 ) -> EngineSetup:
-    limits = Limits(max_batch_tokens=tokens, max_batch_requests=rows, max_model_len=64, max_prefix_waits=waits)
+    limits = Limits(
+        max_batch_tokens=tokens,
+        max_batch_requests=rows,
+        max_model_len=64,
+        max_mixed_prefill=mixed,
+        max_prefix_waits=waits,
+    )
     return EngineSetup(
         pools=(PoolSpec(blocks, window),),
         block_size=4,
@@ -98,6 +105,18 @@ def test_a_long_prompt_does_not_hold_up_decodes() -> None:
         plan = step(scheduler, executor)
         assert plan.slices[0][2] == 1  # the decode goes on
         assert sum(count for _, _, count in plan.slices) == 8  # beside chunks that fill the budget
+
+
+def test_prompts_get_less_of_a_step_in_which_somebody_waits_for_a_token() -> None:
+    own = setup(tokens=16, mixed=4)
+    scheduler, executor = own.scheduler(), toy(own)
+    scheduler.add(job("a", tuple(range(1, 25)), max_tokens=4), 0.0)
+    sizes = [[count for _, _, count in step(scheduler, executor).slices] for _ in range(2)]
+    assert sizes == [[16], [8]]  # nobody waits: all of the budget
+    scheduler.add(job("b", tuple(range(31, 51))), 0.0)
+    scheduler.add(job("c", tuple(range(61, 71))), 0.0)
+    sizes = [[count for _, _, count in step(scheduler, executor).slices] for _ in range(4)]
+    assert sizes == [[1, 4], [1, 4], [1, 4], [8, 8]]  # a ends with its fourth token
 
 
 def test_running_requests_behind_a_long_prompt_are_promised_a_token_each() -> None:

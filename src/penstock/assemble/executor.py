@@ -264,6 +264,7 @@ def engine_setup(
             max_batch_tokens=config.max_num_batched_tokens,
             max_batch_requests=config.max_num_seqs,
             max_model_len=config.max_model_len,
+            max_mixed_prefill=config.max_mixed_prefill,
             whole=whole,
         ),
         vocabulary=vocabulary,

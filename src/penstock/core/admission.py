@@ -18,6 +18,7 @@ class Limits:
     max_batch_tokens: positions computed in one step.
     max_batch_requests: requests in one step; at most ``max_batch_tokens``, so that each can have one.
     max_model_len: prompt and completion together.
+    max_mixed_prefill: positions of prompts in a step in which others wait for their next token.
     max_prefix_waits: steps a request sits out in a row while another computes blocks it could share.
     whole: a prompt is computed in one step or not at all (encoders); nothing can be generated.
     """
@@ -25,8 +26,15 @@ class Limits:
     max_batch_tokens: int
     max_batch_requests: int
     max_model_len: int
+    max_mixed_prefill: int | None = None
     max_prefix_waits: int = 32
     whole: bool = False
+
+    def budget(self, emitted: list[int]) -> int:
+        """Positions of a step. ``emitted``: how many tokens of its answer each running request has."""
+        if self.max_mixed_prefill is None or not any(emitted):
+            return self.max_batch_tokens
+        return min(self.max_batch_tokens, self.max_mixed_prefill + len(emitted) - emitted.count(0))
 
     @property
     def longest_prompt(self) -> int:

@@ -119,7 +119,7 @@ class Scheduler:
         self._now = now
         if not only and self.suspects:
             return None if self.inflight else self._plan_suspects(now)
-        draft, index, budget = self._draft, 0, self.limits.max_batch_tokens
+        draft, index, budget = self._draft, 0, self.limits.budget([request.emitted for request in self.running])
         while budget > 0 and not only:
             request = self._candidate(index)
             if request is None:

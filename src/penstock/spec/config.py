@@ -37,6 +37,12 @@ class EngineConfig:
     max_num_batched_tokens: int = option(
         1024, "token budget of one step; long prompts are computed in chunks of it", low=1, high=16777216
     )
+    max_mixed_prefill: int | None = option(
+        None,
+        "tokens of prompts in a step in which others wait for their next token; by default 64 for each thread of a CPU",
+        low=1,
+        high=16777216,
+    )
     block_size: int = option(16, "tokens in one KV block", low=1, high=65536)
     kv_memory: str | None = option(None, 'memory of the KV pool, such as "2G"')
     kv_dtype: Literal["auto", "int8"] = option(
