@@ -27,6 +27,10 @@ be sent again for a day: what it made the first time is the answer. The `system_
 weights and their arithmetic: where the [backend promises one answer](../explanation/one-answer.md), the same tokens,
 parameters and seed give the same bits while it is the same, and may give others when it changes.
 
+A stream of events in which there has been nothing for 15 s has a comment, in Anthropic's API a `ping`, so that no proxy
+takes it for dead. What comes while a model is loaded is told in
+[several models](../how-to/several-models.md#who-makes-room-and-who-waits).
+
 """
 ACCESS = """
 Where the server has a file of [keys](../how-to/keys.md), "public" asks for none, "inference" for any, as

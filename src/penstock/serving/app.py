@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive
 
 from penstock.base import PenstockError, env
 from penstock.fleet import Admission
@@ -54,6 +54,7 @@ from penstock.serving.messages import (
 )
 from penstock.serving.metrics import Metrics, QueueCollector
 from penstock.serving.model_routes import (
+    awaited,
     described,
     load_model,
     model_ready,
@@ -281,20 +282,29 @@ async def _detokenize(request: Request) -> Response:
 async def _generate(
     request: Request, shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]], dialect: Dialect = PLAIN
 ) -> Response | EventStream:
-    context, asked = await _admitted(request, shape)
-    task = await prepare(asked, context)
+    asked, size = await _read(request, shape)
+
+    async def prepared(receive: Receive | None) -> Task:
+        return await prepare(asked, await _model_of(request, asked, size, receive))
+
     if not asked.stream:
+        task = await prepared(request.receive)
         return as_json(await unless_disconnected(request.receive, task.whole()))
-    chunks = task.chunks()
-    return EventStream(await unless_disconnected(request.receive, anext(chunks)), chunks, dialect)
+
+    async def begin() -> AsyncGenerator[object, None]:
+        return (await prepared(None)).chunks()  # the stream itself watches for a client that goes away
+
+    return EventStream(begin, dialect, functools.partial(awaited, context_of(request).models, current.get()))
 
 
 async def _vectors(request: Request, shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Response:
-    context, asked = await _admitted(request, shape)
+    asked, size = await _read(request, shape)
+    context = await _model_of(request, asked, size, request.receive)
     return as_json(await unless_disconnected(request.receive, context.until_aborted(answer(asked, context))))
 
 
-async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
+async def _read(request: Request, shape: type[R]) -> tuple[R, int]:
+    """What is asked, and how many bytes its body had."""
     context = context_of(request)
     context.admit(None)
     current.get().enter()
@@ -302,9 +312,15 @@ async def _admitted(request: Request, shape: type[R]) -> tuple[Context, R]:
         await context.models.turnstile.enter()
         asked, size = await off_loop(len(body), functools.partial(decode, body, shape)), len(body)
     asked.model = request.path_params.get("model", asked.model)
+    return asked, size
+
+
+async def _model_of(request: Request, asked: ModelRequest, size: int, receive: Receive | None) -> Context:
+    """Arguments as of ``Context.use``."""
+    context = context_of(request)
     if asked.only_parts and (view := context.of(context.admit(asked.model))).heeds and view.served.llm is None:
-        return view, asked
-    return await context.use(asked.model, size, request.receive, asked.stays), asked
+        return view
+    return await context.use(asked.model, size, receive, asked.stays)
 
 
 @operation("Whether the process answers.", gives=PLAIN_TEXT)

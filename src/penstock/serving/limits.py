@@ -19,6 +19,12 @@ HEAD_SECONDS = 10.0
 STALL_SECONDS = 60.0
 """A client that has not taken what was sent to it for so long is cut off, and its request ends."""
 
+TOLD_SECONDS = 2.0
+"""A stream that waits for its model for longer is told so, and as often. Its status is 200 from then on."""
+
+PING_SECONDS = 15.0
+"""A stream in which there has been nothing for so long is told that the server is there: proxies give up after 60."""
+
 BODY_SECONDS = 30.0
 """A body must have arrived whole after this long."""
 

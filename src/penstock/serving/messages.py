@@ -363,4 +363,6 @@ def _text(content: Any, place: str) -> str:
     return "\n".join(texts)
 
 
-EVENTS = Dialect(named, b"", lambda error: named(anthropic_body(error)))
+EVENTS = Dialect(
+    named, b"", lambda error: named(anthropic_body(error)), remark=lambda _: named(MessageEvent(type="ping"))
+)

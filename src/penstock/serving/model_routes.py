@@ -15,6 +15,7 @@ from penstock.base import Unavailable
 from penstock.core.service import engine_stopped
 from penstock.serving.context import Context, context_of, shutting_down
 from penstock.serving.edge import as_json, body_of, parse
+from penstock.serving.gate import Caller
 from penstock.serving.limits import MAX_MODEL_NAME
 from penstock.serving.models import Models, Served
 from penstock.serving.operations import PLAIN_TEXT, operation
@@ -203,6 +204,20 @@ def progress_of(models: Models, model: Served) -> float | None:
     """Share of it that has been loaded; None if it is not being loaded. What a hub has to send first counts as none."""
     loading = models.policy.models[model.name].state == "loading"
     return None if not loading else 0.0 if model.service is None else round(model.service.progress, 3)
+
+
+def awaited(models: Models, caller: Caller) -> str | None:
+    """What a request is told that waits for its model; None if it does not wait for one.
+
+    Empty while it may come out at any moment that the model cannot be had, which then is the status of the answer: it
+    is being looked at, or nothing of it is in memory.
+    """
+    if not caller.waits or caller.model is None:
+        return None
+    progress = progress_of(models, models.all[caller.model])
+    if models.policy.models[caller.model].checking or progress == 0.0:
+        return ""
+    return f"waiting for {caller.model}" if progress is None else f"loading {caller.model} {100 * progress:.0f} %"
 
 
 def not_in_memory(models: Models, model: Served) -> Unavailable:
