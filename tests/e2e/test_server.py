@@ -17,8 +17,10 @@ import httpx
 import openai
 import pytest
 
+from penstock.core.service import MAX_PRIORITY
 from penstock.serving.decoding import decode
 from penstock.serving.errors import HTTPError
+from penstock.serving.priorities import rank
 from penstock.serving.schemas import CompletionRequest
 from servers import MODEL, PROMPT, Server, start
 
@@ -155,11 +157,18 @@ def test_vllm_s_extra_fields(server: Server) -> None:
 
 
 def test_service_tiers_are_priorities() -> None:
-    def priority(**fields: Any) -> int | None:
-        return decode(json.dumps({"prompt": "a"} | fields).encode(), CompletionRequest).priority
+    def priority(least: int = -MAX_PRIORITY, **fields: Any) -> int | None:
+        asked = decode(json.dumps({"prompt": "a"} | fields).encode(), CompletionRequest)
+        rank(asked, least)
+        return asked.priority
 
     assert priority(service_tier="priority") == -priority(service_tier="flex") < 0  # type: ignore[operator]
-    assert priority(service_tier="priority", priority=3) == 3 and priority(service_tier="auto") is None
+    assert priority(service_tier="priority", priority=3) == 3 and priority(service_tier="auto") == priority() == 0
+    for least, told in ((0, 0), (-6, -6), (-5, 0), (4, 4)):
+        assert priority(least, service_tier="priority") == told and priority(least, service_tier="flex") == 6
+        assert priority(least) == max(0, least) and priority(least, priority=least) == least
+        with pytest.raises(HTTPError, match="priority_not_allowed"):
+            priority(least, priority=least - 1)
     with pytest.raises(HTTPError) as refused:
         priority(service_tier="gold")
     assert refused.value.param == "service_tier"

@@ -64,6 +64,7 @@ def keyed(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[K
     keys = {
         "acme": add(file, "--tenant", "acme"),
         "birch": add(file, "--tenant", "birch"),
+        "early": add(file, "--tenant", "birch", "--min-priority", "-6"),
         "slow": add(file, "--tenant", "slow", "--requests-per-minute", "3", "--tokens-per-minute", "120"),
         "patient": add(file, "--tenant", "patient", "--tokens-per-minute", "600"),
         "uploader": add(file, "--tenant", "uploader", "--requests-per-minute", "3"),
@@ -263,6 +264,45 @@ def test_prefixes_are_shared_within_a_tenant_alone(keyed: Keyed) -> None:
     hits = keyed.status()["engine"]["prefix_hit_tokens"]
     keyed.ask("birch", **best)
     assert keyed.status()["engine"]["prefix_hit_tokens"] - hits <= 64  # its own two samples may share
+
+
+def test_nobody_goes_ahead_of_others_but_whose_key_says_so(keyed: Keyed) -> None:
+    model = "stories260k"
+    for key, least in (("acme", 0), ("early", -6)):
+        assert keyed.ask(key, priority=least, max_tokens=1).status_code == 200
+        for path, body in (
+            (COMPLETIONS, {"priority": least - 1}),
+            (COMPLETIONS, {"priority": least - 1, "stream": True, "service_tier": "priority"}),
+            ("/v1/embeddings", {"input": "a", "priority": least - 1}),
+            ("/api/generate", {"priority": least - 1}),
+            (f"/v2/models/{model}/generate", {"text_input": "a", "parameters": {"priority": least - 1}}),
+            (f"/v2/models/{model}/generate_stream", {"text_input": "a", "parameters": {"priority": least - 1}}),
+        ):
+            refused = keyed.ask(key, path, **body)
+            assert refused.status_code == 403 and "priority_not_allowed" in refused.text, (path, refused.text)
+            assert str(least) in refused.text
+    tiers = {key: keyed.ask(key, service_tier="priority", max_tokens=1).json() for key in ("acme", "early", "admin")}
+    assert [tiers[key]["service_tier"] for key in tiers] == ["default", "priority", "priority"]
+    assert keyed.ask("acme", service_tier="flex", max_tokens=1).json()["service_tier"] == "flex"
+    assert keyed.ask("admin", priority=-(10**6), max_tokens=1).status_code == 200
+
+
+def test_a_line_of_a_batch_does_not_go_ahead_of_those_who_wait(keyed: Keyed) -> None:
+    client = openai.OpenAI(base_url=f"{keyed.url}/v1", api_key=keyed.keys["admin"], max_retries=0)
+    body = {"prompt": PROMPT, "max_tokens": 1}
+    lines = [
+        json.dumps(
+            {"custom_id": str(priority), "method": "POST", "url": COMPLETIONS, "body": body | {"priority": priority}}
+        )
+        for priority in (-(10**6), 0)
+    ]
+    file = client.files.create(file=("x", "\n".join(lines).encode()), purpose="batch").id
+    batch = client.batches.create(input_file_id=file, endpoint=COMPLETIONS, completion_window="24h").id
+    wait_until(lambda: client.batches.retrieve(batch).status == "completed")
+    done = client.batches.retrieve(batch)
+    assert done.error_file_id is not None and done.output_file_id is not None
+    assert "priority_not_allowed" in client.files.content(done.error_file_id).text
+    assert json.loads(client.files.content(done.output_file_id).text)["custom_id"] == "0"
 
 
 def test_uploads_and_batches_count_as_requests(keyed: Keyed) -> None:

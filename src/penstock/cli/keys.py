@@ -20,7 +20,7 @@ app = typer.Typer(
 File = Annotated[
     Path, typer.Argument(metavar="FILE", help="file of keys; made if there is none, for you alone to read")
 ]
-_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency")
+_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "min_priority")
 
 
 @app.command()
@@ -39,6 +39,10 @@ def add(
     ] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=0, help="likewise, prompts and completions")] = None,
     concurrency: Annotated[int | None, typer.Option(min=0, help="likewise, requests at a time")] = None,
+    min_priority: Annotated[
+        int | None,
+        typer.Option(help="lowest priority its requests may have, lower being served earlier; 0, for admin any"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the record with its key as JSON")] = False,
 ) -> None:
     """Make a key and print it, once: the file has only its hash."""
@@ -55,6 +59,7 @@ def add(
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             concurrency=concurrency,
+            min_priority=min_priority,
         )
         return [*keys, made[1]]
 
@@ -80,7 +85,7 @@ def list_(
         for key in keys:
             emit(json.dumps(_shown(key)))
         return
-    head = ("id", "tenant", "role", "requests/min", "tokens/min", "at a time", "created", "revoked")
+    head = ("id", "tenant", "role", "requests/min", "tokens/min", "at a time", "priority from", "created", "revoked")
     rows = [head, *(tuple(_cell(value) for value in _shown(key).values()) for key in keys)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -66,6 +66,7 @@ from penstock.serving.models import Models
 from penstock.serving.openapi import openapi
 from penstock.serving.operations import PLAIN_TEXT, Endpoint, Routes, operation
 from penstock.serving.other_apis import other_apis
+from penstock.serving.priorities import rank
 from penstock.serving.requestlog import RequestLog
 from penstock.serving.response_inputs import page
 from penstock.serving.response_items import DeletedResponse, ItemList, ResponseEvent, ResponseObject
@@ -312,6 +313,7 @@ async def _read(request: Request, shape: type[R]) -> tuple[R, int]:
         await context.models.turnstile.enter()
         asked, size = await off_loop(len(body), functools.partial(decode, body, shape)), len(body)
     asked.model = request.path_params.get("model", asked.model)
+    rank(asked, current.get().least_priority)
     return asked, size
 
 

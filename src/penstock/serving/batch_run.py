@@ -28,6 +28,7 @@ from penstock.serving.errors import HTTPError, body_of, internal_error, log_faul
 from penstock.serving.files import write
 from penstock.serving.gate import Caller, current
 from penstock.serving.limits import MAX_BATCH_LINES, MAX_BODY_BYTES, MAX_COMPLAINTS
+from penstock.serving.priorities import rank
 from penstock.serving.schemas import GenerationRequest, ModelRequest
 from penstock.serving.store import Store
 
@@ -160,6 +161,7 @@ class Run:
         try:
             body = bytes(msgspec.json.decode(raw, type=BatchLine).body)
             asked = await off_loop(len(body), partial(self.answerer.decode, body))
+            rank(asked, caller.least_priority)
             model = self.batch.model if asked.model is None else asked.model
             if (context := await self._use(model, len(body))) is None:
                 return None

@@ -15,6 +15,7 @@ from typing import Literal
 
 from penstock.assemble import Assembled
 from penstock.base import PenstockError
+from penstock.core.service import MAX_PRIORITY
 from penstock.fleet import Admission, Rates, Visit
 from penstock.serving.errors import HTTPError
 from penstock.serving.keys import MAX_KEY_LENGTH, Key, Keyring, process_key, read_keys
@@ -105,6 +106,13 @@ class Caller:
         if self.key is None:
             return self.gate.ring is None and not self.gate.public
         return self.key.role == "admin"
+
+    @property
+    def least_priority(self) -> int:
+        """The lowest that its request may have: what its key says, else any for who administers, and 0 for others."""
+        if self.key is not None and self.key.min_priority is not None:
+            return self.key.min_priority
+        return -MAX_PRIORITY if self.administers else 0
 
     def enter(self) -> None:
         """Counts it among its tenant's requests. Raises OverLimit, as ``Admission.enter``."""

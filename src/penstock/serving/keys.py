@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.base import ConfigError, NotFound
+from penstock.core.service import MAX_PRIORITY
 from penstock.fleet import Rates
 
 PREFIX = "penstock-"
@@ -44,6 +45,8 @@ class Key(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
         sha256: of the key, in hexadecimal.
         tenant: whose it is: rates are counted, and cached prefixes are shared, within one.
         role: "inference" may use the models; "admin" may also look at the server and drain it.
+        min_priority: the lowest ``priority`` of its requests, lower being served earlier; None is 0, and for the role
+            "admin" no limit.
         created, revoked: UTC, in ISO 8601.
     """
 
@@ -54,6 +57,7 @@ class Key(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
     concurrency: Limit | None = None
+    min_priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     created: datetime
     revoked: datetime | None = None
 
@@ -97,7 +101,9 @@ class Keyring:
         return any(key.role == "admin" and key.revoked is None for key in self.keys)
 
 
-def new_key(keys: Iterable[Key], *, tenant: str, role: Role, **limits: int | None) -> tuple[str, Key]:
+def new_key(
+    keys: Iterable[Key], *, tenant: str, role: Role, min_priority: int | None = None, **limits: int | None
+) -> tuple[str, Key]:
     """A key and its record, to be added to ``keys``.
 
     Args:
@@ -108,6 +114,7 @@ def new_key(keys: Iterable[Key], *, tenant: str, role: Role, **limits: int | Non
     """
     rates = Keyring(keys).rates(tenant)
     values = {name: getattr(rates, name) if value is None else value or None for name, value in limits.items()}
+    values["min_priority"] = min_priority
     secret = PREFIX + secrets.token_urlsafe(32)
     now = datetime.now(UTC).replace(microsecond=0)
     record = {"id": f"key-{secrets.token_hex(4)}", "sha256": fingerprint(secret), "tenant": tenant, "role": role}

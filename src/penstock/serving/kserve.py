@@ -24,10 +24,12 @@ from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json, parse
 from penstock.serving.errors import invalid, plain_body, unsupported
+from penstock.serving.gate import current
 from penstock.serving.health import check_welcome
 from penstock.serving.limits import MAX_TEXTS
 from penstock.serving.model_routes import check_model_ready, in_memory
 from penstock.serving.operations import operation
+from penstock.serving.priorities import rank
 from penstock.serving.schemas import CompletionRequest, Harmless, ModelRequest, Name
 from penstock.serving.sse import Dialect, event
 from penstock.serving.unread_fields import refuse_unsupported
@@ -163,6 +165,7 @@ async def infer(request: InferRequest, context: Context) -> Body:
 
 async def _embedded(texts: list[str], fields: Body, context: Context) -> list[Body]:
     asked = parse(msgspec.json.encode({**fields, "input": texts}), EmbeddingRequest)
+    rank(asked, current.get().least_priority)
     rows = [output.outputs.embedding for output in await embedded(asked, context)]
     data = [number for row in rows for number in row]
     return [{"name": "embedding", "datatype": "FP32", "shape": [len(rows), len(data) // len(rows)], "data": data}]
@@ -174,6 +177,7 @@ def _completion(texts: list[str], fields: Body) -> CompletionRequest:
     asked = parse(body, CompletionRequest)
     asked.check()
     refuse_unsupported(parse(body, dict[str, msgspec.Raw]), CompletionRequest)
+    rank(asked, current.get().least_priority)
     return asked
 
 

@@ -141,8 +141,6 @@ class GenerationRequest(ModelRequest, kw_only=True):
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise _contradiction("stream_options", "stream")
-        if self.priority is None and self.service_tier is not None:
-            self.priority = TIERS.get(self.service_tier)
 
     def params(self, defaults: dict[str, Any], **own: int | None) -> SamplingParams:
         """Of what all such requests share, and what each kind has of its ``own``; None leaves a field open."""
