@@ -96,6 +96,19 @@ def test_results_go_back(say: Any, client: anthropic.Anthropic) -> None:
     assert count > client.messages.count_tokens(model="m", messages=[USER], tools=TOOLS).input_tokens
 
 
+def test_its_usage_tells_the_tier(say: Any) -> None:
+    for asked, told in (
+        ("auto", "standard"),
+        ("standard_only", "standard"),
+        ("priority", "priority"),
+        ("flex", "batch"),
+    ):
+        assert say("Yes.", extra_body={"service_tier": asked}).usage.service_tier == told
+        start, *_ = say("Yes.", extra_body={"service_tier": asked}, stream=True)
+        assert start.message.usage.service_tier == told
+    assert say("Yes.").usage.service_tier == "standard"
+
+
 def test_why_it_ended(say: Any) -> None:
     assert say("One two three.", max_tokens=2).stop_reason == "max_tokens"
     stopped = say("One two three.", stop_sequences=["two"])

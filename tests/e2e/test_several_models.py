@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import anthropic
 import httpx
 import pytest
 
@@ -147,6 +148,28 @@ def test_other_apis_tell_of_each_without_loading_it(several: Several) -> None:
     assert httpx.get(f"{several.url}/v2/models/tiny/ready").json()["ready"] is True
     assert httpx.get(f"{several.url}/v2/health/ready").json()["ready"] is True
     assert several.state("nano") == "unloaded"
+
+
+def test_anthropic_s_client_pages_through_the_models(several: Several) -> None:
+    client, all_of = anthropic.Anthropic(base_url=several.url, api_key="none", max_retries=0).models, ["tiny", "nano"]
+    all_of += ["broken", "huge", "brief"]
+
+    def listed(**asked: Any) -> list[list[str]]:
+        return [[model.id for model in page.data] for page in client.list(**asked).iter_pages()]
+
+    assert listed() == listed(limit=5) == [all_of]
+    assert listed(limit=2) == [all_of[:2], all_of[2:4], all_of[4:]]
+    assert listed(limit=2, after_id="nano") == [all_of[2:4], all_of[4:]]
+    assert listed(limit=3, before_id="brief") == [all_of[1:4], all_of[:1]]
+    assert (
+        client.list(after_id="brief").data == [] and client.list(before_id="huge", after_id="tiny").last_id == "broken"
+    )
+    for wrong in ({"limit": 0}, {"limit": 1001}, {"after_id": "small"}, {"before_id": ""}):
+        with pytest.raises(anthropic.BadRequestError, match=next(iter(wrong))):
+            client.list(**wrong)  # type: ignore[arg-type]
+    assert len(httpx.get(f"{several.url}/v1/models?limit=2").json()["data"]) == 5, (
+        "a page is asked for by others' clients"
+    )
 
 
 def test_the_wait_for_a_model_is_told_as_such(several: Several) -> None:

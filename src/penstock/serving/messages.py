@@ -25,7 +25,11 @@ from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Co
 
 Block = dict[str, Any]
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-
+_TIERS: dict[str, Literal["standard", "priority", "batch"]] = {
+    "default": "standard",
+    "priority": "priority",
+    "flex": "batch",  # Anthropic's word for what others go before
+}
 
 TURNS = ("user", "assistant", "system")
 
@@ -79,6 +83,7 @@ class MessageUsage(TypedDict):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    service_tier: Literal["standard", "priority", "batch"]
 
 
 class Message(TypedDict):
@@ -216,6 +221,7 @@ class MessagesTask:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": generation.cached_tokens,
             "output_tokens": usage.completion_tokens,
+            "service_tier": _TIERS[self.request.tier],
         }
 
 

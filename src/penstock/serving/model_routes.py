@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from penstock.base import Unavailable
 from penstock.core.service import engine_stopped
 from penstock.serving.context import Context, context_of, shutting_down
 from penstock.serving.edge import as_json, body_of, parse
+from penstock.serving.errors import invalid
 from penstock.serving.gate import Caller
 from penstock.serving.limits import MAX_MODEL_NAME
 from penstock.serving.models import Models, Served
@@ -23,6 +25,9 @@ from penstock.serving.schemas import Model, ModelList
 
 ANTHROPIC = "anthropic-version"
 """The header that Anthropic's clients send with every request."""
+
+SHOWN_MODELS, MAX_MODELS = 20, 1000
+"""On a page of a list for them: by default, and at most."""
 
 
 class ModelChoice(msgspec.Struct, kw_only=True):
@@ -74,6 +79,14 @@ class AnthropicModel(msgspec.Struct, kw_only=True):
     type: str = "model"
 
 
+class ModelsQuery(msgspec.Struct, kw_only=True):
+    """Read for those clients alone: others are told of all models."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_MODELS)] | None = None
+    after_id: str | None = None
+    before_id: str | None = None
+
+
 class AnthropicModels(msgspec.Struct, kw_only=True):
     data: list[AnthropicModel]
     has_more: bool = False
@@ -81,13 +94,33 @@ class AnthropicModels(msgspec.Struct, kw_only=True):
     last_id: str | None
 
 
-@operation("List the models that are served.", gives=(ModelList, AnthropicModels))
+@operation("List the models that are served.", query=ModelsQuery, gives=(ModelList, AnthropicModels))
 async def models_listed(request: Request) -> Response:
+    """Raises HTTPError: (invalid_parameter)."""
     models = context_of(request).models
-    each = [_listed(models, model) for model in models.all.values()]
+    each, limit = [_listed(models, model) for model in models.all.values()], request.query_params.get("limit")
+    if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_MODELS):
+        raise invalid("limit", f"it must be 1 to {MAX_MODELS}")
     if ANTHROPIC not in request.headers:
         return as_json(ModelList(each))
-    return as_json(AnthropicModels(data=[*map(_to_anthropic, each)], first_id=each[0].id, last_id=each[-1].id))
+    return as_json(_page(each, SHOWN_MODELS if limit is None else int(limit), request.query_params))
+
+
+def _page(models: Sequence[Model], limit: int, query: Mapping[str, str]) -> AnthropicModels:
+    """What follows ``after_id``, or the end of what comes before ``before_id``, as Anthropic's API pages.
+
+    Raises:
+        HTTPError: (invalid_parameter) one of them names no model.
+    """
+    ids, at = [model.id for model in models], {}
+    for name in {"after_id", "before_id"}.intersection(query):
+        if query[name] not in ids:
+            raise invalid(name, "it names no model of this server")
+        at[name] = ids.index(query[name])
+    rest = models[at.get("after_id", -1) + 1 : at.get("before_id")]
+    shown = [*map(_to_anthropic, rest[-limit:] if "before_id" in at else rest[:limit])]
+    first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
+    return AnthropicModels(data=shown, has_more=len(shown) < len(rest), first_id=first, last_id=last)
 
 
 @operation("Describe a model.", gives=(Model, AnthropicModel))
