@@ -147,6 +147,38 @@ def test_lines_for_other_models_do_not_wait(llm: AsyncLLM, tmp_path: Path, monke
     over(models, tmp_path, work)
 
 
+def test_lines_that_wait_for_a_model_hold_no_place(
+    llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More lines than run at a time name a model that is being loaded; those behind them are answered meanwhile."""
+    use, models, there = Context.use, Models.of(llm), asyncio.Event()
+    models._names["slow"] = Served(name="slow", config=llm.engine.config)
+    window = AT_ONCE * llm.engine.config.max_num_seqs
+    waiting = 0
+
+    async def or_wait(context: Context, model: str | None, *rest: Any) -> Context:
+        nonlocal waiting
+        if model == "slow":
+            waiting += 1
+            await there.wait()
+        return await use(context, "stories260k", *rest)
+
+    async def work(batching: Batching) -> None:
+        line: Body = {"prompt": "A", "max_tokens": 1}
+        slow, quick = 2 * window + 10, window + 5
+        id = await batching.begin(await batching.upload([line | {"model": "slow"}] * slow + [line] * quick))
+        async with asyncio.timeout(60):
+            while (await batching.client.get(f"/v1/batches/{id}")).json()["request_counts"]["completed"] < quick:
+                await asyncio.sleep(0.01)
+        assert waiting == window, "so many wait, and the others come again"
+        there.set()
+        batch = await batching.until(id, "completed")
+        assert batch["request_counts"] == {"total": slow + quick, "completed": slow + quick, "failed": 0}
+
+    monkeypatch.setattr(Context, "use", or_wait)
+    over(models, tmp_path, work)
+
+
 def test_tenants_take_turns(llm: AsyncLLM, tmp_path: Path) -> None:
     """Whoever has many batches delays those of others by one at most."""
     made = [new_key([], tenant=tenant, role="inference") for tenant in ("many", "one")]

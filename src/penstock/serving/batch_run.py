@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +36,8 @@ from penstock.serving.store import Store
 BEHIND = 1000
 """Levels of priority by which a batch stands behind requests whose clients wait."""
 AT_ONCE = 2
-"""Requests of a batch that are taken in, in steps of ``max_num_seqs``: one running, one in line."""
+"""Requests of a batch that are taken in, in steps of ``max_num_seqs``: one running, one in line. Those that wait for
+their model to be loaded do not count, and of each model no more than that wait."""
 COMMIT_SECONDS, COMMIT_LINES = 0.25, 64
 """Answers are committed together: what a kill may make the engine do again, and how often the disk is written."""
 READ_LINES = 256
@@ -75,6 +77,8 @@ class Run:
         self.resume_at: float | None = None
         self._stopped = False  # no line can go on, whichever model it names
         self._away: set[str] = set()  # models that could not be had: lines that name them wait for another try
+        self._window = AT_ONCE * context.served.config.max_num_seqs
+        self._awaited = Counter[str]()  # by model: lines that wait for it to be loaded
 
     async def all(self) -> None:
         try:
@@ -106,7 +110,6 @@ class Run:
 
     async def _answer(self, path: Path, sha256: str) -> None:
         """Answers lines until none is left that could be, or the batch is cancelled, or its time is over."""
-        window = AT_ONCE * self.context.served.config.max_num_seqs
         waiting, running = self._waiting(path), set[asyncio.Task[Done | None]]()
         done: list[Done] = []
         committed, exhausted = time.monotonic(), False
@@ -114,7 +117,7 @@ class Run:
         try:
             while True:
                 over = self.batch.status != "in_progress" or time.monotonic() >= deadline
-                while not exhausted and not over and not self._stopped and len(running) < window:
+                while not (exhausted or over or self._stopped or len(running) - self._awaited.total() >= self._window):
                     following = await anext(waiting, None)
                     exhausted = following is None
                     if following is not None:
@@ -185,6 +188,10 @@ class Run:
         name = self.context.admit(model).name
         if name in self._away:
             return None
+        if self._awaited[name] >= self._window:
+            self._rest()
+            return None
+        self._awaited[name] += 1
         try:
             return await self.context.use(model, size)
         except Unavailable as error:
@@ -193,8 +200,10 @@ class Run:
             self._away.add(name)
             self._rest(error)
             return None
+        finally:
+            self._awaited[name] -= 1
 
-    def _rest(self, error: PenstockError) -> None:
+    def _rest(self, error: PenstockError | None = None) -> None:
         """There is another try when the first of what it waits for may be there."""
         seconds = error.retry_after if isinstance(error, Unavailable) else 0.0
         resume_at = time.monotonic() + max(RETRY_SECONDS, seconds)
