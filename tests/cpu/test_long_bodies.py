@@ -6,6 +6,7 @@ import json
 from array import array
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from penstock.serving.decoding import decode
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import INLINE_BYTES, MAX_FIELDS_NOTED, MAX_JSON_VALUES, MAX_PROMPTS, NOTED_SECONDS
+from penstock.serving.long_ids import VALUES, told
 from penstock.serving.schemas import CompletionRequest
 from penstock.serving.tokens import DetokenizeRequest
 from penstock.serving.unread_fields import NotedFields
@@ -42,6 +44,15 @@ def test_every_shape_that_takes_ids() -> None:
     ids = list(range(200_000))
     assert decode(json.dumps({"tokens": ids}).encode(), DetokenizeRequest).tokens == array("I", ids)
     assert plain(decode(json.dumps({"input": [ids, [1]]}).encode(), EmbeddingRequest).inputs()) == [ids, [1]]
+
+
+@given(length=st.integers(0, 3 * VALUES), text=st.text(max_size=40), times=st.integers(0, 2000))
+def test_an_object_in_pieces_is_what_it_is_in_one(length: int, text: str, times: int) -> None:
+    lists = {"tokens": list(range(length)), "token_strs": [text] * (length % 5000)}
+    plain = {"count": length, "none": None, "prompt": text * times}
+    pieces = told(plain | {name: iter(values) for name, values in lists.items()})
+    assert b"".join(pieces) == msgspec.json.encode(plain | lists)
+    assert max(map(len, pieces)) <= VALUES * max(24, 6 * len(text.encode()) + 3) + 20
 
 
 MANY = MAX_JSON_VALUES + 2

@@ -30,6 +30,15 @@ def test_a_text(hermes: Server, tokenizer: Tokenizer) -> None:
     assert post(hermes, "/detokenize", tokens=answer["tokens"]) == {"prompt": "Hello, <|im_end|>"}
 
 
+def test_a_long_text(hermes: Server, tokenizer: Tokenizer) -> None:
+    """Longer than what is tokenized in the event loop, or in its process; there and back in pieces."""
+    text = 'Ünder the "old" oak\n' * 9000
+    answer = post(hermes, "/tokenize", prompt=text, return_token_strs=True, add_special_tokens=False)
+    assert answer["tokens"] == tokenizer.encode(text, add_special_tokens=False) and answer["count"] > 50_000
+    assert answer["token_strs"] == [tokenizer.token_text(token) for token in answer["tokens"]]
+    assert post(hermes, "/detokenize", tokens=answer["tokens"]) == {"prompt": text}
+
+
 def test_a_conversation_as_it_would_run(hermes: Server, tokenizer: Tokenizer) -> None:
     all_options: list[dict[str, Any]] = [
         {}, {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"}, {"reasoning_effort": "none"},

@@ -301,7 +301,8 @@ async def _generate(
 async def _vectors(request: Request, shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Response:
     asked, size = await _read(request, shape)
     context = await _model_of(request, asked, size, request.receive)
-    return as_json(await unless_disconnected(request.receive, context.until_aborted(answer(asked, context))))
+    made = await unless_disconnected(request.receive, context.until_aborted(answer(asked, context)))
+    return made if isinstance(made, Response) else as_json(made)
 
 
 async def _read(request: Request, shape: type[R]) -> tuple[R, int]:

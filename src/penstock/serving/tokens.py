@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import islice
 from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
+from starlette.responses import Response
 
 from penstock.serving.chat import plain_message
 from penstock.serving.context import Context
@@ -14,8 +16,9 @@ from penstock.serving.dialogue import template_variables
 from penstock.serving.edge import off_loop
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_MESSAGES
+from penstock.serving.long_ids import VALUES, in_pieces, told
 from penstock.serving.schemas import ChatMessage, Harmless, ModelRequest
-from penstock.serving.tools import ToolSpec, offer_of
+from penstock.serving.tools import Offer, ToolSpec, offer_of
 
 
 class TokenizeRequest(ModelRequest, kw_only=True):
@@ -48,6 +51,8 @@ class DetokenizeRequest(ModelRequest, kw_only=True):
 
 
 class Tokens(msgspec.Struct, kw_only=True):
+    """``token_strs``: null unless it is asked for."""
+
     count: int
     max_model_len: int
     tokens: list[int]
@@ -58,8 +63,10 @@ class Prompt(msgspec.Struct):
     prompt: str
 
 
-async def tokenize(request: TokenizeRequest, context: Context) -> Tokens:
-    """Raises HTTPError and InvalidRequest, as a request to complete it would, but not for being too long to run."""
+async def tokenize(request: TokenizeRequest, context: Context) -> Response:
+    """Tokens. Raises HTTPError and InvalidRequest, as a request to complete it would, but not for being too long to
+    run.
+    """
     engine = context.llm.engine
     if request.prompt is not None:
         special = request.add_special_tokens is not False
@@ -67,31 +74,42 @@ async def tokenize(request: TokenizeRequest, context: Context) -> Tokens:
     else:
         going_on = bool(request.continue_final_message)
         begun = request.add_generation_prompt
-        offer = await asyncio.to_thread(offer_of, request.tools, request.tool_choice, None)
+        messages, offer = await asyncio.to_thread(_conversation, request)
         prompt = await context.llm.tokenize_chat(
-            [plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages or ())],
+            messages,
             tools=offer.told,
             add_generation_prompt=not going_on if begun is None else begun,
             continue_final_message=going_on,
             **template_variables(engine.chat, request.chat_template_kwargs, request.reasoning_effort),
         )
     ids = prompt["prompt_token_ids"]
-    strings = None
-    if request.return_token_strs:
-        strings = await off_loop(8 * len(ids), lambda: [engine.tokenizer.token_text(i) for i in ids])
-    longest = engine.setup.limits.max_model_len
-    return Tokens(count=len(ids), max_model_len=longest, tokens=list(ids), token_strs=strings)
+
+    def made() -> list[bytes]:
+        strings = map(engine.tokenizer.token_text, ids) if request.return_token_strs else None
+        longest = engine.setup.limits.max_model_len
+        return told({"count": len(ids), "max_model_len": longest, "tokens": iter(ids), "token_strs": strings})
+
+    return in_pieces(await off_loop(8 * len(ids), made))
 
 
-async def detokenize(request: DetokenizeRequest, context: Context) -> Prompt:
-    """Special tokens by name. Raises HTTPError: (token_out_of_range)."""
+def _conversation(request: TokenizeRequest) -> tuple[list[dict[str, Any]], Offer]:
+    messages = [plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages or ())]
+    return messages, offer_of(request.tools, request.tool_choice, None)
+
+
+async def detokenize(request: DetokenizeRequest, context: Context) -> Response:
+    """A Prompt, special tokens by name. Raises HTTPError: (token_out_of_range)."""
     tokenizer = context.llm.engine.tokenizer
     size = tokenizer.vocabulary.size
 
-    def text() -> str:
+    def made() -> list[bytes]:
         if (wrong := next((i for i in request.tokens if not 0 <= i < size), None)) is not None:
             why = f"the model's ids are 0 to {size - 1}"
             raise HTTPError("token_out_of_range", f"The model has no token {wrong}", why=why, param="tokens")
-        return tokenizer.decode(request.tokens, skip_special_tokens=False)
+        detokenizer, ids = tokenizer.detokenizer(skip_special_tokens=False), iter(request.tokens)
+        texts = []
+        while piece := list(islice(ids, VALUES)):  # of all texts of tokens at once a list would take long to free
+            texts.append("".join(map(detokenizer.feed, piece)))
+        return told({"prompt": "".join(texts) + detokenizer.flush()})
 
-    return Prompt(await off_loop(len(request.tokens) * 8, text))
+    return in_pieces(await off_loop(len(request.tokens) * 8, made))
