@@ -19,6 +19,9 @@ from penstock.serving.history import History, Visit, phases, why
 from penstock.serving.keys import Key
 from penstock.serving.limits import MAX_REMEMBERED, MAX_REMEMBERED_IN_ALL
 from penstock.serving.requestlog import Line, RequestLog
+from penstock.serving.texts import Texts
+
+NO_TOKENIZER: Any = None
 
 
 def line(*marks: float | None, **fields: Any) -> Line:
@@ -87,6 +90,22 @@ def test_nobody_s_requests_make_those_of_others_go() -> None:
     for i in range(2 * MAX_REMEMBERED_IN_ALL):
         add(f"tenant {i}", "")
     assert sum(len(seen(f"tenant {i}")) for i in range(2 * MAX_REMEMBERED_IN_ALL)) == MAX_REMEMBERED_IN_ALL
+
+
+def test_what_a_request_said_is_for_whoever_may_see_it_and_goes_with_it() -> None:
+    history, gate, texts = History(), Gate(Admission(1)), Texts(NO_TOKENIZER, [], False)
+
+    def seen(tenant: str, id: str = "x", role: Any = "inference") -> Texts | None:
+        key = Key(id="0" * 8, sha256="0" * 64, tenant=tenant, role=role, created=datetime.now(UTC))
+        return history.texts(Caller(gate, "y", key, tenant=tenant), id)
+
+    history.add(Visit(line(1, 2, 3, 4, tenant="a", id="x"), 0.0), texts)
+    assert seen("a") is seen("", role="admin") is texts and seen("b") is seen("a", "z") is None
+    history.add(Visit(line(1, 2, 3, 4, tenant="b", id="x"), 0.0))  # of the same id, which clients choose
+    assert seen("a") is texts and seen("b") is None
+    for _ in range(MAX_REMEMBERED):
+        history.add(Visit(line(1, 2, 3, 4, tenant="a", id="w"), 0.0))
+    assert seen("a") is None
 
 
 def test_a_line_that_a_full_disk_tore_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from penstock.cli.serve_options import (
     CorsOrigin,
     First,
     Host,
+    KeepTexts,
     Keys,
     LogFile,
     Others,
@@ -55,6 +56,7 @@ def serve(
     admin_port: AdminPort = None,
     queue_tokens: QueueTokens = None,
     log_file: LogFile = None,
+    keep_texts: KeepTexts = False,
     otlp_endpoint: OtlpEndpoint = None,
     tokenizer_workers: TokenizerWorkers = 1,
     tls_cert: TlsCert = None,
@@ -78,7 +80,7 @@ def serve(
         models = stack.enter_context(closing(models_of(configs, service, kept, tokenizer_workers)))
         bound = stack.enter_context(server.listen(host, port))
         public = not server.is_loopback(bound)
-        gate = _gate(models, keys, queue_tokens, public=public)
+        gate = _gate(models, keys, queue_tokens, public=public, keep_texts=keep_texts)
         server.check_access(gate, public=public and not allow_anyone, admin=admin_port is not None)
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
         certificate, origins = _certificate(tls_cert, tls_key), origins_of(cors_origin) if cors_origin else ()
@@ -102,12 +104,12 @@ def serve(
         )
 
 
-def _gate(models: Models, keys: Path | None, queue_tokens: int | None, *, public: bool) -> Gate:
+def _gate(models: Models, keys: Path | None, queue_tokens: int | None, *, public: bool, keep_texts: bool) -> Gate:
     """Its queue has to fit what is loaded, now and later, unless its size is given."""
     from penstock.fleet import Admission
     from penstock.serving.gate import FIRST_TOKENS, Gate, queue_budget
 
-    gate = Gate(Admission(queue_tokens or FIRST_TOKENS), keys, public=public)
+    gate = Gate(Admission(queue_tokens or FIRST_TOKENS), keys, public=public, keep_texts=keep_texts)
     if queue_tokens is None:
         models.changed = lambda: gate.widen(sum(map(queue_budget, models.engines)))
     return gate

@@ -46,4 +46,7 @@ QueueTokens = Annotated[
 LogFile = Annotated[
     Path | None, typer.Option(help="append a line of JSON for each request (penstock logs); SIGHUP opens it anew")
 ]
+KeepTexts = Annotated[
+    bool, typer.Option("--keep-texts", help="keep what the last requests said in memory, for the inspector")
+]
 OtlpEndpoint = Annotated[str | None, typer.Option(help="send spans there, OTLP over HTTP (how-to/tracing)")]

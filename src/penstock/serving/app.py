@@ -41,7 +41,7 @@ from penstock.serving.errors import (
 from penstock.serving.files import PageQuery
 from penstock.serving.gate import FIRST_TOKENS, Access, Gate, current, queue_budget
 from penstock.serving.health import health, ready
-from penstock.serving.history import finished
+from penstock.serving.history import finished, texts_of
 from penstock.serving.messages import (
     EVENTS,
     Counted,
@@ -370,6 +370,7 @@ ROUTES: Routes = {
     "/models/load": ("admin", load_model, "POST"),
     "/models/unload": ("admin", unload_model, "POST"),
     "/requests": ("inference", finished),
+    "/requests/{id}": ("inference", texts_of),
     "/debug/engine": ("admin", engine_view),
     "/debug/trace": ("admin", trace_file),
     **other_apis(_generate, _vectors),

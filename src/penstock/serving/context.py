@@ -20,7 +20,7 @@ from penstock.base import PenstockError, Unavailable
 from penstock.core.service import engine_stopped
 from penstock.llm import AsyncLLM, TokensPrompt
 from penstock.serving.errors import HTTPError
-from penstock.serving.gate import Gate, current
+from penstock.serving.gate import Caller, Gate, current
 from penstock.serving.history import History
 from penstock.serving.limits import MAX_CHOICES
 from penstock.serving.metrics import Metrics
@@ -29,6 +29,7 @@ from penstock.serving.requestlog import RequestLog
 from penstock.serving.response_store import ResponseStore
 from penstock.serving.schemas import PromptTokensDetails, Usage
 from penstock.serving.sse import unless_disconnected
+from penstock.serving.texts import Texts
 from penstock.spec import SamplingParams
 from penstock.text import Delta
 
@@ -263,11 +264,15 @@ class Generation:
         latest: dict[int, float] = {}
         lengths: Counter[int] = Counter()
         unfinished, cached, reason = self.params.n, 0, "abort"
+        texts = self._texts(caller) if prompt == 0 else None
+        params = self.params if texts is None else texts.params(self.params)
         self.context.live.add(engine_id)
         try:
-            stream = self.context.own_llm.stream(self.prompts[prompt], self.params, engine_id, self.priority)
+            stream = self.context.own_llm.stream(self.prompts[prompt], params, engine_id, self.priority)
             async with aclosing(stream):
                 async for delta in stream:
+                    if texts is not None:
+                        texts.add(delta)
                     now = time.perf_counter()
                     lengths[delta.index] += len(delta.token_ids)
                     if delta.token_ids:
@@ -301,6 +306,13 @@ class Generation:
             metrics.finished.labels(reason).inc(unfinished)
             if unfinished:
                 caller.finish = reason
+
+    def _texts(self, caller: Caller) -> Texts | None:
+        """Where what a request says is kept; nobody looks at the lines of a batch."""
+        if caller.gate.keep_texts and caller.booked:
+            ids = self.prompts[0]["prompt_token_ids"]
+            caller.texts = Texts.of(self.context.llm.engine.tokenizer, ids, self.params)
+        return caller.texts
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:

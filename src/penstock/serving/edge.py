@@ -110,7 +110,7 @@ class Edge:
         line = line_of(caller, path, status)
         if caller.visit is not None:
             visit = Visit.of(caller, line)
-            self.context.history.add(visit)
+            self.context.history.add(visit, caller.texts)
             if line.admitted_s is not None:
                 self.context.metrics.spent(line)
             if self.context.spans is not None:

@@ -19,6 +19,7 @@ from penstock.core.service import MAX_PRIORITY
 from penstock.fleet import Admission, Rates, Visit
 from penstock.serving.errors import HTTPError
 from penstock.serving.keys import MAX_KEY_LENGTH, Key, Keyring, process_key, read_keys
+from penstock.serving.texts import Texts
 from penstock.spec import Timing
 
 Access = Literal["public", "inference", "admin"]
@@ -58,6 +59,7 @@ class Caller:
         starved_first: how much of ``starved`` was before its first token.
         stalls: since when and for how many seconds its client did not take what was written.
         answer: the id of what it is answered, by which the engine's requests are named.
+        texts: what it was given and answered, where that is kept.
     """
 
     gate: Gate
@@ -85,6 +87,7 @@ class Caller:
     starved_first: float = 0.0
     stalls: list[tuple[float, float]] = field(default_factory=list)
     answer: str | None = None
+    texts: Texts | None = None
     finish: str | None = None
 
     def require(self, access: Access) -> None:
@@ -190,6 +193,7 @@ class Gate:
     Args:
         keys: a file of keys; None asks nobody for one.
         public: others than this machine can reach the server: nobody administers it without a key.
+        keep_texts: the inspector shows whoever may see a request also what it said.
 
     Attributes:
         live: requests that have entered and not left.
@@ -198,8 +202,10 @@ class Gate:
         ConfigError: as ``read_keys``.
     """
 
-    def __init__(self, admission: Admission, keys: Path | None = None, *, public: bool = False) -> None:
-        self.admission, self.public = admission, public
+    def __init__(
+        self, admission: Admission, keys: Path | None = None, *, public: bool = False, keep_texts: bool = False
+    ) -> None:
+        self.admission, self.public, self.keep_texts = admission, public, keep_texts
         self.path = keys
         self.ring = None if keys is None else Keyring(read_keys(keys))
         self.live: set[Caller] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from dataclasses import dataclass
 from itertools import count
@@ -10,10 +11,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from penstock.serving.errors import HTTPError
 from penstock.serving.gate import Caller, current
 from penstock.serving.limits import MAX_REMEMBERED, MAX_REMEMBERED_IN_ALL, MAX_VISITS
 from penstock.serving.operations import operation
 from penstock.serving.requestlog import Line
+from penstock.serving.texts import KeptTexts, Texts
 
 PHASES = ("read", "queue", "prompt", "decode", "memory", "client", "load")
 
@@ -33,10 +36,11 @@ class Visit:
 
 
 class Ended(Line, kw_only=True):
-    """As in the log, and its ``phases`` in seconds."""
+    """As in the log, and its ``phases`` in seconds. ``kept``: what it said can be had at /requests/{id}."""
 
     phases: dict[str, float]
     why: str
+    kept: bool
 
 
 class EndedList(msgspec.Struct):
@@ -53,20 +57,20 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._ended: dict[str | None, deque[tuple[int, msgspec.Raw]]] = {}
+        self._ended: dict[str | None, deque[tuple[int, msgspec.Raw, str, Texts | None]]] = {}
         self._numbers = count()
         self._size = 0
         self.visits: deque[Visit] = deque(maxlen=MAX_VISITS)
 
-    def add(self, visit: Visit) -> None:
+    def add(self, visit: Visit, texts: Texts | None = None) -> None:
         """What is answered from the tokenizer alone is not worth a place."""
         line = visit.line
         if line.admitted_s is None and line.status < 400:
             return
         self.visits.append(visit)
-        told = Ended(**msgspec.structs.asdict(line), phases=phases(line), why=why(line))
+        told = Ended(**msgspec.structs.asdict(line), phases=phases(line), why=why(line), kept=texts is not None)
         own = self._ended.setdefault(line.tenant, deque())
-        own.append((next(self._numbers), msgspec.Raw(msgspec.json.encode(told))))
+        own.append((next(self._numbers), msgspec.Raw(msgspec.json.encode(told)), line.id, texts))
         self._size += 1
         if len(own) > MAX_REMEMBERED:
             self._forget(line.tenant)
@@ -76,7 +80,12 @@ class History:
     def seen_by(self, caller: Caller) -> list[msgspec.Raw]:
         """The latest first, MAX_REMEMBERED at most."""
         seen = [each for tenant, own in self._ended.items() if caller.sees(tenant) for each in own]
-        return [told for _, told in sorted(seen, key=lambda each: -each[0])[:MAX_REMEMBERED]]
+        return [told for _, told, *_ in sorted(seen, key=lambda each: -each[0])[:MAX_REMEMBERED]]
+
+    def texts(self, caller: Caller, id: str) -> Texts | None:
+        """What the latest request of that id said, if the caller may see it and it was kept."""
+        seen = [each for tenant, own in self._ended.items() if caller.sees(tenant) for each in own if each[2] == id]
+        return max(seen, key=lambda each: each[0])[3] if seen else None
 
     def _forget(self, tenant: str | None) -> None:
         self._ended[tenant].popleft()
@@ -157,3 +166,19 @@ async def finished(request: Request) -> Response:
     history: History = request.app.state.context.history
     body = msgspec.json.encode({"requests": history.seen_by(current.get())})
     return Response(body, media_type="application/json")
+
+
+@operation("What a request that has ended was given and answered, where that is kept.", gives=KeptTexts)
+async def texts_of(request: Request) -> Response:
+    """To a key of a tenant only of that tenant's. Raises HTTPError: (texts_not_kept)."""
+    history: History = request.app.state.context.history
+    if (texts := history.texts(current.get(), request.path_params["id"])) is None:
+        raise HTTPError(
+            "texts_not_kept",
+            "What this request said is not kept",
+            why="it is none of the last that ended, or the server keeps no texts",
+            fix="see GET /requests, or serve with --keep-texts and send it again",
+            status=404,
+        )
+    told = await asyncio.to_thread(lambda: msgspec.json.encode(texts.shown()))
+    return Response(told, media_type="application/json")

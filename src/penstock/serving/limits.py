@@ -70,6 +70,9 @@ MAX_REMEMBERED = 100
 
 MAX_REMEMBERED_IN_ALL = 1000
 
+MAX_KEPT_TOKENS = 4096
+"""Of a prompt, and of an answer, that the inspector shows where texts are kept."""
+
 MAX_VISITS = 4096
 """Of those, without their sentences: a trace shows them."""
 

@@ -1,4 +1,5 @@
-// GET /requests: those that ended last; of those that this page asked also the prompt and each token's probability.
+// GET /requests: those that ended last; of those that this page asked, or whose texts the server keeps, also the prompt
+// and each token's probability.
 
 import { $, el, json } from "./api.js";
 import { bar, swatch } from "./chart.js";
@@ -69,7 +70,7 @@ function row(record) {
 }
 
 async function detail(record) {
-  const mine = asked.get(record.id);
+  const mine = asked.get(record.id) ?? (record.kept ? await kept(record.id) : null);
   const legend = el("p", {});
   for (const [name, seconds] of Object.entries(record.phases)) legend.append(swatch(name), `${name} ${seconds.toFixed(3)} s  `);
   const facts = {
@@ -85,8 +86,13 @@ async function detail(record) {
     el("tr", {}, el("th", { scope: "row", textContent: name }), el("td", { textContent: value })))));
   const parts = [heading("Where its time went"), el("p", { id: "why", textContent: record.why }), bar(record.phases), legend, table];
   if (mine) parts.push(...(await prompt(mine)), ...answer(mine.tokens));
-  else parts.push(el("p", { className: "note", textContent: "Its texts were not kept: only this page's own requests show them." }));
+  else parts.push(el("p", { className: "note", textContent: "Its texts were not kept: only this page's own requests show them, or all with --keep-texts." }));
   if (record.id === chosen) $("detail").replaceChildren(...parts);
+}
+
+async function kept(id) {
+  const { prompt, tokens } = await json(`/requests/${encodeURIComponent(id)}`);
+  return { prompt, tokens: tokens.map((token) => ({ ...token, top: [] })) };
 }
 
 const heading = (text) => el("h2", { textContent: text });
