@@ -117,7 +117,7 @@ class Context:
         view, caller = self.of(self.admit(model)), current.get()
         caller.model = view.name
         ticket = self.models.ask(view.served)
-        caller.let_go = lambda: self.models.leave(ticket)
+        caller.let_go.append(lambda: self.models.leave(ticket))
         if not ticket.granted:
             caller.reserve(size)
             began = time.monotonic()

@@ -54,7 +54,7 @@ class Caller:
             tokens count at its tenant's rate.
         ahead: requests under way when it came.
         waits, load: for its model to be loaded; how many seconds it has.
-        let_go: gives up the model that it uses.
+        let_go: what gives up the model that it uses, and whatever else it holds; any of it may have been given up.
         model, ..., stalls: what became of it, for the log; times in seconds of ``time.monotonic``.
         starved_first: how much of ``starved`` was before its first token.
         stalls: since when and for how many seconds its client did not take what was written.
@@ -73,7 +73,7 @@ class Caller:
     ahead: int = 0
     waits: bool = False
     load: float = 0.0
-    let_go: Callable[[], None] | None = None
+    let_go: list[Callable[[], None]] = field(default_factory=list)
     model: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -174,9 +174,8 @@ class Caller:
         return headers
 
     def leave(self) -> None:
-        if self.let_go is not None:
-            self.let_go()
-            self.let_go = None
+        while self.let_go:
+            self.let_go.pop()()
         if self.visit is not None:
             used = self.prompt_tokens + self.completion_tokens
             self.gate.admission.leave(self.visit, time.monotonic(), used)
