@@ -20,7 +20,7 @@ from penstock.serving.batch_table import LIVE, Batch, Complaint
 from penstock.serving.context import Context
 from penstock.serving.database import Once
 from penstock.serving.errors import HTTPError
-from penstock.serving.limits import MAX_METADATA
+from penstock.serving.schemas import Metadata
 from penstock.serving.store import Store
 
 DAY = 86_400
@@ -34,13 +34,7 @@ class BatchRequest(msgspec.Struct, kw_only=True):
     input_file_id: Annotated[str, Meta(max_length=64)]
     endpoint: Annotated[str, Meta(max_length=64)]
     completion_window: Literal["24h"]
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
-            Meta(max_length=MAX_METADATA),
-        ]
-        | None
-    ) = None
+    metadata: Metadata | None = None
     output_expires_after: None = None
 
 

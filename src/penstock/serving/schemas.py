@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from penstock.core.service import MAX_PRIORITY
 from penstock.serving.errors import HTTPError, unsupported
-from penstock.serving.limits import MAX_MESSAGES, MAX_MODEL_NAME, MAX_PROMPTS, MAX_TOOLS
+from penstock.serving.limits import MAX_MESSAGES, MAX_METADATA, MAX_MODEL_NAME, MAX_PROMPTS, MAX_TOOLS
 from penstock.serving.structured import wanted_form
 from penstock.serving.tools import ToolSpec
 from penstock.spec import FinishReason, SamplingParams
@@ -33,6 +33,9 @@ from penstock.spec.sampling import (
 Name = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Breaker = Annotated[str, Meta(min_length=1, max_length=MAX_BREAKER_LENGTH)]
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=MAX_METADATA)
+]
 Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 Tier = Literal["auto", "default", "flex", "priority", "scale", "standard_only"]
