@@ -137,7 +137,8 @@ def test_a_batch_of_each_endpoint(begin: Callable[[], Server]) -> None:
 
 def test_responses_of_a_batch_are_the_same_each_time_and_kept_nowhere_else(begin: Callable[[], Server]) -> None:
     client, url = begin().client, "/v1/responses"
-    bodies = [{"input": "Tell me", "max_output_tokens": 5}, {"input": "A", "store": True}]
+    wrong = [{"input": "A", "store": True}, {"input": "A", "conversation": "conv_1"}]
+    bodies = [{"input": "Tell me", "max_output_tokens": 5}, *wrong]
     lines = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(bodies)]
     batches = [ended(client, submit(client, jsonl(lines), url)) for _ in range(2)]
     answers = []
@@ -146,9 +147,9 @@ def test_responses_of_a_batch_are_the_same_each_time_and_kept_nowhere_else(begin
         assert line["response"]["body"].pop("created_at") == batch.created_at
         del line["response"]["body"]["usage"]["input_tokens_details"]  # the second finds the first one's prompt
         answers.append(line)
-        assert batch.usage.output_tokens == 5 and batch.request_counts.failed == 1
-        [refused] = content(client, batch.error_file_id)
-        assert refused["response"]["body"]["error"]["param"] == "store"
+        assert batch.usage.output_tokens == 5 and batch.request_counts.failed == 2
+        refused = content(client, batch.error_file_id)
+        assert [each["response"]["body"]["error"]["param"] for each in refused] == ["store", "conversation"]
     assert answers[0] == answers[1]
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(answers[0]["response"]["body"]["id"])

@@ -262,9 +262,11 @@ def test_malformed_http_does_no_harm(server: Server) -> None:
 
 def ask(llm: AsyncLLM, path: str, body: object, hosts: frozenset[str] | None = None) -> httpx.Response:
     async def send() -> httpx.Response:
-        app, _ = build_app(llm, hosts=hosts)
+        app, context = build_app(llm, hosts=hosts)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-            return await client.post(path, json=body)
+            answer = await client.post(path, json=body)
+        await context.batches.close()
+        return answer
 
     return asyncio.run(send())
 
@@ -384,11 +386,14 @@ FIELDS = st.sampled_from(
     "tools tool_choice parallel_tool_calls chat_template_kwargs reasoning_effort add_generation_prompt "
     "continue_final_message response_format suffix user input instructions previous_response_id reasoning text "
     "metadata max_output_tokens system thinking stop_sequences tokens return_token_strs output_config output_format "
-    "truncation".split()
+    "truncation conversation items".split()
 )
 OTHERS = {
     "/v1/responses": [],
     "/v1/responses/input_tokens": [],
+    "/v1/conversations": [],
+    "/v1/conversations/conv_1": [],
+    "/v1/conversations/conv_1/items": [],
     "/v1/messages": ["messages", "max_tokens"],
     "/v1/messages/count_tokens": ["messages"],
     "/tokenize": ["prompt"],
@@ -410,8 +415,10 @@ def test_any_json_gets_an_answer_or_a_named_error(llm: AsyncLLM, path: str, fiel
     response = ask(other, path, base | fields)
     if path.startswith("/v1/messages") and response.status_code != 200:
         assert response.status_code in (400, 404) and response.json()["type"] == "error", response.text
-    elif response.status_code == 404 and "previous_response_id" in fields:
-        assert response.json()["error"]["code"] == "response_not_found"
+    elif response.status_code == 404 and {"previous_response_id", "conversation"} & fields.keys():
+        assert response.json()["error"]["code"] in ("response_not_found", "conversation_not_found", "model_not_found")
+    elif response.status_code == 404 and path.startswith("/v1/conversations/"):
+        assert response.json()["error"]["code"] == "conversation_not_found"
     elif response.status_code != 200:
         error_of(response, 404 if response.json()["error"]["code"] == "model_not_found" else 400)
 

@@ -26,7 +26,16 @@ from hypothesis import strategies as st
 from penstock import AsyncLLM
 from penstock.bench.load.machine import resident_bytes
 from penstock.core.trace import Trace
-from penstock.serving import build_app, kserve, limits, ollama_schemas, responses, schemas, vectors
+from penstock.serving import (
+    build_app,
+    conversations,
+    kserve,
+    limits,
+    ollama_schemas,
+    response_schemas,
+    schemas,
+    vectors,
+)
 from penstock.serving import server as serving
 from penstock.serving.chrome import STALLED, chrome_trace
 from penstock.serving.edge import nested_too_deeply
@@ -61,6 +70,7 @@ def memory(server: Server) -> int:
 def nothing_left_behind(server: Server) -> Iterator[None]:
     """Blocks, room in the queue and descriptors are back to where they were."""
     server.wait_until_idle()
+    httpx.get(f"{server.url}/v1/files")  # opens the store, which stays open
     before = descriptors(server)
     yield
     deadline = time.monotonic() + 20
@@ -109,7 +119,11 @@ REQUESTS = {
     f"/v2/models/{MODEL}/generate": kserve.GenerateRequest,
     f"/v2/models/{MODEL}/infer": kserve.InferRequest,
     "/models/load": ModelChoice,
-    "/v1/responses/input_tokens": responses.InputTokensRequest,
+    "/v1/responses": response_schemas.ResponsesRequest,
+    "/v1/responses/input_tokens": response_schemas.InputTokensRequest,
+    "/v1/conversations": conversations.ConversationRequest,
+    "/v1/conversations/conv_1": conversations.MetadataRequest,
+    "/v1/conversations/conv_1/items": conversations.ItemsRequest,
 }
 BASE = {
     COMPLETIONS: {"prompt": "a", "max_tokens": 1},
@@ -120,13 +134,21 @@ BASE = {
     "/api/chat": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "stream": False},
     "/api/generate": {"prompt": "a", "max_tokens": 1, "stream": False},
     "/api/embed": {"input": "a"},
-    f"/v2/models/{MODEL}/generate": {"text_input": "a", "max_tokens": 1},
+    f"/v2/models/{MODEL}/generate": {
+        "text_input": "a",
+        "max_tokens": 1,
+        "exclude_input_in_output": True,
+    },  # else 0 is one
     f"/v2/models/{MODEL}/infer": {
         "inputs": [{"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["a"]}],
         "parameters": {"max_tokens": 1},
     },
     "/models/load": {"model": MODEL},
+    "/v1/responses": {"input": "a", "max_output_tokens": 1},
     "/v1/responses/input_tokens": {"input": "a"},
+    "/v1/conversations": {"items": [{"role": "user", "content": "a"}]},
+    "/v1/conversations/conv_1": {"metadata": {}},
+    "/v1/conversations/conv_1/items": {"items": []},
 }
 NUMBERS = [(path, *number) for path, shape in REQUESTS.items() for number in numbers_of(shape)]
 

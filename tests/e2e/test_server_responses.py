@@ -10,13 +10,8 @@ import httpx
 import openai
 import pytest
 
-from penstock.fleet import Admission
-from penstock.serving.errors import HTTPError
-from penstock.serving.gate import Caller, Gate, current
-from penstock.serving.limits import MAX_RESPONSE_BYTES, MAX_STORED_RESPONSES
 from penstock.serving.response_inputs import fitting
 from penstock.serving.response_items import messages_from
-from penstock.serving.response_store import ResponseStore, Stored
 from penstock.serving.response_tools import InputText, arguments_of, tools_from
 from penstock.text import Tokenizer
 from scripted import saying
@@ -313,33 +308,3 @@ def test_what_cannot_be_asked(
     response = httpx.post(f"{hermes.url}/v1/responses", json={"input": "x", "stream": stream} | fields)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, code, param), error
-
-
-def test_the_store_is_bounded() -> None:
-    store, gate = ResponseStore(), Gate(Admission(1))
-    other, own = (Caller(gate, "", tenant=tenant) for tenant in ("other", "own"))
-
-    def keep(i: int, size: int = 1, caller: Caller = own) -> None:
-        current.set(caller)
-        stored = Stored({"id": str(i), "output": []}, [], [{"x": "a" * size}])
-        store.keep(stored, stored.size())
-
-    for i in range(MAX_STORED_RESPONSES + 5):
-        keep(i)
-    assert len(store) == MAX_STORED_RESPONSES and store.get("5").items == [{"x": "a"}]
-    keep(0, caller=other)
-    for i in range(2000, 2000 + MAX_STORED_RESPONSES):  # whoever floods it loses what is its own
-        keep(i)
-    current.set(other)
-    assert len(store) == MAX_STORED_RESPONSES and store.get("0").response["id"] == "0"
-    store.delete("0")
-    with pytest.raises(HTTPError, match="response_not_found"):
-        store.get("5")
-    current.set(own)
-    keep(-1, MAX_RESPONSE_BYTES - 1000)
-    assert 1 < len(store) < MAX_STORED_RESPONSES
-    keep(-2, MAX_RESPONSE_BYTES)
-    assert len(store) == 0
-    keep(1)
-    store.delete("1")
-    assert len(store) == store._bytes == 0

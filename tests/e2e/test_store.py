@@ -67,7 +67,7 @@ def small_disk() -> Iterator[None]:
 
 
 def test_a_full_disk_is_not_filled_by_what_did_not_fit(store: Store, small_disk: None) -> None:
-    folder = store.database.folder / "files"
+    folder = store.folder / "files"
     with pytest.raises(Unavailable, match="store_unwritable"):
         keep(store, "", "large", "batch", [bytes(700_000)] * 2)
     assert list(folder.iterdir()) == []
@@ -113,7 +113,7 @@ def test_a_page_is_all_that_is_read(store: Store) -> None:
 def test_what_is_sent_again_is_not_made_again(store: Store) -> None:
     first = keep(store, "a", "in", "batch", [b"{}"], "key")
     assert keep(store, "a", "in", "batch", [b"{}"], "key") == first
-    assert len(list((store.database.folder / "files").iterdir())) == 1
+    assert len(list((store.folder / "files").iterdir())) == 1
     for tenant, key in (("a", "other"), ("a", None), ("b", "key")):
         assert keep(store, tenant, "in", "batch", [b"{}"], key).id != first.id
     for name, content in (("in", b"[]"), ("out", b"{}")):
@@ -143,7 +143,7 @@ def test_what_is_there_already_needs_no_room(store: Store, monkeypatch: pytest.M
     assert store.path(keep(store, "b", "in", "batch", [b"12345678"]).id).stat().st_nlink == 1, "of another tenant"
     store.delete("a", first.id)
     assert store.path(again.id).read_bytes() == b"12345678"
-    assert len(list((store.database.folder / "files").iterdir())) == 3, "and nothing that was refused"
+    assert len(list((store.folder / "files").iterdir())) == 3, "and nothing that was refused"
 
 
 def test_batches_of_every_model_that_is_served_go_on(store: Store) -> None:

@@ -19,7 +19,7 @@ def cache_folder() -> Path:
 
 
 def data_folder() -> Path:
-    """PENSTOCK_DATA: where uploaded files are kept; by default ``penstock`` in XDG_DATA_HOME or ~/.local/share."""
+    """PENSTOCK_DATA: where what clients have kept is; by default ``penstock`` in XDG_DATA_HOME or ~/.local/share."""
     if given := os.environ.get("PENSTOCK_DATA"):
         return Path(given)
     return Path(os.environ.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()) / "penstock"

@@ -35,7 +35,8 @@ CorsOrigin = Annotated[
     str | None, typer.Option(help="web pages that may use it, such as https://chat.example; several with commas")
 ]
 Store = Annotated[
-    Path | None, typer.Option(help="folder of uploaded files and batches; by default in ~/.local/share/penstock")
+    Path | None,
+    typer.Option(help="folder of files, batches, responses and conversations; by default in ~/.local/share/penstock"),
 ]
 AdminPort = Annotated[
     int | None, typer.Option(min=0, max=65535, help="status, reload and drain, on loopback, for admin keys")

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive
 from penstock.base import PenstockError, env
 from penstock.fleet import Admission
 from penstock.llm import AsyncLLM
-from penstock.serving import durable
+from penstock.serving import conversations, durable
 from penstock.serving.batch_table import Batch
 from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
@@ -38,10 +38,10 @@ from penstock.serving.errors import (
     on_other_exception,
     on_penstock_error,
 )
-from penstock.serving.files import PageQuery
 from penstock.serving.gate import FIRST_TOKENS, Access, Gate, current, queue_budget
 from penstock.serving.health import health, ready
 from penstock.serving.history import finished, texts_of
+from penstock.serving.kept import Kept
 from penstock.serving.messages import (
     EVENTS,
     Counted,
@@ -68,15 +68,9 @@ from penstock.serving.operations import PLAIN_TEXT, Endpoint, Routes, operation
 from penstock.serving.other_apis import other_apis
 from penstock.serving.priorities import rank
 from penstock.serving.requestlog import RequestLog
-from penstock.serving.response_inputs import page
-from penstock.serving.response_items import DeletedResponse, ItemList, ResponseEvent, ResponseObject
-from penstock.serving.responses import (
-    InputTokens,
-    InputTokensRequest,
-    ResponsesRequest,
-    ResponseTask,
-    input_tokens,
-)
+from penstock.serving.response_items import ResponseEvent, ResponseObject
+from penstock.serving.response_schemas import InputTokens, InputTokensRequest, ResponsesRequest
+from penstock.serving.responses import ResponseTask, input_tokens
 from penstock.serving.schemas import (
     ChatRequest,
     Completion,
@@ -122,7 +116,7 @@ def build_app(
 
     Args:
         models: or one that is in memory.
-        store: folder of uploaded files and batches; the user's own by default.
+        store: folder of files, batches, responses and conversations; the user's own by default.
         hosts: names a Host header may carry; None for any.
         gate: who may use it; by default anybody, within the default budget.
         log: has a line for each request.
@@ -135,6 +129,7 @@ def build_app(
     metrics.registry.register(QueueCollector(gate.admission, log, spans))
     context = Context(models=models, served=models.first, metrics=metrics, gate=gate, log=log, spans=spans)
     context.batches = Batches(context, store or env.data_folder() / "store", in_batches())
+    context.kept = Kept(context.batches.store)
     return application(ROUTES, context, hosts), context
 
 
@@ -196,22 +191,6 @@ async def _chat(request: Request) -> Response | EventStream:
 )
 async def _responses(request: Request) -> Response | EventStream:
     return await _generate(request, ResponsesRequest, ResponseTask.prepare, NAMED)
-
-
-@operation("A response that was stored.", gives=ResponseObject)
-@operation("Forget a response.", method="DELETE", gives=DeletedResponse)
-async def _response(request: Request) -> Response:
-    stored, identifier = context_of(request).responses, request.path_params["response"]
-    if request.method == "DELETE":
-        stored.delete(identifier)
-        return as_json(DeletedResponse(identifier))
-    return as_json(stored.get(identifier).response)
-
-
-@operation("What a stored response was given, the latest first.", query=PageQuery, gives=ItemList)
-async def _response_items(request: Request) -> Response:
-    stored = context_of(request).responses.get(request.path_params["response"])
-    return as_json(page(stored, request.query_params))
 
 
 @operation(
@@ -342,8 +321,12 @@ ROUTES: Routes = {
     "/v1/chat/completions": ("inference", _chat, "POST"),
     "/v1/responses": ("inference", _responses, "POST"),
     "/v1/responses/input_tokens": ("inference", _input_tokens, "POST"),
-    "/v1/responses/{response}": ("inference", _response, "GET DELETE"),
-    "/v1/responses/{response}/input_items": ("inference", _response_items),
+    "/v1/responses/{response}": ("inference", conversations.one_response, "GET DELETE"),
+    "/v1/responses/{response}/input_items": ("inference", conversations.response_items),
+    "/v1/conversations": ("inference", conversations.conversations_of_all, "POST"),
+    "/v1/conversations/{conversation}": ("inference", conversations.one_conversation, "GET POST DELETE"),
+    "/v1/conversations/{conversation}/items": ("inference", conversations.conversation_items, "GET POST"),
+    "/v1/conversations/{conversation}/items/{item}": ("inference", conversations.one_item, "GET DELETE"),
     "/v1/messages": ("inference", _messages, "POST"),
     "/v1/messages/count_tokens": ("inference", _count_tokens, "POST"),
     "/v1/embeddings": ("inference", _embeddings, "POST"),

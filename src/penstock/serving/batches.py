@@ -99,7 +99,7 @@ class Batches:
     One whose tenant has no tokens left, or whose model cannot be loaded, rests, and the others go on.
 
     Args:
-        folder: of the store; made when the first file comes, so that a server that never sees one writes nothing.
+        folder: of the store; made when the first thing is kept, so that a server that keeps nothing writes nothing.
         answerers: by path.
     """
 

@@ -22,11 +22,11 @@ from penstock.llm import AsyncLLM, TokensPrompt
 from penstock.serving.errors import HTTPError
 from penstock.serving.gate import Caller, Gate, current
 from penstock.serving.history import History
+from penstock.serving.kept import Kept
 from penstock.serving.limits import MAX_CHOICES
 from penstock.serving.metrics import Metrics
 from penstock.serving.models import Models, Served
 from penstock.serving.requestlog import RequestLog
-from penstock.serving.response_store import ResponseStore
 from penstock.serving.schemas import PromptTokensDetails, Usage
 from penstock.serving.sse import unless_disconnected
 from penstock.serving.texts import Texts
@@ -50,11 +50,11 @@ class Context:
         live: engine ids of the requests under way that generate.
         tasks: those that make vectors, or choose among samples.
         history: those that ended last.
-        responses: those that may be gone on from.
         uploading: bytes of bodies that are being read or parsed.
         starting: the models that shall be there at once are being loaded; requests wait for them.
         draining: no new requests; the process is about to end.
         batches: files of requests, answered when there is time.
+        kept: responses and conversations that may be gone on from.
         origins: web pages of other sites whose scripts may use it.
         stop: set to begin that end.
     """
@@ -68,11 +68,11 @@ class Context:
     live: set[str] = field(default_factory=set)
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     history: History = field(default_factory=History)
-    responses: ResponseStore = field(default_factory=ResponseStore)
     starting: bool = False
     draining: bool = False
     uploading: int = 0
     batches: Batches = field(init=False)
+    kept: Kept = field(init=False)
     origins: tuple[str, ...] = ()
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -1,4 +1,4 @@
-"""The SQLite file of a store, and the files it knows."""
+"""The SQLite file of a store: its tables, and the files it knows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from penstock.base import PenstockError, Unavailable
 from penstock.serving.errors import HTTPError
@@ -41,12 +41,36 @@ create table line (
 """
 
 
-_ONCE = """
+_ADDED = """
 create table if not exists once (
     tenant text not null, key text not null, id text not null, digest text not null, created_at integer not null,
     primary key (tenant, key)
-) strict, without rowid
+) strict, without rowid;
+create index if not exists once_by_age on once (created_at);
+create index if not exists file_of_tenant on file (tenant, created_at);
+create index if not exists batch_of_tenant on batch (tenant, created_at);
+create table if not exists response (
+    id text primary key, tenant text not null, created_at integer not null, bytes integer not null,
+    response blob not null, before blob not null, given blob not null
+) strict;
+create index if not exists response_of_tenant on response (tenant);
+create index if not exists response_by_age on response (created_at);
+create table if not exists conversation (
+    id text primary key, tenant text not null, created_at integer not null, metadata text not null
+) strict;
+create table if not exists item (
+    number integer primary key, conversation text not null references conversation (id) on delete cascade,
+    id text not null, body blob not null
+) strict;
+create index if not exists item_of_conversation on item (conversation);
+create unique index if not exists item_by_id on item (id, conversation);
+create table if not exists share (
+    kind text not null, tenant text not null, count integer not null, bytes integer not null,
+    primary key (kind, tenant)
+) strict, without rowid;
 """
+"""What came after version 1 and changes none of it, so that either build opens what the other made."""
+
 REMEMBERED = 86_400
 """Seconds that an Idempotency-Key is known for."""
 
@@ -100,34 +124,29 @@ class StoredFile:
 
 
 class Database:
-    """Raises Unavailable: (store_in_use) another process has it; (store_unusable) it cannot be opened or read."""
+    """Any thread may use it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._lock = folder, threading.Lock()
+    Args:
+        folder: of the store; None for one in memory, which ends with the process.
+
+    Raises:
+        Unavailable: (store_in_use) another process has it; (store_unusable) it cannot be opened or read.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._lock = threading.Lock()
+        self._claim = None if folder is None else _claimed(folder)
         try:
-            (folder / "files").mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._claim = (folder / "lock").open("a")
-            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._claim.close()
-            _log.error("another server uses the store %s: start this one with a --store of its own", folder)
-            raise Unavailable(
-                "store_in_use",
-                "Files and batches are not to be had here",
-                why="another server uses the same store",
-                fix="ask that one, or have this one started with a --store of its own",
-            ) from None
-        except OSError as error:
-            raise _unusable(folder, error) from error
-        try:
-            self._open()
+            self._open(folder)
         except (sqlite3.Error, OSError) as error:
-            self._claim.close()
+            if self._claim is not None:
+                self._claim.close()
             raise _unusable(folder, error) from error
 
-    def _open(self) -> None:
-        path = self.folder / "store.sqlite"
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    def _open(self, folder: Path | None) -> None:
+        path = Path(":memory:") if folder is None else folder / "store.sqlite"
+        if folder is not None:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         for pragma in ("journal_mode=wal", "synchronous=normal", "foreign_keys=on"):
             self._db.execute(f"pragma {pragma}")
@@ -136,32 +155,32 @@ class Database:
             self._db.executescript(f"begin; {_TABLES} pragma user_version={VERSION}; commit;")
         elif version != VERSION:
             raise sqlite3.DatabaseError(f"it is of version {version}, and this build reads {VERSION}")
-        self._db.execute(_ONCE)
-        self._db.execute("create index if not exists once_by_age on once (created_at)")
-        for kind in ("file", "batch"):
-            self._db.execute(f"create index if not exists {kind}_of_tenant on {kind} (tenant, created_at)")
+        self._db.executescript(f"begin; {_ADDED} commit;")
+        if folder is None:
+            return
         known = {row[0] for row in self._db.execute("select id from file")}
-        for path in (self.folder / "files").iterdir():  # of uploads and outputs that were not finished
+        for path in (folder / "files").iterdir():  # of uploads and outputs that were not finished
             if ID.fullmatch(path.name) and path.name not in known:  # whatever else is there is not this server's
                 path.unlink()
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
-            self._claim.close()
+            if self._claim is not None:
+                self._claim.close()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Raises Unavailable: (store_unwritable)."""
         with self._lock:
-            self._db.execute("begin immediate")
             try:
+                self._db.execute("begin immediate")
                 yield self._db
                 self._db.execute("commit")
             except BaseException as error:
                 if self._db.in_transaction:  # SQLite has ended it of itself after some errors, a full disk's commit not
                     self._db.execute("rollback")
-                if isinstance(error, sqlite3.OperationalError):
+                if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:  # or it is torn
                     raise unwritable(error) from error
                 raise
 
@@ -212,12 +231,35 @@ def not_found(kind: Kind, id: str) -> HTTPError:
 _PLURAL = {"file": "files", "batch": "batches"}
 
 
-def _unusable(folder: Path, error: Exception) -> PenstockError:
+def _claimed(folder: Path) -> TextIO:
+    """What tells other processes that the store is taken, until it is closed."""
+    try:
+        (folder / "files").mkdir(mode=0o700, parents=True, exist_ok=True)
+        claim = (folder / "lock").open("a")
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        claim.close()
+        if not isinstance(error, BlockingIOError):
+            raise _unusable(folder, error) from error
+        _log.error("another server uses the store %s: start this one with a --store of its own", folder)
+        raise Unavailable(
+            "store_in_use",
+            "Files, batches and conversations are not to be had here",
+            why="another server uses the same store",
+            fix="ask that one, or have this one started with a --store of its own",
+        ) from None
+    return claim
+
+
+def _unusable(folder: Path | None, error: Exception) -> PenstockError:
     """What the disk said is for the log, as it is in ``unwritable``."""
     _log.error("the store %s cannot be used: %s; mend or remove it, or start with another --store", folder, error)
     return Unavailable(
         "store_unusable",
-        "Files and batches are not to be had here",
+        "Files, batches and conversations are not to be had here",
         why="their store cannot be read",
         fix="have it mended, or the server started with another --store; its log says what is wrong",
     )
@@ -226,7 +268,9 @@ def _unusable(folder: Path, error: Exception) -> PenstockError:
 def unwritable(error: Exception) -> PenstockError:
     """What the disk said is for the log: it may name a path."""
     _log.error("the store cannot be written: %s", error)
-    return Unavailable("store_unwritable", "Files and batches cannot be written now", fix="try again later")
+    return Unavailable(
+        "store_unwritable", "Files, batches and conversations cannot be written now", fix="try again later"
+    )
 
 
 def insert_file(db: sqlite3.Connection, file: StoredFile) -> None:

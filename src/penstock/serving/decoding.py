@@ -17,7 +17,8 @@ from penstock.serving.edge import parse
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import INLINE_BYTES
 from penstock.serving.long_ids import refuse_many_values, take_ids
-from penstock.serving.responses import ResponsesRequest, ResponseTask
+from penstock.serving.response_schemas import ResponsesRequest
+from penstock.serving.responses import ResponseTask
 from penstock.serving.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -73,9 +74,10 @@ def in_batches() -> dict[str, Answerer]:
         return Answerer(functools.partial(decode, shape=shape), answer)
 
     async def response(asked: ResponsesRequest, context: Context) -> ResponseTask:
-        if asked.store:
-            fix = "leave it out: the answer is in the output file"
-            raise HTTPError("invalid_parameter", "store cannot be used in a batch", fix=fix, param="store")
+        for name in ("store", "conversation"):
+            if getattr(asked, name):
+                fix = "leave it out: the answer is in the output file"
+                raise HTTPError("invalid_parameter", f"{name} cannot be used in a batch", fix=fix, param=name)
         asked.store = False
         return await ResponseTask.prepare(asked, context)
 

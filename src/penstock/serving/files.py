@@ -172,14 +172,17 @@ async def content(store: Store, tenant: str, id: str) -> Response:
     return FileResponse(path, headers=headers, media_type="application/octet-stream")
 
 
-def part_of(query: Mapping[str, str]) -> Part:
-    """What ``limit``, ``after`` and ``order`` ask for. Raises HTTPError: (invalid_parameter)."""
+def part_of(query: Mapping[str, str], shown: int = MAX_LISTED) -> Part:
+    """What ``limit``, ``after`` and ``order`` ask for; ``shown`` items at a time where they do not say.
+
+    Raises HTTPError: (invalid_parameter).
+    """
     limit, after, order = (query.get(name) for name in ("limit", "after", "order"))
     if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_LISTED):
         raise invalid("limit", f"it must be 1 to {MAX_LISTED}")
     if order not in (None, "asc", "desc"):
         raise invalid("order", 'it must be "asc" or "desc"')
-    return Part(MAX_LISTED if limit is None else int(limit), after, order == "asc")
+    return Part(shown if limit is None else int(limit), after, order == "asc")
 
 
 def page(found: tuple[Sequence[T], bool], show: Callable[[T], I]) -> Page[I]:

@@ -100,9 +100,24 @@ MAX_TEMPLATE_VARIABLES = 32
 MAX_TEMPLATE_VARIABLE = 4096
 """Characters of one variable that a request sets in the chat template."""
 
-MAX_STORED_RESPONSES = 1024
-MAX_RESPONSE_BYTES = 64 << 20
-"""Of responses kept for those that follow them, with their conversations."""
+MAX_RESPONSES, MAX_RESPONSE_BYTES = 1 << 14, 256 << 20
+"""Of one tenant, kept for those that follow them, each with all that led to it. Beyond that its oldest go."""
+
+MAX_RESPONSES_IN_ALL, MAX_RESPONSE_BYTES_IN_ALL = 1 << 16, 1 << 30
+MAX_RESPONSES_IN_MEMORY, MAX_RESPONSE_BYTES_IN_MEMORY = 1 << 10, 64 << 20
+"""Of all tenants, where the store cannot be opened."""
+
+RESPONSE_DAYS = 30
+"""How long a response is kept, as by OpenAI."""
+
+MAX_CONVERSATIONS, MAX_CONVERSATION_BYTES = 1 << 16, 1 << 30
+"""Of one tenant. Beyond that a new one is refused, and none vanishes. Each has at most MAX_MESSAGES items of
+MAX_BODY_BYTES, as a request that brings all of it along."""
+
+MAX_CONVERSATIONS_IN_ALL, MAX_CONVERSATION_BYTES_IN_ALL = 1 << 18, 4 << 30
+
+MAX_ITEMS = 20
+"""Items that are added to a conversation at a time, as OpenAI's API allows."""
 
 MAX_ERROR_CHARS = 600
 """An error message may quote what the client sent, but not all of it."""
@@ -137,7 +152,7 @@ MAX_COMPLAINTS = 20
 """Faults of a batch's file that are named; the others are as likely to be the same."""
 
 MAX_METADATA = 16
-"""Pairs of a batch's metadata; names of 64 characters, values of 512."""
+"""Pairs of metadata; names of 64 characters, values of 512."""
 
 MAX_LISTED = 100
 """Items on a page of a list."""

@@ -1,80 +1,132 @@
-"""What a response is made from: items that are kept, and as much of a conversation as fits."""
+"""What a response is made from: items that are kept and those of its request, as much of them as fits."""
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from penstock.base import InvalidRequest
+from penstock.base import InvalidRequest, Unavailable
+from penstock.serving.context import Context
+from penstock.serving.conversation_table import ConversationTable
+from penstock.serving.dialogue import template_variables
 from penstock.serving.errors import invalid
-from penstock.serving.files import part_of
-from penstock.serving.response_items import Item, ItemList
-from penstock.serving.response_store import ResponseStore, Stored
-
-SHOWN = 20
-"""Items in a list where its query does not say, as in OpenAI's API."""
+from penstock.serving.gate import current
+from penstock.serving.kept import Kept
+from penstock.serving.response_items import Item, as_items, messages_from
+from penstock.serving.response_schemas import Asked, conversation_of
+from penstock.serving.response_table import ResponseTable
+from penstock.serving.response_tools import choice_from, tools_from
+from penstock.serving.tools import Offer, offer_of
 
 Message = dict[str, Any]
 _ID = re.compile(r"[a-z]+_(?P<response>[0-9a-f]{32})(?P<given>i?)(?P<index>\d{1,6})")
-_PREFIXES = {"message": "msg", "function_call": "fc", "custom_tool_call": "ctc", "reasoning": "rs"}
 
 
-def listed(stored: Stored) -> list[Item]:
-    """The items that a response was given, each with an id, its text in parts."""
-    return [_listed(stored, i) for i in range(len(stored.given))]
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """What the model is asked.
+
+    Attributes:
+        before: items of the conversation so far.
+        given: those of the request.
+        messages: of both, as much as fits, and what the system says.
+        variables: for the chat template.
+    """
+
+    before: list[Item]
+    given: list[Item]
+    messages: list[Message]
+    offer: Offer
+    variables: dict[str, Any]
 
 
-def _listed(stored: Stored, index: int) -> Item:
-    item, name = stored.given[index], f"{stored.response['id'].partition('_')[2]}i{index}"
-    kind, content, given = item.get("type") or "message", item.get("content"), item.get("id")
-    shown = {"status": "completed", **item, "type": kind}
-    shown["id"] = given if isinstance(given, str) else f"{_PREFIXES.get(kind, 'item')}_{name}"
-    if kind == "message" and isinstance(content, str):
-        said = item.get("role") == "assistant"
-        part = {"type": "output_text", "text": content, "annotations": []}
-        shown["content"] = [part if said else {"type": "input_text", "text": content}]
-    return shown
+async def prompted(request: Asked, context: Context, answer_tokens: int = 1) -> Prompted:
+    """Args: answer_tokens: that are to be left room for, where the oldest messages may be left out.
+
+    Raises HTTPError, InvalidRequest, and Unavailable: (store_in_use), (store_unusable).
+    """
+    engine = context.llm.engine
+    given = await resolved(as_items([] if request.input is None else request.input), context.kept)
+    before = await _before(request, context.kept, given)
+    effort = (request.reasoning or {}).get("effort")
+    variables = template_variables(engine.chat, None, effort, "reasoning.effort")
+    offer = await asyncio.to_thread(_offer, request)
+    messages = await asyncio.to_thread(messages_from, [*before, *given], request.instructions)
+    if request.truncation == "auto":
+
+        async def count(some: list[Message]) -> int:
+            prompt = await context.llm.tokenize_chat(some, tools=offer.told, add_generation_prompt=True, **variables)
+            return len(prompt["prompt_token_ids"])
+
+        longest = engine.setup.limits.max_model_len
+        messages = await fitting(messages, count, longest - min(answer_tokens, longest // 2))
+    return Prompted(before, given, messages, offer, variables)
 
 
-def page(stored: Stored, query: Mapping[str, str]) -> ItemList:
-    """Of what it was given, the latest first. Raises HTTPError: (invalid_parameter)."""
-    part = part_of(query)
-    limit = part.limit if "limit" in query else SHOWN
-    items = listed(stored)
-    if not part.ascending:
-        items.reverse()
-    ids = [item["id"] for item in items]
-    if part.after is not None and part.after not in ids:
-        raise invalid("after", "it names no item of this response")
-    start = 0 if part.after is None else ids.index(part.after) + 1
-    data = items[start : start + limit]
-    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return ItemList(data=data, has_more=start + limit < len(items), first_id=first, last_id=last)
+def _offer(request: Asked) -> Offer:
+    return offer_of(tools_from(request.tools), choice_from(request.tool_choice), request.parallel_tool_calls)
 
 
-def resolved(items: Sequence[Item], store: ResponseStore) -> list[Item]:
+async def _before(request: Asked, kept: Kept, given: list[Item]) -> list[Item]:
+    """Of the response or the conversation that it goes on from."""
+    tenant = current.get().tenant
+    if (previous := request.previous_response_id) is not None:
+        responses = await kept.responses()
+        return (await asyncio.to_thread(responses.get, tenant, previous, "previous_response_id")).items
+    if (id := conversation_of(request)) is not None:
+        conversations = await kept.conversations()
+        return await asyncio.to_thread(conversations.begin_turn, tenant, id, given)
+    return []
+
+
+async def resolved(items: list[Item], kept: Kept, field: str = "input") -> list[Item]:
     """The same, with what is only referred to in its place.
 
+    Args:
+        field: of the request, which has the items.
+
     Raises:
-        HTTPError: (invalid_parameter) it is no item of a response that is kept; (response_not_found) its response is
-            kept no more.
+        HTTPError: (invalid_parameter) it is no item that is kept; (response_not_found) its response is kept no more.
     """
-    return [_referred(item.get("id"), f"input[{i}]", store) if _refers(item) else item for i, item in enumerate(items)]
+    if not any(map(_refers, items)):
+        return items
+    responses = await kept.responses()
+    conversations: ConversationTable | None = None
+    with suppress(Unavailable):  # then there are none
+        conversations = await kept.conversations()
+    found = _Referred(responses, conversations, current.get().tenant)
+    return await asyncio.to_thread(found.in_place, items, field)
 
 
 def _refers(item: Item) -> bool:
     return item.get("type") == "item_reference" or (item.get("type") is None and item.keys() <= {"id", "type"})
 
 
-def _referred(identifier: Any, place: str, store: ResponseStore) -> Item:
-    if isinstance(identifier, str) and (found := _ID.fullmatch(identifier)):
-        stored, index = store.get(f"resp_{found['response']}", place), int(found["index"])
-        if index < len(stored.given if found["given"] else stored.response["output"]):
-            item = _listed(stored, index) if found["given"] else stored.response["output"][index]
-            if item["id"] == identifier:
-                return item
-    raise invalid(place, "it refers to no item of a response that is kept")
+@dataclass(frozen=True, slots=True)
+class _Referred:
+    """Items that a tenant has had kept, by their ids. Everything here blocks."""
+
+    responses: ResponseTable
+    conversations: ConversationTable | None
+    tenant: str
+
+    def in_place(self, items: Sequence[Item], field: str) -> list[Item]:
+        return [self._find(item.get("id"), f"{field}[{i}]") if _refers(item) else item for i, item in enumerate(items)]
+
+    def _find(self, id: Any, place: str) -> Item:
+        item: Item | None = None
+        if isinstance(id, str) and self.conversations is not None:
+            item = self.conversations.referred(self.tenant, id)
+        if item is None and isinstance(id, str) and (found := _ID.fullmatch(id)):
+            response, index = f"resp_{found['response']}", int(found["index"])
+            item = self.responses.item(self.tenant, response, index, place, given=bool(found["given"]))
+        if item is None or item["id"] != id:
+            raise invalid(place, "it refers to no item of a response or conversation that is kept")
+        return item
 
 
 async def fitting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -22,6 +23,7 @@ class ResponseObject(TypedDict):
     object: str
     created_at: int
     status: str
+    conversation: dict[str, str] | None
     error: None
     incomplete_details: dict[str, str] | None
     instructions: str | None
@@ -58,13 +60,18 @@ class DeletedResponse(msgspec.Struct):
 
 
 class ItemList(msgspec.Struct, kw_only=True):
-    """Items that a response was given."""
+    """Items that a response was given, or of a conversation."""
 
     data: list[Item]
     has_more: bool
     first_id: str | None
     last_id: str | None
     object: str = "list"
+
+
+def page_of(items: list[Item], *, more: bool) -> ItemList:
+    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    return ItemList(data=items, has_more=more, first_id=first, last_id=last)
 
 
 _VERBOSITY = (None, "low", "medium", "high")
@@ -76,20 +83,40 @@ def as_items(given: str | list[Item]) -> list[Item]:
     return [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
 
 
-def messages_from(items: Sequence[Item], instructions: str | None) -> list[dict[str, Any]]:
+_OWN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_PREFIXES = {"message": "msg", "function_call": "fc", "custom_tool_call": "ctc", "reasoning": "rs"}
+
+
+def in_full(item: Item, name: str) -> Item:
+    """As lists show it: with a type, a status, an id, and its text in parts. ``name``: of the id, if it has none."""
+    kind, content, given = item.get("type") or "message", item.get("content"), item.get("id")
+    shown = {"status": "completed", **item, "type": kind}
+    if not (isinstance(given, str) and _OWN_ID.fullmatch(given)):
+        shown["id"] = f"{_PREFIXES.get(kind, 'item')}_{name}"
+    if kind == "message" and isinstance(content, str):
+        said = item.get("role") == "assistant"
+        part = {"type": "output_text", "text": content, "annotations": []}
+        shown["content"] = [part if said else {"type": "input_text", "text": content}]
+    return shown
+
+
+def messages_from(items: Sequence[Item], instructions: str | None, field: str = "input") -> list[dict[str, Any]]:
     """Messages as templates read them: thoughts, text and calls that follow each other are one turn of the assistant.
+
+    Args:
+        field: of the request, which has the items.
 
     Raises:
         HTTPError: invalid_parameter, unsupported_parameter; the message names the item.
     """
     if len(items) > MAX_MESSAGES:
-        raise invalid("input", f"the conversation has {len(items)} items, at most {MAX_MESSAGES} are allowed")
+        raise invalid(field, f"the conversation has {len(items)} items, at most {MAX_MESSAGES} are allowed")
     messages: list[dict[str, Any]] = []
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
     turn: dict[str, Any] | None = None
     for i, item in enumerate(items):
-        place = f"input[{i}]"
+        place = f"{field}[{i}]"
         match item:
             case {"type": "function_call" | "custom_tool_call", "status": "incomplete"}:  # its text is a message
                 continue

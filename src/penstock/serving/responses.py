@@ -2,128 +2,44 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from copy import deepcopy
-from typing import Annotated, Any, ClassVar, Literal, TypedDict
-
-from msgspec import Meta
+from typing import Any
 
 from penstock.serving.context import Context
-from penstock.serving.dialogue import Dialogue, template_variables
-from penstock.serving.errors import HTTPError, invalid, unsupported
-from penstock.serving.limits import MAX_TOOLS
+from penstock.serving.dialogue import Dialogue
+from penstock.serving.kept import Turn
 from penstock.serving.logprobs import chat_logprobs
-from penstock.serving.response_inputs import fitting, resolved
-from penstock.serving.response_items import (
-    ResponseObject,
-    as_items,
-    format_from,
-    messages_from,
-)
-from penstock.serving.response_store import Stored
-from penstock.serving.response_tools import InputText, choice_from, custom_names, tools_from
-from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Name, TokenLogprob
-from penstock.serving.tools import Offer, offer_of
-from penstock.spec.ranges import MAX_ID
+from penstock.serving.response_inputs import Prompted, prompted
+from penstock.serving.response_items import Item, ResponseObject, format_from
+from penstock.serving.response_schemas import InputTokens, InputTokensRequest, ResponsesRequest, conversation_of
+from penstock.serving.response_table import Stored
+from penstock.serving.response_tools import InputText, custom_names
+from penstock.serving.schemas import TokenLogprob
 from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
-
-Item = dict[str, Any]
-
-LOGPROBS = "message.output_text.logprobs"
-_OF_OTHERS = (
-    "file_search_call.results web_search_call.results web_search_call.action.sources message.input_image.image_url "
-    "computer_call_output.output.image_url code_interpreter_call.outputs reasoning.encrypted_content"
-).split()
-"""What may be included of items that no answer has here."""
-
-
-class ResponsesRequest(GenerationRequest, kw_only=True):
-    """POST /v1/responses"""
-
-    HARMLESS: ClassVar[Harmless] = {
-        "background": (False,),
-        "conversation": (),
-        "max_tool_calls": (),
-        "prompt": (),
-    }
-
-    input: str | list[Item]
-    instructions: str | None = None
-    previous_response_id: Name | None = None
-    store: bool | None = None
-    max_output_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
-    tools: Annotated[list[Item], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: str | Item | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning: Item | None = None
-    text: Item | None = None
-    truncation: Literal["auto", "disabled"] | None = None
-    include: list[str] | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    metadata: dict[str, str] | None = None
-    user: str | None = None
-
-    def check(self) -> None:
-        GenerationRequest.check(self)
-        if self.n not in (None, 1) or self.response_format is not None:
-            param = "n" if self.response_format is None else "response_format"
-            why = "a response has one answer" if param == "n" else "text.format says it here"
-            raise HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)
-        if not {LOGPROBS, *_OF_OTHERS}.issuperset(self.include or ()):
-            raise unsupported("include")
-        if self.top_logprobs and self.logprobs is None:
-            raise invalid("top_logprobs", f"it needs {LOGPROBS} in include")
-
-    @property
-    def logprobs(self) -> int | None:
-        """So many of the likeliest tokens are told beside each; None if nothing is."""
-        return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
-
-
-class InputTokensRequest(ModelRequest, kw_only=True):
-    """POST /v1/responses/input_tokens"""
-
-    HARMLESS: ClassVar[Harmless] = {"conversation": ()}
-
-    input: str | list[Item] | None = None
-    instructions: str | None = None
-    previous_response_id: Name | None = None
-    tools: Annotated[list[Item], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: str | Item | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning: Item | None = None
-    text: Item | None = None
-    truncation: Literal["auto", "disabled"] | None = None
-
-
-class InputTokens(TypedDict):
-    object: Literal["response.input_tokens"]
-    input_tokens: int
 
 
 async def input_tokens(request: InputTokensRequest, context: Context) -> InputTokens:
-    """Raises HTTPError and InvalidRequest."""
-    fields = {name: getattr(request, name) for name in request.__struct_fields__}
-    task = await ResponseTask.prepare(ResponsesRequest(**fields | {"input": request.input or []}), context)
-    prompt = task.dialogue.generation.prompts[0]["prompt_token_ids"]
-    return {"object": "response.input_tokens", "input_tokens": len(prompt)}
-
-
-def _offer(request: ResponsesRequest) -> Offer:
-    return offer_of(tools_from(request.tools), choice_from(request.tool_choice), request.parallel_tool_calls)
+    """Raises as ``prompted``."""
+    format_from(request.text)
+    asked = await prompted(request, context)
+    prompt = await context.llm.tokenize_chat(
+        asked.messages, tools=asked.offer.told, add_generation_prompt=True, **asked.variables
+    )
+    return {"object": "response.input_tokens", "input_tokens": len(prompt["prompt_token_ids"])}
 
 
 class ResponseTask:
     """One request: its conversation rendered and tokenized, ready to be answered whole or in events."""
 
     def __init__(
-        self, request: ResponsesRequest, context: Context, dialogue: Dialogue, before: list[Item], given: list[Item]
+        self, request: ResponsesRequest, context: Context, asked: Prompted, dialogue: Dialogue, turn: Turn | None
     ) -> None:
         self.request, self.context, self.dialogue = request, context, dialogue
-        self._before, self._given = before, given
+        self._asked, self._turn = asked, turn
+        self._conversation = conversation_of(request)
         self._output: list[Item] = []
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is to come
         self._custom, self._input = custom_names(request.tools), InputText()
@@ -133,38 +49,35 @@ class ResponseTask:
     @classmethod
     async def prepare(cls, request: ResponsesRequest, context: Context) -> ResponseTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
-        engine, previous = context.llm.engine, request.previous_response_id
-        before = context.responses.get(previous, "previous_response_id").items if previous is not None else []
-        given = resolved(as_items(request.input), context.responses)
+        conversation = conversation_of(request)
+        turn = None if conversation is None else context.kept.turn(conversation)
+        try:
+            return await cls._prepared(request, context, turn)
+        except BaseException:
+            if turn is not None:
+                turn.end()
+            raise
+
+    @classmethod
+    async def _prepared(cls, request: ResponsesRequest, context: Context, turn: Turn | None) -> ResponseTask:
         request.response_format = format_from(request.text)
         if request.max_output_tokens is not None:
             request.max_tokens = request.max_output_tokens
-        effort = (request.reasoning or {}).get("effort")
-        variables = template_variables(engine.chat, None, effort, "reasoning.effort")
-        offer = await asyncio.to_thread(_offer, request)
-        messages = await asyncio.to_thread(messages_from, [*before, *given], request.instructions)
-        if request.truncation == "auto":
-
-            async def count(some: list[dict[str, Any]]) -> int:
-                prompt = await context.llm.tokenize_chat(
-                    some, tools=offer.told, add_generation_prompt=True, **variables
-                )
-                return len(prompt["prompt_token_ids"])
-
-            longest = engine.setup.limits.max_model_len
-            messages = await fitting(messages, count, longest - min(request.max_tokens or 1, longest // 2))
+        asked = await prompted(request, context, request.max_tokens or 1)
         dialogue = await Dialogue.prepare(
             context,
             f"resp_{uuid.uuid4().hex}",
-            messages,
+            asked.messages,
             request.params(
-                {"max_tokens": None, **engine.recommended}, max_tokens=request.max_tokens, logprobs=request.logprobs
+                {"max_tokens": None, **context.llm.engine.recommended},
+                max_tokens=request.max_tokens,
+                logprobs=request.logprobs,
             ),
-            offer,
+            asked.offer,
             priority=request.priority or 0,
-            variables=variables,
+            variables=asked.variables,
         )
-        return cls(request, context, dialogue, before, given)
+        return cls(request, context, asked, dialogue, turn)
 
     async def whole(self) -> Item:
         async with aclosing(self.chunks()) as events:
@@ -175,26 +88,39 @@ class ResponseTask:
 
     async def chunks(self) -> AsyncGenerator[Item, None]:
         reason: str | None = None
-        async with aclosing(self.dialogue.said()) as news:
-            async for _, said in news:
-                if self._sequence < 0:  # what is refused is refused before anything is told
-                    yield self._event("response.created", response=self._response())
-                    yield self._event("response.in_progress", response=self._response())
-                if self.request.logprobs is not None and not said.thought:
-                    tokenizer = self.context.llm.engine.tokenizer
-                    self._logprobs += chat_logprobs(said.delta, tokenizer, self.request.logprobs).content
-                for event in said.events:
-                    for told in self._tell(event):
-                        yield told
-                reason = said.finish_reason
-        self._status = "incomplete" if reason == "length" else "completed"
-        for told in self._close():
-            yield told
-        response = self._response()
-        if self.request.store is not False:
-            stored = Stored(response, self._before, self._given)
-            self.context.responses.keep(stored, await asyncio.to_thread(stored.size))
+        try:
+            async with aclosing(self.dialogue.said()) as news:
+                async for _, said in news:
+                    if self._sequence < 0:  # what is refused is refused before anything is told
+                        yield self._event("response.created", response=self._response())
+                        yield self._event("response.in_progress", response=self._response())
+                    if self.request.logprobs is not None and not said.thought:
+                        tokenizer = self.context.llm.engine.tokenizer
+                        self._logprobs += chat_logprobs(said.delta, tokenizer, self.request.logprobs).content
+                    for event in said.events:
+                        for told in self._tell(event):
+                            yield told
+                    reason = said.finish_reason
+            self._status = "incomplete" if reason == "length" else "completed"
+            for told in self._close():
+                yield told
+            response = self._response()
+            await self._keep(response)
+        finally:
+            if self._turn is not None:
+                self._turn.end()
         yield self._event(f"response.{self._status}", response=response)
+
+    async def _keep(self, response: ResponseObject) -> None:
+        """What cannot be kept is told all the same, and says so in ``store`` and ``conversation``.
+
+        Its client has read most of it by now, and if there were an error in its place would have it computed again.
+        """
+        stored = Stored(response, self._asked.before, self._asked.given)
+        if self._turn is not None and not await self._turn.add(stored):
+            response["conversation"] = None
+        if response["store"]:
+            response["store"] = await self.context.kept.keep(stored)
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -306,6 +232,7 @@ class ResponseTask:
             "object": "response",
             "created_at": generation.created,
             "status": self._status,
+            "conversation": None if self._conversation is None else {"id": self._conversation},
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if self._status == "incomplete" else None,
             "instructions": request.instructions,

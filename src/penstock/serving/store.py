@@ -1,4 +1,4 @@
-"""Files that clients upload, and their batches: SQLite for what is known of them, a folder for their bytes.
+"""Files that clients upload, their batches, responses and conversations: SQLite, and a folder for the files' bytes.
 
 Everything here blocks; the server calls it from threads. One process owns a store at a time. What was committed
 outlives a kill of the process at any moment; what was not is done again.
@@ -13,17 +13,21 @@ from contextlib import suppress
 from pathlib import Path
 
 from penstock.serving.batch_table import BatchTable
+from penstock.serving.conversation_table import ConversationTable
 from penstock.serving.database import ID, Database, Kind, Once, Part, StoredFile, insert_file, not_found
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_STORED_BYTES
+from penstock.serving.response_table import ResponseTable
 
 
 class Store:
     """Raises Unavailable: (store_in_use) another process has it; (store_unusable) it cannot be opened or read."""
 
     def __init__(self, folder: Path) -> None:
-        self.database = Database(folder)
+        self.folder, self.database = folder, Database(folder)
         self.batches = BatchTable(self.database)
+        self.responses = ResponseTable(self.database)
+        self.conversations = ConversationTable(self.database)
 
     def close(self) -> None:
         self.database.close()
@@ -35,7 +39,7 @@ class Store:
         """Of a file's bytes. Raises HTTPError: (file_not_found) that is no id."""
         if not ID.fullmatch(id):
             raise not_found("file", id)
-        return self.database.folder / "files" / id
+        return self.folder / "files" / id
 
     def add(self, file: StoredFile, once: Once | None = None) -> str:
         """Makes a file known whose bytes are in place. Its id, or that of the one that the same request made before.
