@@ -239,7 +239,7 @@ def specials(server: Server) -> Seen:
 
 def paths(server: Server) -> Seen:
     names = ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd", "a%00b", "%e2%80%ae", "．．/etc", "C:\\x"]
-    places = ["/v1/models/", "/v1/responses/", "/v1/files/", "/v1/batches/", "/page/"]
+    places = ["/v1/models/", "/v1/responses/", "/v1/conversations/", "/v1/files/", "/v1/batches/", "/page/"]
     seen = Counter[str]()
     for name in names:
         for place in places:
@@ -314,7 +314,7 @@ ATTACKS: dict[Callable[[Server], Seen], set[str]] = {
     templates: INVALID | {"200", "400 unsupported_parameter"},
     specials: {"200"},
     paths: {"404 model_not_found", "404 unknown_path", "404 response_not_found", "404 file_not_found",
-            "404 batch_not_found"},
+            "404 batch_not_found", "404 conversation_not_found"},
     hosts: {"403 host_not_allowed", "400", "cut off"},
     slow_readers: {"read nothing"},
     resets: {"reset"},

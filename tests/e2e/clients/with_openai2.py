@@ -87,6 +87,23 @@ def responses() -> None:
     CLIENT.responses.delete(first.id)
 
 
+def conversations() -> None:
+    conversation = CLIENT.conversations.create(
+        items=[{"role": "developer", "content": "Be brief."}], metadata={"a": "b"}
+    )
+    for _ in range(2):
+        answer = CLIENT.responses.create(model="m", input="Hi", conversation=conversation.id, extra_body=SAYS["plain"])
+        assert answer.conversation and answer.conversation.id == conversation.id
+    items = list(CLIENT.conversations.items.list(conversation.id, order="asc", limit=2))
+    assert [item.role for item in items] == ["developer", "user", "assistant", "user", "assistant"]  # type: ignore[union-attr]
+    CLIENT.conversations.items.delete(items[0].id or "", conversation_id=conversation.id)
+    (added,) = CLIENT.conversations.items.create(conversation.id, items=[{"role": "user", "content": "And?"}]).data
+    assert CLIENT.conversations.items.retrieve(added.id or "", conversation_id=conversation.id) == added
+    assert CLIENT.conversations.update(conversation.id, metadata={"c": "d"}).metadata == {"c": "d"}
+    assert CLIENT.conversations.retrieve(conversation.id).created_at == conversation.created_at
+    assert CLIENT.conversations.delete(conversation.id).deleted
+
+
 def embeddings() -> None:
     packed = CLIENT.embeddings.create(model="m", input=["a", "b"])
     plain = CLIENT.embeddings.create(model="m", input=["a", "b"], encoding_format="float")
@@ -150,6 +167,6 @@ def several_at_a_time() -> None:
 
 
 run([
-    chat, chat_streamed, tools, structured_output, thoughts, completions, responses, embeddings, models,
-    files_and_batches, errors, retries, several_at_a_time,
+    chat, chat_streamed, tools, structured_output, thoughts, completions, responses, conversations, embeddings,
+    models,     files_and_batches, errors, retries, several_at_a_time,
 ])  # fmt: skip
