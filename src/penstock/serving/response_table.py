@@ -74,8 +74,9 @@ class ResponseTable:
             row = (stored.response["id"], tenant, int(time.time()), size, *blobs)
             db.execute("insert into response values (?, ?, ?, ?, ?, ?, ?)", row)
             use(db, "response", tenant, 1, size)
-            while (most := self._over(db, tenant)) is not None:
-                _forget(db, "rowid = (select min(rowid) from response where tenant = ?)", most)
+            oldest = "rowid = (select min(rowid) from response where tenant = ?)"
+            while (most := self._over(db, tenant)) is not None and _forget(db, oldest, most):
+                pass
         return True
 
     def response(self, tenant: str, id: str) -> msgspec.Raw:
