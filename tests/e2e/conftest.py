@@ -5,15 +5,30 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import httpx
+import httpx2
 import pytest
 
 from penstock.spec.location import locate
 from penstock.text import Tokenizer, load_tokenizer
 from scripted import HERMES
 from servers import MODEL, TEMPLATE, Server, start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_tls_context() -> Iterator[None]:
+    """For all of a process's clients, none of which changes it: to read this machine's certificates takes longer than
+    most requests."""
+    with ExitStack() as stack:
+        for library in (httpx, httpx2):  # the second is that of OpenAI's and Anthropic's clients
+            place = f"{library.__name__}._transports.default.create_ssl_context"
+            stack.enter_context(mock.patch(place, cache(library.create_ssl_context)))
+        yield
 
 
 @pytest.fixture(scope="session")
