@@ -190,6 +190,7 @@ class Terminal:
         """Presses Ctrl-C until ``text`` appears: Python's readline sees one that comes just before it waits for a key
         only with the next key."""
         for _ in range(10):
+            time.sleep(0.1)  # by when it waits, nearly always
             self.interrupt()
             with suppress(AssertionError):
                 return self.read_until(text, seconds=5)
