@@ -197,7 +197,7 @@ def test_an_engine_that_is_started_again_leaves_others_what_they_need_by_then(se
 
 def test_an_engine_that_hangs_is_replaced(service: RemoteService, caplog: pytest.LogCaptureFixture) -> None:
     """Stopped, it is there and silent. One that has nothing to do is silent too, and lives."""
-    service.step_timeout = 2.0
+    service.step_timeout = 1.0
     heard, jobs = Heard(service), [job(str(i), 400, n=1 + i % 2, seed=i) for i in range(6)]
     for submission in jobs:
         heard.submit(submission)
@@ -206,14 +206,14 @@ def test_an_engine_that_hangs_is_replaced(service: RemoteService, caplog: pytest
     for submission in jobs:
         heard.all().verify(submission)
     engine = service._process.process.pid
-    time.sleep(3.5)
+    time.sleep(2.0)
     assert service.status().counters.restarts >= 1 and service._process.process.pid == engine
     assert "it hangs" in caplog.text and "was killed by signal 9 while" in caplog.text
 
 
 def test_looks_do_not_keep_an_engine_that_hangs(service: RemoteService) -> None:
     """Its other thread answers them."""
-    service.step_timeout = 2.0
+    service.step_timeout = 1.0
     Heard(service).submit(job("deadly", tokens=(1, ENDLESS)))
     deadline = time.monotonic() + 10
     while not service.status().counters.restarts:
@@ -241,9 +241,9 @@ def test_an_engine_that_hangs_before_it_has_its_model_is_given_up(when: str, cap
         service.load_timeout = 2.0
         time.sleep(3.0)
         assert not service._first.done(), "it tells of progress"
-    service.load_timeout = 2.0
+    service.load_timeout = 1.0
     os.kill(service._process.process.pid, signal.SIGSTOP)
-    with pytest.raises(EngineError, match=r"nothing for 2 s.*--load-timeout.*load_timeout"):
+    with pytest.raises(EngineError, match=r"nothing for 1 s.*--load-timeout.*load_timeout"):
         service.ready()
     assert "it hangs" in caplog.text
     service.close()
@@ -258,7 +258,7 @@ def test_an_engine_that_hangs_while_it_loads_again_stays_dead(tmp_path: Path) ->
     heard.until(lambda: bool(heard.tokens))
     kill(service)
     until(lambda: service.progress == 0.25)
-    service.load_timeout = 2.0
+    service.load_timeout = 1.0
     os.kill(service._process.process.pid, signal.SIGSTOP)
     heard.all()
     assert {last.error.code for last in heard.last.values() if last.error} == {"load_timeout"}
@@ -277,7 +277,8 @@ def test_a_download_does_not_count_as_a_hang() -> None:
     service.close()
 
 
-def test_an_engine_that_cannot_start_again_stays_dead(tmp_path: Path) -> None:
+def test_an_engine_that_cannot_start_again_stays_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
     service = RemoteService(ARGV, EngineConfig(model=f"once:{tmp_path / 'started'}"))
     service.ready()
     heard = Heard(service)
