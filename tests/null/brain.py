@@ -204,6 +204,7 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
             holders.update((r.id, r) for r in record.requests)
         scheduler.kv.check(holders.values())
 
+    last = max(step for arrival in life.arrivals for step in (arrival.step, *(step for step, _ in arrival.aborts)))
     for step in range(max_launches):
         for arrival in life.arrivals:
             if arrival.step == step:
@@ -216,7 +217,7 @@ def live(life: Life, max_launches: int = 4000) -> Outcome:
         outcome.events["overlap"] += len(engine.inflight) > 1
         engine.land()
         check()
-        if not engine.busy and step > 40:
+        if not engine.busy and step >= last:
             break
     assert not engine.busy, "somebody starves"
     assert all(pool.available == pool.total for pool in scheduler.kv.pools), "blocks leaked"
