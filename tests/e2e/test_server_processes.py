@@ -40,7 +40,7 @@ def engine_of(server: Server) -> int:
 
 def ask(index: int) -> dict[str, Any]:
     prompt = f"Chapter {index}. Once upon a time" + " there was a house," * (index % 5 * 10)
-    kind = {"seed": index, "max_tokens": 60 + index % 7 * 20, **KINDS[index % len(KINDS)]}
+    kind = {"seed": index, "max_tokens": 60 + index % 7 * 10, **KINDS[index % len(KINDS)]}
     return {"prompt": prompt, "stream": True, "stream_options": {"include_usage": True}, **kind}
 
 
