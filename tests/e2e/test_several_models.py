@@ -21,14 +21,24 @@ import httpx
 import pytest
 
 from commands import argv, penstock, running
+from penstock import LLM, SamplingParams
 from penstock.base import ConfigError, Unavailable
 from penstock.cli.offers import Keeping, at_once, configured, models_of
+from penstock.serving.logprobs import completion_logprobs
 from penstock.serving.models import Models, Served
 from penstock.spec import EngineConfig
 from servers import PROMPT
 
 NO_SERVICE: Any = None
 MIXED = [("tiny", i) if i % 3 else ("nano", i) for i in range(18)]
+
+PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]}
+ASKED: list[dict[str, Any]] = [
+    {"temperature": 0.0, "logprobs": 3},
+    {"temperature": 1.1, "top_p": 0.9, "seed": 7, "n": 2, "frequency_penalty": 0.5, "logprobs": 1},
+    {"temperature": 1.0, "seed": 3, "structured_outputs": {"json": PERSON}, "logprobs": 2},
+]
+ENGINES = {"tiny": {"model": "penstock-tiny"}, "nano": {"model": "penstock-nano", "quant": "int8"}}
 
 
 @dataclass(frozen=True)
@@ -303,6 +313,75 @@ def test_an_engine_dies_or_hangs_while_it_streams(several: Several) -> None:
             os.kill(engine, number)
             assert answer.result() == undisturbed
     assert "it hangs" in several.log.read_text()
+
+
+def alone(name: str) -> list[Any]:
+    """What a model's engine says without a server, one request after another: samples as the API tells them."""
+    said = []
+    with LLM(num_threads=1, **ENGINES[name]) as llm:
+        for fields in ASKED:
+            params = SamplingParams(**{**llm.engine.recommended, "max_tokens": 40, **fields})
+            (answer,) = llm.generate([PROMPT], params, use_tqdm=False)
+            told = [completion_logprobs(sample, llm.engine.tokenizer, 0) for sample in answer.outputs]  # type: ignore[arg-type]
+            said.append(
+                [
+                    (sample.text, sample.finish_reason, each.tokens, each.token_logprobs, each.top_logprobs)
+                    for sample, each in zip(answer.outputs, told, strict=True)
+                ]
+            )
+    return said
+
+
+def answer_of(server: Several, model: str, index: int, **fields: Any) -> list[Any]:
+    response = server.ask(model, max_tokens=40, **ASKED[index], **fields)
+    assert response.status_code == 200, response.text
+    return [
+        (
+            each["text"],
+            each["finish_reason"],
+            *(each["logprobs"][told] for told in ("tokens", "token_logprobs", "top_logprobs")),
+        )
+        for each in response.json()["choices"]
+    ]
+
+
+def test_each_model_says_what_its_engine_says_alone(tmp_path: Path) -> None:
+    """Bit for bit: beside streams of the other model, at every tier, and after it has left memory and come back."""
+    file, log = tmp_path / "serve.toml", tmp_path / "log"
+    tables = [f"[models.{name}]\npath = '{each['model']}'\n" for name, each in ENGINES.items()]
+    shared = f"port = 0\nnum_threads = 1\nmax_num_seqs = 4\nscheduling_policy = 'priority'\nstore = '{tmp_path}/s'\n"
+    file.write_text(shared + "".join(tables) + "quant = 'int8'\n")
+    expected = {name: alone(name) for name in ENGINES}
+    assert expected["tiny"] != expected["nano"]
+    long: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "temperature": 1.0}
+    arguments = argv("serve", "--config", file)
+    with log.open("w") as errors, running(arguments, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        assert process.stdout is not None
+        server = Several(process.stdout.readline().split()[-1].removesuffix("/v1"), process, log)
+        asked = [
+            (name, i, tier) for tier in ("flex", "auto", "priority") for i in range(len(ASKED)) for name in ENGINES
+        ]
+        assert server.text("nano")  # both are in memory
+        with ThreadPoolExecutor(len(asked) + 6) as pool:
+            beside = [
+                pool.submit(server.text, name, **long, seed=i, service_tier=tier)
+                for name in ENGINES
+                for i, tier in enumerate(("priority", "default", "flex"))
+            ]
+            while not all(model["kv_blocks_used"] for model in server.models().values()):
+                assert not all(one.done() for one in beside), "they have ended before they were seen"
+                time.sleep(0.005)
+            told = [(one, pool.submit(answer_of, server, *one[:2], service_tier=one[2])) for one in asked]
+            assert [one for one, answer in told if answer.result() != expected[one[0]][one[1]]] == []
+        for leaving, staying in (("nano", "tiny"), ("tiny", "nano")):
+            with ThreadPoolExecutor(1) as pool:
+                server.command("unload", leaving)
+                server.until(leaving, "unloaded")
+                stream = pool.submit(server.text, staying, **long, seed=1)
+                assert [answer_of(server, leaving, i) for i in range(len(ASKED))] == expected[leaving]
+                assert stream.result() == beside[1 if staying == "tiny" else 4].result()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 @pytest.mark.slow
