@@ -230,6 +230,27 @@ def test_huge_values_are_refused_at_once(server: Server, fields: dict[str, Any])
 
 
 @pytest.mark.parametrize(
+    ("syntax", "definition"),
+    [
+        ("regex", "(a+)+" * 2000), ("regex", "(" * 5000 + ")" * 5000), ("regex", "[a"),
+        ("regex", "(?!a)b"), ("regex", "a)|(?:b"), ("regex", "." * 100_000), ("regex", "a\\"),
+        ("lark", "start: " + "(" * 100_000), ("lark", "start: start start | start"), ("lark", "start: <[0-500]>"),
+        ("lark", "start: /" + "\\/" * 50_000), ("lark", 'start: "\\ud800"'), ("lark", 'start: "' + "a" * 200_000),
+        ("lark", "start: %json " + '{"items":' * 5000 + "{}" + "}" * 5000), ("lark", "start: @start"),
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_hostile_grammars_of_tools_are_refused_at_once(server: Server, syntax: str, definition: str) -> None:
+    before, began = memory(server), time.monotonic()
+    grammar = {"type": "grammar", "syntax": syntax, "definition": definition}
+    tool = {"type": "custom", "name": "f", "format": grammar}
+    response = CLIENT.post(f"{server.url}/v1/responses", json={"input": "a", "tools": [tool], "max_output_tokens": 1})
+    codes = ("grammar_too_large", "invalid_grammar", "invalid_regex", "prompt_too_long", "tools_too_large")
+    assert response.status_code == 400 and response.json()["error"]["code"] in codes, response.text
+    assert memory(server) - before < 200 << 20 and time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
     "name",
     ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd", "a%00b", "%e2%80%ae", "．．/etc", "~root", "C:\\x"],
 )

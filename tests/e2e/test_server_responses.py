@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import httpx
@@ -26,6 +27,18 @@ PATCH: Any = {
     "type": "custom", "name": "apply_patch", "description": "Change files.",
     "format": {"type": "grammar", "syntax": "lark", "definition": "start: /[^x]+/"},
 }  # fmt: skip
+SUM = 'start: term (PLUS term)*\nterm: INT | "(" start ")"\nPLUS: "+" | "\\n"\n%import common.INT'
+DAY = r'"(Mon|Fri)"(\n|\\)[0-9]{1,2}'
+
+
+def custom(syntax: str, definition: str) -> Any:
+    return {
+        "type": "custom",
+        "name": "note",
+        "format": {"type": "grammar", "syntax": syntax, "definition": definition},
+    }
+
+
 EDIT = '*** Begin Patch\n+a "b" \\ \u00e9 \U0001f600\n*** End Patch'
 
 
@@ -124,6 +137,34 @@ def test_a_custom_tool_is_called_with_a_text(respond: Any) -> None:
     assert again.usage.input_tokens == kept.usage.input_tokens
     named = respond(patching, tools=[*TOOLS, PATCH], tool_choice={"type": "custom", "name": "apply_patch"})
     assert [item.input for item in named.output] == [EDIT]
+
+
+def is_sum(text: str) -> bool:
+    while (shorter := re.sub(r"\((?:\d+[+\n])*\d+\)", "1", text)) != text:
+        text = shorter
+    return re.fullmatch(r"(\d+[+\n])*\d+", text) is not None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_text_of_a_call_follows_its_grammar(respond: Any, stream: bool) -> None:
+    """Nothing is scripted here: the bundled model has never seen a tool, nor a sum."""
+    for seed in range(4):
+        for tool, holds in ((custom("lark", SUM), is_sum), (custom("regex", DAY), re.compile(DAY).fullmatch)):
+            named = {"type": "custom", "name": "note"}
+            options = {"temperature": 1.3, "stream": stream, "tool_choice": named}
+            made = respond(tools=[*TOOLS, tool], max_output_tokens=60 + seed, **options)
+            (call,) = (list(made)[-1].response if stream else made).output
+            assert call.type == "custom_tool_call" and holds(call.input), call.input
+
+
+def test_a_call_that_the_model_may_make_is_held_from_its_name_on(respond: Any) -> None:
+    begun = 'Well. <tool_call>\n{"name": "note", "arguments": {"input": "'
+    for text, tool in (("(1\\n2)+3", custom("lark", SUM)), ('\\"Fri\\"\\\\31', custom("regex", DAY))):
+        message, call = respond(f'{begun}{text}"}}}}\n</tool_call>', tools=[tool]).output
+        assert (message.content[0].text, call.input) == ("Well.", json.loads(f'"{text}"'))
+    message, call = respond(f'{begun}seven"}}}}\n</tool_call>', tools=[custom("lark", SUM)]).output
+    assert is_sum(call.input)
+    assert respond("1 + 1", tools=[custom("lark", SUM)]).output_text == "1 + 1", "who calls nothing is free"
 
 
 @pytest.mark.parametrize(
@@ -287,6 +328,11 @@ def test_what_breaks_off_is_incomplete(respond: Any) -> None:
         ({"input": [{"role": "user", "content": "x"}] * 2049}, "invalid_parameter", "input"),
         ({"tools": [{"type": "namespace"}]}, "unsupported_parameter", "tools[0].type"),
         ({"tools": [{"type": "custom"}]}, "invalid_parameter", "tools[0]"),
+        ({"tools": [{**PATCH, "format": {"type": "xml"}}]}, "invalid_parameter", "tools[0].format"),
+        ({"tools": [custom("ebnf", "a = b")]}, "invalid_parameter", "tools[0].format"),
+        ({"tools": [custom("lark", "start: a")]}, "invalid_grammar", None),
+        ({"tools": [custom("lark", "start: %json {}")]}, "invalid_grammar", None),
+        ({"tools": [custom("regex", "(")]}, "invalid_regex", None),
         ({"tools": [*TOOLS, PATCH], "tool_choice": {"type": "web_search"}}, "invalid_parameter", "tool_choice"),
         ({"input": [{"type": "custom_tool_call", "call_id": "a"}]}, "invalid_parameter", "input[0]"),
         ({"tools": [{"type": "function"}]}, "invalid_parameter", "tools[0]"),

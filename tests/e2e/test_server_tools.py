@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -300,11 +301,13 @@ def llm() -> Iterator[AsyncLLM]:
     llm.close()
 
 
-def ask(llm: AsyncLLM, body: dict[str, Any]) -> httpx.Response:
+def ask(llm: AsyncLLM, body: dict[str, Any], path: str = "/v1/chat/completions") -> httpx.Response:
+    base = {"messages": [USER], "max_tokens": 90} if "chat" in path else {"input": "x", "max_output_tokens": 150}
+
     async def send() -> httpx.Response:
         app, _ = build_app(llm)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-            return await client.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 90, **body})
+            return await client.post(path, json={**base, **body})
 
     return asyncio.run(send())
 
@@ -320,6 +323,24 @@ def test_every_format_can_be_held(llm: AsyncLLM, name: str) -> None:
         [made] = choice["message"]["tool_calls"]
         name, arguments = made["function"]["name"], made["function"]["arguments"]
         assert json.loads(arguments) == {} if name == "now" else name == "get_weather" and fits(arguments)
+
+
+@pytest.mark.parametrize("name", list(CALL_FORMATS))
+def test_every_format_holds_an_input_to_its_grammar(llm: AsyncLLM, name: str) -> None:
+    """But a text that is written plainly to an expression alone."""
+    engine = llm.engine
+    other = AsyncLLM(replace(engine, formats=formats_of(engine.chat, engine.tokenizer, calls=name)))
+    sums = 'start: INT ("+" INT)*\n%import common.INT'
+    for syntax, definition, form in (("regex", r'\d{1,4}"\n?', r'\d{1,4}"\n?'), ("lark", sums, r"\d+(\+\d+)*")):
+        tool = {"type": "custom", "name": "add"}
+        grammar = {"type": "grammar", "syntax": syntax, "definition": definition}
+        asked = {"tools": [tool | {"format": grammar}], "tool_choice": tool, "temperature": 1.3, "seed": 1}
+        response = ask(other, asked, "/v1/responses")
+        if syntax == "lark" and name in ("qwen3_coder", "glm"):
+            assert (response.status_code, response.json()["error"]["code"]) == (400, "unsupported_parameter")
+            continue
+        (call,) = response.json()["output"]
+        assert call["type"] == "custom_tool_call" and re.fullmatch(form, call["input"]), call
 
 
 def test_a_form_is_that_of_the_answer_where_messages_have_heads(llm: AsyncLLM) -> None:

@@ -19,6 +19,7 @@ from penstock.grammar.grammar import BYTES, STEPS, Grammar
 from penstock.grammar.matcher import Matcher
 from penstock.grammar.patterns import is_cut
 from penstock.grammar.references import depth, infinite_part
+from penstock.grammar.refusals import MAX_DEPTH, brief, refusal, too_large, vet_levels
 from penstock.grammar.schema import (
     hints,
     is_old_dialect,
@@ -29,6 +30,7 @@ from penstock.grammar.schema import (
     references,
 )
 from penstock.grammar.tags import tags_grammar
+from penstock.grammar.texts import unanchored
 from penstock.grammar.tokens import TokenTable
 from penstock.grammar.validation import InstanceCheck
 from penstock.spec import StructuredOutputs
@@ -44,13 +46,6 @@ MAX_GBNF = 100_000
 
 MAX_PROPERTY_PAIRS = 4_000_000
 """Sum of the squares of the objects' properties: one of 2000, or a hundred of 200. About 3 s."""
-
-MAX_DEPTH = 1_000
-"""Levels of a schema or grammar, references followed. The grammar engine goes down them on the stack: near 3000 the
-process would end."""
-
-_OVER_LIMIT = re.compile(r"limits\.|fuel|max is \d|too (?:many|large|big)|limit (?:of|exceeded)")
-"""How the grammar engine speaks of its limits."""
 
 
 class Grammars:
@@ -114,18 +109,12 @@ def _compile(wanted: StructuredOutputs, table: TokenTable) -> Grammar:
     try:
         return Grammar(source, table)
     except ValueError as error:
-        raise _refusal(code, f"The {what} cannot be compiled", error, fix="correct or simplify what is named") from None
+        raise refusal(code, f"The {what} cannot be compiled", error, fix="correct or simplify what is named") from None
 
 
 def _source(wanted: StructuredOutputs) -> tuple[str, str, str]:
     if wanted.regex is not None:
-        regex = wanted.regex.removeprefix("^")
-        if regex.endswith("$") and not is_cut(regex[:-1]):
-            regex = regex[:-1]
-        if is_cut(regex):
-            why, fix = "it ends in a backslash that escapes nothing", "escape the backslash with another, or drop it"
-            raise InvalidRequest("invalid_regex", "The regular expression cannot be compiled", why=why, fix=fix)
-        return LLMatcher.grammar_from_regex(regex), "invalid_regex", "regular expression"
+        return LLMatcher.grammar_from_regex(unanchored(wanted.regex)), "invalid_regex", "regular expression"
     if wanted.choice is not None:  # one expression: as alternatives of a grammar they would be searched one by one
         options = "|".join(_literal(text) for text in wanted.choice)
         return LLMatcher.grammar_from_regex(options), "invalid_grammar", "choice"
@@ -133,13 +122,13 @@ def _source(wanted: StructuredOutputs) -> tuple[str, str, str]:
     text = wanted.grammar
     if "::=" in text:
         if len(text) > MAX_GBNF:
-            raise _too_large("The GBNF grammar", f"it has {len(text)} characters, at most {MAX_GBNF} are allowed")
+            raise too_large("The GBNF grammar", f"it has {len(text)} characters, at most {MAX_GBNF} are allowed")
         try:
             text = gbnf_to_lark(text)
         except Exception as error:
             fix = "correct it there; rules are written NAME ::= ..., as llama.cpp has them"
             raise InvalidRequest(
-                "invalid_grammar", "The GBNF grammar cannot be read", why=_brief(error), fix=fix
+                "invalid_grammar", "The GBNF grammar cannot be read", why=brief(error), fix=fix
             ) from None
     _vet_grammar(text)
     return LLMatcher.grammar_from_lark(text), "invalid_grammar", "grammar"
@@ -147,15 +136,13 @@ def _source(wanted: StructuredOutputs) -> tuple[str, str, str]:
 
 def _vet_grammar(text: str) -> None:
     """Refuses a grammar in Lark that may be too deep, by itself or in a schema that it holds."""
-    if (levels := sum(map(text.count, ":([{"))) > MAX_DEPTH:
-        why = f"with its rules followed it may be {levels:,} levels deep, at most {MAX_DEPTH:,} are allowed"
-        raise _too_large("The grammar", why)
+    vet_levels(text)
     for inner in re.finditer(r"%json\s*", text):
         try:
             _vet(json.JSONDecoder().raw_decode(text, inner.end())[0])
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(
-                "invalid_grammar", "What follows %json is not JSON", why=_brief(error), fix="write a JSON schema there"
+                "invalid_grammar", "What follows %json is not JSON", why=brief(error), fix="write a JSON schema there"
             ) from None
 
 
@@ -179,9 +166,9 @@ def _from_schema(schema: Any, table: TokenTable, *, compact: bool) -> Grammar:
             continue
         if exact or grammar.closing is not None:
             return grammar
-        errors.append(ValueError(f"no instance of it was found ({_brief(errors[0])})"))
+        errors.append(ValueError(f"no instance of it was found ({brief(errors[0])})"))
         break
-    raise _refusal(
+    raise refusal(
         "unsupported_schema",
         "This JSON schema cannot be compiled",
         errors[-1],
@@ -190,27 +177,30 @@ def _from_schema(schema: Any, table: TokenTable, *, compact: bool) -> Grammar:
 
 
 def _from_tags(tags: Any, table: TokenTable) -> Grammar:
-    schemas = [structure["schema"] for structure in tags["structures"]]
+    schemas = [structure["schema"] for structure in tags["structures"] if "schema" in structure]
     for schema in [*schemas, tags.get("answer", True)]:
         _vet(schema)
     values = tuple(value for schema in schemas for value in hints(schema))
     try:
-        source = LLMatcher.grammar_from_lark(tags_grammar(tags, table))
-        return Grammar(source, table, is_json=bool(tags.get("at_least")), hints=values)
+        return Grammar(tags_grammar(tags, table), table, is_json=bool(tags.get("at_least")), hints=values)
     except ValueError as error:
         fix = "simplify the named part of the schema; the form in which it must hold knows less than a schema alone"
-        what = "A schema of these tools cannot be compiled" if schemas else "This JSON schema cannot be compiled"
-        raise _refusal("unsupported_schema", what, error, fix=fix) from None
+        what = (
+            "A schema of these tools cannot be compiled"
+            if tags["structures"]
+            else "This JSON schema cannot be compiled"
+        )
+        raise refusal("unsupported_schema", what, error, fix=fix) from None
 
 
 def _vet(schema: Any) -> None:
     """Refuses what would cost too much, could never end, or would be misread."""
     if (pairs := sum(size * size for size in property_counts(schema))) > MAX_PROPERTY_PAIRS:
         why = f"its cost grows with the square of an object's properties: {pairs:,}, at most {MAX_PROPERTY_PAIRS:,}"
-        raise _too_large("The JSON schema", why)
+        raise too_large("The JSON schema", why)
     if (levels := depth(schema, references(schema))) > MAX_DEPTH:
         why = f"with its references followed it may be {levels:,} levels deep, at most {MAX_DEPTH:,} are allowed"
-        raise _too_large("The JSON schema", why)
+        raise too_large("The JSON schema", why)
     for pattern in patterns(schema):
         if is_cut(pattern):
             why = f"the pattern {reprlib.repr(pattern)} ends in a backslash that escapes nothing"
@@ -226,18 +216,6 @@ def _vet(schema: Any) -> None:
         )
 
 
-def _refusal(code: str, what: str, error: ValueError, *, fix: str = "") -> InvalidRequest:
-    why = _brief(error)
-    if _OVER_LIMIT.search(why):
-        return _too_large(what.removesuffix(" cannot be compiled"), why)
-    return InvalidRequest(code, what, why=why, fix=fix)
-
-
-def _too_large(what: str, why: str) -> InvalidRequest:
-    fix = "make it shorter, with fewer alternatives and lower counts of repetition"
-    return InvalidRequest("grammar_too_large", f"{what} costs too much", why=why, fix=fix)
-
-
 def _pattern_words(schema: Any) -> Iterator[bytes]:
     """For each pattern a text that is nothing but a match of it, which chance would not find."""
     for pattern in patterns(schema)[:MAX_PATTERNS]:
@@ -248,7 +226,3 @@ def _pattern_words(schema: Any) -> Iterator[bytes]:
             continue
         if word is not None:
             yield word
-
-
-def _brief(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:300]

@@ -90,13 +90,18 @@ class FieldWriter:
             least, most = part.get("minLength", 0), part.get("maxLength", MAX_LENGTH)
             if not all(type(number) is int and 0 <= number <= MAX_LENGTH for number in (least, most)) or least > most:
                 raise ValueError(f"the length of {key[:64]!r} must be within 0 and {MAX_LENGTH}")
-            end = "".join(char if char.isalnum() else f"\\x{{{ord(char):x}}}" for char in self._end)
-            self.rules.append(f"{name.upper()}: /(.|\\n){{{least},{most}}}/ & ~/(.|\\n)*{end}(.|\\n)*/")
+            self.rules.append(f"{name.upper()}: /(.|\\n){{{least},{most}}}/ & {without(self._end)}")
             return name.upper()
         if demands and not _is_free(part):
             beyond = ", ".join(sorted(demands - _LENGTHS or demands))
             raise ValueError(f"a text such as {key[:64]!r} cannot be held to {beyond} in this form")
         return "TEXT"
+
+
+def without(end: str) -> str:
+    """The terminal of all texts that a mark is not in."""
+    mark = "".join(char if char.isalnum() else f"\\x{{{ord(char):x}}}" for char in end)
+    return f"~/(.|\\n)*{mark}(.|\\n)*/"
 
 
 def _is_free(part: Any) -> bool:

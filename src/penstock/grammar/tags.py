@@ -14,6 +14,9 @@ with which one starts. What a call of a tool needs beyond that is said by furthe
 A structure may have a ``field``: its arguments are then written one by one as plain text, in the order of the schema,
 each between these two texts, in the first of which ``{key}`` is its name.
 
+In place of the schema it may have ``regex`` or ``lark``: between ``begin`` and ``end`` there is then a text of that
+expression or grammar, written as within the quotes of a JSON string, or plainly between the two texts of ``field``.
+
 Without triggers only the start of a text tells whether it is a structure: a free text does not start like JSON.
 """
 
@@ -24,8 +27,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penstock.grammar.fields import FieldWriter
+from penstock.grammar.fields import FieldWriter, without
 from penstock.grammar.schema import exact, references
+from penstock.grammar.texts import terminal, text_grammar, unanchored
 from penstock.grammar.tokens import TokenTable
 
 TEXT = "TEXT: /(.|\\n)*/"
@@ -34,8 +38,13 @@ PLAIN = "PLAIN: /([^ \\t\\r\\n{\\[](.|\\n)*)?/"
 
 
 def tags_grammar(tags: Mapping[str, Any], table: TokenTable) -> str:
-    """In llguidance's Lark. Raises ValueError: a structure begins with no trigger."""
-    return _Writer(tags, table).grammar()
+    """In llguidance's form.
+
+    Raises:
+        InvalidRequest: invalid_regex, invalid_grammar, grammar_too_large.
+        ValueError: a structure begins with no trigger, or demands what cannot be held in its form.
+    """
+    return _Writer(tags, table).source()
 
 
 class _Writer:
@@ -45,8 +54,15 @@ class _Writer:
         words = sorted(filter(None, self._special), key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, words)) or "(?!)")
         self._rules: list[str] = []
+        self._texts: dict[str, str] = {}
 
-    def grammar(self) -> str:
+    def source(self) -> str:
+        """Texts have grammars of their own, whose names are not those of others."""
+        grammars = [{"lark_grammar": self._grammar()}]
+        grammars += [{"name": name, "lark_grammar": text} for name, text in self._texts.items()]
+        return json.dumps({"grammars": grammars})
+
+    def _grammar(self) -> str:
         tags = self._tags
         structures, triggers = tags["structures"], tags.get("triggers") or []
         if not structures:
@@ -115,6 +131,9 @@ class _Writer:
         return f"({self._literal(first.removeprefix(read))} any_{number} {more} {self._literal(last)})"
 
     def _inner(self, name: str, structure: Mapping[str, Any]) -> str:
+        for kind in ("regex", "lark"):
+            if kind in structure:
+                return self._text(name, kind, structure[kind], structure.get("field"))
         if "field" not in structure:
             return _json(structure["schema"])
         begin, end = structure["field"]
@@ -122,6 +141,18 @@ class _Writer:
         fields = writer.fields(structure["schema"])
         self._rules += writer.rules
         return fields
+
+    def _text(self, name: str, kind: str, definition: str, field: Sequence[str] | None) -> str:
+        grammar = text_grammar(kind, definition, quoted=field is None)
+        if field is None:
+            self._texts[f"text_{name}"] = grammar
+            return f"@text_{name}"
+        if kind == "lark":
+            raise ValueError("a text that is written plainly cannot be held to a grammar in Lark")
+        begin, end = field
+        self._rules.append(f"TEXT_{name}: {terminal(unanchored(definition))} & {without(end.strip())}")
+        self._rules.append(self._head(f"text_{name}", end, f"TEXT_{name}"))
+        return f"{self._literal(begin)} text_{name}"
 
     def _literal(self, text: str) -> str:
         """With special tokens as such."""
@@ -137,8 +168,10 @@ def _whole(structure: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a structure that is a JSON object, whose text the lexer could not tell from an answer's.
 
     Raises:
-        ValueError: its own schema has references, which would lead elsewhere.
+        ValueError: its own schema has references, which would lead elsewhere; or it has none.
     """
+    if "schema" not in structure:
+        raise ValueError("a tool's input of a grammar, beside the form of an answer, in a format without marks")
     if references(structure["schema"]):
         raise ValueError("$ref in a tool, beside the form of an answer, in a format without marks")
     members = json.loads(f"{structure['begin']}null{structure['end']}")

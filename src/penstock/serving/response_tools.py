@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from penstock.serving.errors import invalid, unsupported
-from penstock.serving.tools import FunctionSpec, ToolSpec
+from penstock.serving.tools import CustomSpec, FunctionSpec, ToolSpec
 from penstock.serving.unread_fields import NotedFields
 
 Item = dict[str, Any]
@@ -45,7 +45,7 @@ def tools_from(tools: Sequence[Item] | None) -> list[ToolSpec]:
         if kind not in ("function", "custom"):
             raise unsupported(f"tools[{i}].type", what="Only tools of type function and custom are supported here")
         try:
-            function = msgspec.convert(tool if kind == "function" else _custom(tool), FunctionSpec)
+            function = msgspec.convert(tool, FunctionSpec) if kind == "function" else _custom(tool, f"tools[{i}]")
         except msgspec.ValidationError as error:
             raise invalid(f"tools[{i}]", str(error)[:200]) from None
         found.append(ToolSpec(type="function", function=function))
@@ -54,13 +54,21 @@ def tools_from(tools: Sequence[Item] | None) -> list[ToolSpec]:
     return found
 
 
-def _custom(tool: Item) -> Item:
-    """A function of one text, held to that. A grammar of the text is told to the model, and not enforced."""
+def _custom(tool: Item, place: str) -> CustomSpec:
+    """A function of one text, held to that, and to a grammar if it has one, of which the model is told, too."""
     told = tool.get("description")
+    text: tuple[str, str] | None = None
     match tool.get("format"):
-        case {"type": "grammar", "syntax": str(syntax), "definition": str(definition)}:
+        case None | {"type": "text"}:
+            pass
+        case {"type": "grammar", "syntax": "lark" | "regex" as syntax, "definition": str(definition)}:
+            text = (syntax, definition)
             told = f"{told or ''}\n\nThe input follows this {syntax} grammar:\n{definition}".strip()
-    return {"name": tool.get("name"), "description": told, "parameters": _INPUT, "strict": True}
+        case _:
+            why = "it must be of type text, or of type grammar with its syntax, lark or regex, and its definition"
+            raise invalid(f"{place}.format", why)
+    asked = {"name": tool.get("name"), "description": told, "parameters": _INPUT, "strict": True, "text": text}
+    return msgspec.convert(asked, CustomSpec)
 
 
 def custom_names(tools: Iterable[Item] | None) -> frozenset[str]:

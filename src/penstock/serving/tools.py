@@ -27,6 +27,12 @@ class FunctionSpec(msgspec.Struct, kw_only=True):
     strict: bool | None = None
 
 
+class CustomSpec(FunctionSpec, kw_only=True):
+    """Of one text: ``text`` as of ``spec.tools.Tool``. No request has this shape."""
+
+    text: tuple[str, str] | None = None
+
+
 class ToolSpec(msgspec.Struct, kw_only=True):
     type: str
     function: FunctionSpec | None = None
@@ -93,6 +99,8 @@ class Offer:
     def _structure(self, tool: Tool, shape: CallShape) -> dict[str, Any]:
         exact = self.forced or tool.strict
         begin = shape.begin.format(name=json.dumps(tool.name), bare_name=tool.name)
+        if tool.text is not None:
+            return _held_text(*tool.text, begin, shape)
         structure = {
             "begin": begin,
             "schema": json.loads(tool.parameters) if exact else {"type": "object"},
@@ -119,6 +127,16 @@ def after_thoughts(
     says = calls.shape.says if calls is not None and tags.channels else ""
     form = {"structures": [], "thoughts": _thoughts(tags, opened=opened), "answer": _answer(wanted), "says": says}
     return StructuredOutputs(structural_tag=form)
+
+
+def _held_text(kind: str, definition: str, begin: str, shape: CallShape) -> dict[str, Any]:
+    if shape.field is None:
+        return {"begin": begin + '{"input": "', kind: definition, "end": '"}' + shape.end}
+    if kind == "lark":
+        what = "This model writes calls in a format in which no input can be held to a grammar in Lark"
+        raise HTTPError("unsupported_parameter", what, fix="describe it with a regular expression", param="tools")
+    field = [shape.field.begin.replace("{key}", "input"), shape.field.end]
+    return {"begin": begin, kind: definition, "end": shape.end, "field": field}
 
 
 _JSON = ("json", "json_object")
@@ -226,7 +244,9 @@ def _tool(function: FunctionSpec) -> Tool:
     schema = _schema(function)
     if function.parameters is None:  # as in OpenAI's API: it has no arguments
         schema["additionalProperties"] = False
-    return Tool(name=function.name, parameters=json.dumps(schema, ensure_ascii=False), strict=bool(function.strict))
+    text = function.text if isinstance(function, CustomSpec) else None
+    parameters = json.dumps(schema, ensure_ascii=False)
+    return Tool(name=function.name, parameters=parameters, strict=bool(function.strict), text=text)
 
 
 def _schema(function: FunctionSpec) -> dict[str, Any]:

@@ -17,6 +17,8 @@ MAX_CHOICES = 10_000
 MAX_STRUCTURES = 256
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_HELD: dict[str, tuple[type, ...]] = {"schema": (dict, bool), "regex": (str,), "lark": (str,)}
+"""What a structure may be held to."""
 _NOT_YET = ("disable_additional_properties", "whitespace_pattern")
 
 
@@ -137,9 +139,11 @@ def _tags_text(value: object) -> str:
     fits = isinstance(structures, list) and least <= len(structures) <= MAX_STRUCTURES
     _expect("structural_tag", fits, value, f"it must have 1 to {MAX_STRUCTURES} structures")
     for structure in structures or ():
-        whole = isinstance(structure, dict) and isinstance(structure.get("schema"), (dict, bool))
+        kinds = _HELD.keys() & structure if isinstance(structure, dict) else ()
+        whole = len(kinds) == 1 and all(isinstance(structure[kind], _HELD[kind]) for kind in kinds)
         texts = whole and all(isinstance(structure.get(name), str) for name in ("begin", "end"))
-        _expect("structural_tag", texts, structure, "a structure has begin and end, texts, and a schema")
+        why = "a structure has begin and end, texts, and one of schema, regex and lark"
+        _expect("structural_tag", texts, structure, why)
         field = structure.get("field", ["", "e"])
         texts = isinstance(field, list) and len(field) == 2 and all(isinstance(part, str) for part in field)
         _expect("structural_tag", texts and bool(field[1]), field, "field must be two texts, the second not empty")

@@ -12,11 +12,13 @@ class Tool:
     Attributes:
         parameters: JSON schema of its arguments, as JSON text.
         strict: calls must be instances of the schema.
+        text: its only argument is a text named ``input``, and follows this: "regex" or "lark", and the definition.
     """
 
     name: str
     parameters: str = '{"type":"object"}'
     strict: bool = False
+    text: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
