@@ -279,7 +279,7 @@ def test_a_flood_of_headers_is_cut_off(server: Server) -> None:
 
 
 def test_200_resets_in_the_middle_of_streams(server: Server) -> None:
-    body, before = json.dumps(STREAM).encode(), memory(server)
+    body, before = json.dumps(STREAM | {"max_tokens": 150}).encode(), memory(server)
     connections = []
     for i in range(200):
         connection = socket.create_connection(server.address, timeout=60)
