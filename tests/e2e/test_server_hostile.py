@@ -359,6 +359,42 @@ def test_a_head_that_trickles_is_not_waited_for(impatient: tuple[int, Any]) -> N
         assert silent.recv(10) == b""
 
 
+@pytest.mark.parametrize("drips", [False, True])
+@pytest.mark.parametrize(("path", "status"), [("/v1/x", b"404"), (COMPLETIONS, b"413")])
+def test_a_body_that_nobody_reads_is_not_waited_for(
+    impatient: tuple[int, Any], path: str, status: bytes, drips: bool
+) -> None:
+    """It was answered already: one byte of it, or one now and then, keeps no connection."""
+    port, _ = impatient
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(head_of(b"", path).replace(b"Length: 0", b"Length: 999999999"))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 " + status)
+        connection.sendall(b"x")
+        deadline = time.monotonic() + 20
+        with contextlib.suppress(ConnectionError):
+            while drips and time.monotonic() < deadline:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+            assert connection.recv(1) == b""
+        assert time.monotonic() < deadline
+
+
+def test_a_body_that_nobody_read_but_that_ends_costs_no_connection(
+    impatient: tuple[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, _ = impatient
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 2.0)
+    body = b"x" * 100_000
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        for _ in range(2):
+            connection.sendall(head_of(body, "/v1/x"))
+            assert connection.recv(4096).startswith(b"HTTP/1.1 404")
+            connection.sendall(body[:50_000])
+            time.sleep(1.2)
+            connection.sendall(body[50_000:])
+            time.sleep(1.2)  # the next head has all of its time
+
+
 def test_a_client_that_reads_nothing_is_cut_off_and_its_request_ends(impatient: tuple[int, Any]) -> None:
     port, context = impatient
     body = json.dumps(STREAM | {"model": None, "n": 128, "logprobs": 100}).encode()

@@ -14,7 +14,8 @@ MAX_HEADER_BYTES = 32 << 10
 MAX_HEADERS = 64
 
 HEAD_SECONDS = 10.0
-"""A request's headers must have arrived after this long; of a new connection, counted from its start."""
+"""A request's headers must have arrived after this long; of a new connection, counted from its start. And so must the
+rest of a body that was answered unread: a client that still sends it can read the answer meanwhile."""
 
 STALL_SECONDS = 60.0
 """A client that has not taken what was sent to it for so long is cut off, and its request ends."""

@@ -47,10 +47,12 @@ class Handshake(SSLProtocol):
 
 
 class Connection(H11Protocol):
-    """Gives a request's head HEAD_SECONDS to arrive, and cuts off a client that has read nothing for STALL_SECONDS.
+    """Gives a request's head HEAD_SECONDS to arrive, and as long to a body after its answer; cuts off a client that has
+    read nothing for STALL_SECONDS.
 
     uvicorn ends a connection that is silent between requests, but not one that sends its headers a byte at a time, nor
-    one that never reads: either would hold a place among MAX_CONNECTIONS for ever, the latter its request's too.
+    the body of a request that was refused unread, nor one that never reads: each would hold a place among
+    MAX_CONNECTIONS for ever, the last its request's too.
     """
 
     _tcp: asyncio.Transport | None = None  # while TLS shakes hands over it
@@ -81,8 +83,11 @@ class Connection(H11Protocol):
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
+        unread = self.conn.our_state is h11.DONE
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        if unread and self.conn.our_state is h11.IDLE:  # the body has ended, and a new head has all of its time
+            self._head = _stop(self._head)
+        if self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE:
             self._wait_for_head()
         else:
             self._head = _stop(self._head)
@@ -90,6 +95,8 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         self._head = _stop(self._head)
         super().on_response_complete()
+        if self.conn.our_state is h11.DONE:  # before the body was there: what comes of it is dropped
+            self._wait_for_head()
 
     def pause_writing(self) -> None:
         super().pause_writing()
