@@ -22,6 +22,7 @@ from penstock.sim.toy import toy_completion, toy_reports
 from penstock.spec import EngineConfig, SamplingParams, TokenLogprobs
 from penstock.wire import RemoteService, remote
 from penstock.wire.process import EngineProcess
+from penstock.wire.restarts import MAX_RESTARTS
 from toyhost import DEADLY, ENDLESS, VOCAB
 
 ARGV = [sys.executable, str(Path(__file__).with_name("toyhost.py"))]
@@ -287,10 +288,39 @@ def test_an_engine_that_cannot_start_again_stays_dead(tmp_path: Path, monkeypatc
     kill(service)
     heard.all()
     assert {last.error.code for last in heard.last.values() if last.error} == {"engine_dead"}
-    assert not service.alive and service.status().counters.restarts == remote.MAX_RESTARTS
+    assert not service.alive and service.status().counters.restarts == MAX_RESTARTS
     with pytest.raises(EngineError, match=r"ended with status 3.*5 times in 60 seconds.*engine_dead"):
         heard.submit(job("b"))
     service.close()
+
+
+def test_an_engine_that_cannot_be_started_for_a_moment_costs_no_stream(
+    service: RemoteService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when descriptors, memory or room for its socket are short: one more death, with its pause."""
+    heard = Heard(service)
+    heard.submit(job("a", 400, n=2))
+    heard.until(lambda: bool(heard.tokens))
+    with monkeypatch.context() as short:
+        short.setattr(tempfile, "tempdir", "/nowhere")
+        kill(service)
+        until(lambda: "[engine_process]" in caplog.text)
+    heard.all().verify(job("a", 400, n=2))
+    assert service.status().counters.restarts == 1
+
+
+def test_an_engine_that_can_never_be_started_again_is_given_up(
+    service: RemoteService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Heard(service)
+    heard.submit(job("a", 400, n=2))
+    heard.until(lambda: bool(heard.tokens))
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    kill(service)
+    heard.all()
+    with pytest.raises(EngineError, match=r"cannot be started: .*/nowhere.*5 times in 60 seconds.*engine_dead"):
+        heard.submit(job("b"))
+    assert service.status().counters.restarts == 0
 
 
 def test_why_the_first_engine_does_not_start() -> None:

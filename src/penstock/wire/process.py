@@ -134,5 +134,5 @@ def _unstarted(why: str) -> ConfigError:
         "engine_process",
         "The engine process cannot be started",
         why=why[:200],
-        fix="see that TMPDIR is short and writable",
+        fix="see that TMPDIR is short and writable, and that the system has descriptors (ulimit -n) and memory left",
     )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from penstock.base import EngineError, PenstockError
+from penstock.base import ConfigError, EngineError, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update, duplicate_id, engine_stopped
 from penstock.core.trace import Trace
 from penstock.spec import EngineConfig
@@ -38,15 +38,11 @@ from penstock.wire.messages import (
     encode,
 )
 from penstock.wire.process import LEAVE_SECONDS, EngineProcess
+from penstock.wire.restarts import Restarts
 from penstock.wire.under_way import UnderWay
 
 log = logging.getLogger(__name__)
 
-MAX_RESTARTS = 5
-"""In RESTART_SECONDS. An engine that dies more often stays dead."""
-RESTART_SECONDS = 60.0
-FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
-"""Seconds before a restart; the second in a row waits twice as long, and so on."""
 MAX_DEATHS = 3
 """Engines that may die of a request. After the last but one, those that were there are let in one by one: whoever kills
 the next engine has come alone."""
@@ -212,27 +208,26 @@ class RemoteService:
             EngineError: (engine_dead) they die too often; (load_timeout) one hung while it loaded its model.
             PenstockError: why the first one did not start.
         """
-        deaths: deque[float] = deque()
-        pause = FIRST_PAUSE
+        restarts = Restarts()
         while True:
             since = time.monotonic()
             served, why = self._follow()
             if self._closing.is_set():
                 return
-            now = time.monotonic()
-            deaths.append(now)
-            while deaths[0] < now - RESTART_SECONDS:
-                deaths.popleft()
-            if len(deaths) > MAX_RESTARTS:
-                raise dead(f"{why}, and it was started again {MAX_RESTARTS} times in {RESTART_SECONDS:g} seconds")
-            pause = FIRST_PAUSE if now - since > RESTART_SECONDS else min(2 * pause, LAST_PAUSE)
+            pause = restarts.after(why, since)
             log.error("%s while %d requests were under way; it is started again", why, len(self._requests))
             self._bury(served)
-            if self._closing.wait(pause):
+            while not self._closing.wait(pause):
+                try:
+                    self._process = EngineProcess(self._argv)
+                    break
+                except ConfigError as error:  # of want that may pass: of descriptors, memory, room in TMPDIR
+                    log.error("%s", error)
+                    pause = restarts.after(f"{error.what}: {error.why}", time.monotonic())
+            else:
                 return
             self._epoch += 1
             self._gone.restarts += 1
-            self._process = EngineProcess(self._argv)
 
     def _follow(self) -> tuple[bool, str]:
         """One engine from its start to its end. Returns whether it served, and how it ended. Raises as ``_serve``."""
