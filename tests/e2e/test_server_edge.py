@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock import AsyncLLM
-from penstock.core.service import Sink, Submission
+from penstock.core.service import Sink, Submission, Update
 from penstock.serving import build_app, edge
 from penstock.serving.limits import (
     MAX_BODY_BYTES,
@@ -31,6 +32,7 @@ from penstock.serving.limits import (
 )
 from penstock.spec import EngineConfig
 from penstock.text import ChatTemplate
+from penstock.wire.faults import quarantined
 from servers import MODEL, PROMPT, TEMPLATE, Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -313,6 +315,31 @@ def test_texts_of_other_exceptions_stay_inside(
         assert error_of(response, 500)["code"] == "internal_error"
         assert "canary" not in response.text
     assert "canary" in caplog.text
+
+
+def test_official_clients_do_not_send_again_what_kills_engines(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They try twice more what was answered 500."""
+    sent: list[str] = []
+
+    def deadly(submission: Submission, sink: Sink) -> None:
+        sent.append(submission.id)
+        sink(Update(submission.id, 0, finish_reason="error", error=quarantined(3)))
+
+    monkeypatch.setattr(llm.engine.service, "submit", deadly)
+
+    async def ask_both() -> None:
+        face = AsyncLLM(replace(llm.engine, chat=ChatTemplate(TEMPLATE)))
+        transport = httpx.ASGITransport(build_app(face)[0])
+        async with httpx.AsyncClient(transport=transport) as http:
+            theirs = openai.AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=http)
+            with pytest.raises(openai.InternalServerError, match="request_quarantined"):
+                await theirs.completions.create(model=llm.engine.name, prompt=PROMPT)
+            body = {"model": llm.engine.name, "max_tokens": 4, "messages": [USER]}
+            other = await http.post("http://server/v1/messages", json=body)  # whose client has a transport of its own
+            assert (other.status_code, other.headers["x-should-retry"]) == (500, "false")
+
+    asyncio.run(ask_both())
+    assert len(sent) == 2
 
 
 def test_an_error_after_the_first_event_is_the_last_event(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:

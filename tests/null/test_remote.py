@@ -23,7 +23,7 @@ from penstock.spec import EngineConfig, SamplingParams, TokenLogprobs
 from penstock.wire import RemoteService, remote
 from penstock.wire.process import EngineProcess
 from penstock.wire.restarts import MAX_RESTARTS
-from toyhost import DEADLY, ENDLESS, VOCAB
+from toyhost import DEADLY, ENDLESS, LATE, VOCAB
 
 ARGV = [sys.executable, str(Path(__file__).with_name("toyhost.py"))]
 PROMPT = (5, 6, 7)
@@ -187,6 +187,43 @@ def test_a_request_that_kills_engines_ends_alone(service: RemoteService) -> None
     for submission in mates:
         heard.verify(submission)
     assert service.status().counters.restarts == remote.MAX_DEATHS
+
+
+@pytest.mark.parametrize("when", ["at once", "while others are tried", "after that"])
+def test_a_client_that_sends_it_again_takes_nobody_along(service: RemoteService, when: str) -> None:
+    """As clients do that are told 500: under a new id, and nothing is known of it."""
+    heard = Heard(service)
+    mates = [job(str(i), 400, seed=i, n=1 + i % 2, tokens=(i + 1, 2)) for i in range(6)]
+    for submission in mates:
+        heard.submit(submission)
+    heard.submit(job("deadly", tokens=(1, DEADLY)))
+    heard.until(lambda: ("deadly", 0) in heard.last)
+    if when == "while others are tried":
+        until(lambda: service._tried is not None)
+    elif when == "after that":
+        until(lambda: service.alive and service._tried is None)
+    heard.submit(job("again", tokens=(1, DEADLY)))
+    heard.submit(late := job("late"))
+    for submission in [*mates, late]:
+        heard.all().verify(submission)
+    for id in ("deadly", "again"):
+        error = heard.last[id, 0].error
+        assert error is not None and error.code == "request_quarantined"
+    assert service.status().counters.restarts <= MAX_RESTARTS and service.fault is None
+
+
+def test_who_kills_engines_late_is_found_as_well(service: RemoteService) -> None:
+    """It dies of a later part of its prompt; what is told of the first acquits nobody."""
+    heard = Heard(service)
+    mates = [job(str(i), 300, seed=i, tokens=(i + 1, 2)) for i in range(3)]
+    late = job("late", tokens=(1, LATE) * 200)
+    for submission in [*mates, late]:
+        heard.submit(submission)
+    heard.all()
+    error = heard.last["late", 0].error
+    assert error is not None and error.code == "request_quarantined"
+    for submission in mates:
+        heard.verify(submission)
 
 
 def test_an_engine_that_is_started_again_leaves_others_what_they_need_by_then(service: RemoteService) -> None:

@@ -20,17 +20,21 @@ from penstock.host import main
 from penstock.sim.toy import Done, ToyExecutor
 from penstock.spec import EngineConfig, Vocabulary
 
-VOCAB, DEADLY, ENDLESS = 64, 64, 65
-"""A prompt with the token DEADLY kills the process that computes it; with ENDLESS, its step never ends."""
+VOCAB, DEADLY, ENDLESS, LATE = 64, 64, 65, 66
+"""A prompt with the token DEADLY kills the process that computes it; with ENDLESS, its step never ends. With LATE the
+process dies of its 300th token."""
 
 SETUP = EngineSetup(
     pools=(PoolSpec(512),),
     block_size=8,
     numerics_id=b"toy",
     limits=Limits(max_batch_tokens=64, max_batch_requests=16, max_model_len=512),
-    vocabulary=Vocabulary(size=VOCAB + 2),
+    vocabulary=Vocabulary(size=VOCAB + 3),
     depth=2,
 )
+
+
+late = set[int]()  # requests with LATE in their prompts
 
 
 class Slow(ToyExecutor):
@@ -38,7 +42,9 @@ class Slow(ToyExecutor):
 
     def submit(self, plan: StepPlan) -> Done:
         time.sleep(0.003)
-        if any(DEADLY in new.tokens for new in plan.new):
+        late.update(new.id for new in plan.new if LATE in new.tokens)
+        due = any(request in late and start + count >= 300 for request, start, count in plan.slices)
+        if due or any(DEADLY in new.tokens for new in plan.new):
             os._exit(7)
         if any(ENDLESS in new.tokens for new in plan.new):
             time.sleep(600)

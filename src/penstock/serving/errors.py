@@ -159,6 +159,8 @@ def error_response(error: PenstockError, path: str) -> Response:
 def headers_of(error: PenstockError) -> dict[str, str]:
     if isinstance(error, Unavailable):
         return {"retry-after": str(_seconds(error))}
+    if error.code == "request_quarantined":  # official clients send what got a 500 again at once, unless told
+        return {"x-should-retry": "false"}
     return {"www-authenticate": "Bearer"} if error.status == 401 else {}
 
 

@@ -14,7 +14,7 @@ from penstock.base import ConfigError, PenstockError
 
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?")
 _LEFT = [f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")]
-_ANSWERS = ["x-request-id", "retry-after", *_LEFT]
+_ANSWERS = ["x-request-id", "retry-after", "x-should-retry", *_LEFT]
 _log = logging.getLogger(__name__)
 
 

@@ -21,7 +21,7 @@ def load_timeout(seconds: float) -> EngineError:
 def quarantined(deaths: int) -> EngineError:
     return EngineError(
         "request_quarantined",
-        f"The engine process died {deaths} times while the request ran",
-        why="the request may be the cause",
-        fix="send it again alone, and report it if that fails",
+        "The engine process died while the request ran",
+        why=f"{deaths} did in all, the last when it had let this one in alone: it may be the cause",
+        fix="do not send it again as it is; report it",
     )

@@ -44,8 +44,8 @@ from penstock.wire.under_way import UnderWay
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
-"""Engines that may die of a request. After the last but one, those that were there are let in one by one: whoever kills
-the next engine has come alone."""
+"""Engines that may die of a request. After the last but one everybody is let in one by one, those that come meanwhile
+too: whoever kills an engine then has come alone, and is quarantined."""
 WATCH_SECONDS = 0.5
 """Between two looks at an engine's progress."""
 
@@ -92,6 +92,7 @@ class RemoteService:
         self._look_number = 0
         self._alone: deque[str] = deque()  # requests that wait to be tried alone, and the one that is being tried
         self._tried: str | None = None
+        self._wary = False  # the last engine died of a request alone, which its client may send again at once
         self._fault: EngineError | None = None
         self._closing = threading.Event()
         self._first: Future[Ready] = Future()
@@ -122,7 +123,9 @@ class RemoteService:
             if submission.id in self._requests:
                 raise duplicate_id(submission.id)
             self._requests[submission.id] = UnderWay(submission, sink)
-            if self._mail:
+            if self._tried is not None:
+                self._alone.append(submission.id)
+            elif self._mail:
                 self._mail.put(frame)
 
     def abort(self, id: str, sample: int | None = None) -> None:
@@ -198,7 +201,7 @@ class RemoteService:
             open_requests, self._requests = self._requests, {}
         for request in open_requests.values():
             for sample in request.left:
-                _tell(request, Update(request.submission.id, sample, finish_reason="error", error=error))
+                request.tell(Update(request.submission.id, sample, finish_reason="error", error=error))
         self._process.end(0)
 
     def _serve(self) -> None:
@@ -302,12 +305,13 @@ class RemoteService:
         threading.Thread(target=_post, args=(connection, mail), name="penstock-engine-mail", daemon=True).start()
         with self._lock:
             self._mail = mail
-            for id, request in self._requests.items():
-                if request.deaths < MAX_DEATHS - 1:
+            requests = sorted(self._requests.values(), key=lambda request: -request.deaths)
+            if self._wary or (requests and requests[0].deaths >= MAX_DEATHS - 1):
+                self._alone.extend(request.submission.id for request in requests)
+                self._try_next()
+            else:
+                for request in requests:
                     self._continue(request)
-                else:
-                    self._alone.append(id)
-            self._try_next()
         self.held = ready.held
         if not self._first.done():
             self._first.set_result(ready)
@@ -349,10 +353,11 @@ class RemoteService:
     def _hear(self, update: Update) -> None:
         if (request := self._requests.get(update.id)) is None:
             return
-        if update.id == self._tried:  # it did no harm
+        self._pass_on(request, update)
+        if update.id == self._tried and request.harmless:
+            request.deaths = min(request.deaths, MAX_DEATHS - 2)
             with self._lock:
                 self._try_next()
-        self._pass_on(request, update)
 
     def _pass_on(self, request: UnderWay, update: Update) -> None:
         if not request.hear(update):
@@ -360,20 +365,24 @@ class RemoteService:
         if not request.left:
             with self._lock:
                 del self._requests[update.id]
-        if not _tell(request, update) and not update.finish_reason:
+        if not request.tell(update) and not update.finish_reason:
             self.abort(update.id, update.sample)
 
     def _bury(self, served: bool) -> None:
         """An engine is gone, and with it what killed it the last time that may be."""
         self._gone += self._status.counters
         self._status = replace(self._status, running=0, waiting=0, blocks_used=0, counters=Counters())
-        for id, request in list(self._requests.items()):
-            request.deaths += served and self._tried in (None, id)
-            if request.deaths >= MAX_DEATHS:
+        with self._lock:
+            tried, self._tried = self._tried, None
+            self._wary = served and tried is not None
+            self._alone.clear()
+            requests = list(self._requests.items())
+        for id, request in requests:
+            request.deaths += served and tried in (None, id)
+            if served and tried == id:
+                error = quarantined(request.deaths)
                 for sample in request.left:
-                    self._pass_on(request, Update(id, sample, finish_reason="error", error=quarantined(MAX_DEATHS)))
-        self._alone.clear()
-        self._tried = None
+                    self._pass_on(request, Update(id, sample, finish_reason="error", error=error))
 
 
 def _post(connection: Connection, mail: queue.SimpleQueue[bytes | None]) -> None:
@@ -383,13 +392,3 @@ def _post(connection: Connection, mail: queue.SimpleQueue[bytes | None]) -> None
             connection.send(frame)
     except OSError:
         pass  # it has died; whoever listens to it knows
-
-
-def _tell(request: UnderWay, update: Update) -> bool:
-    """Whether the caller took it. A caller's fault is not the engine's."""
-    try:
-        request.sink(update)
-    except Exception:
-        log.exception("the sink of request %s raised", update.id)
-        return False
-    return True
