@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import openai
 import pytest
 
 from commands import penstock, running
+from penstock.serving.limits import MAX_CONNECTIONS, OTHER_FILES, REFUSED_CONNECTIONS
 from servers import Server
 
 USER: Any = {"role": "user", "content": "Who has the key?"}
@@ -272,3 +275,39 @@ def test_a_silent_stream_is_pinged(tmp_path: Path) -> None:
 def children(process: subprocess.Popen[str]) -> list[int]:
     tasks = Path(f"/proc/{process.pid}/task").iterdir()
     return [int(each) for each in " ".join((task / "children").read_text() for task in tasks).split()]
+
+
+@pytest.mark.parametrize("hard", [700, 5000])
+def test_connections_are_as_many_as_there_are_descriptors_for(tmp_path: Path, hard: int) -> None:
+    """Of a soft limit that was low. Those above are answered 503, more are closed, and others go on."""
+    limited = ["sh", "-c", f'ulimit -Sn 128 && ulimit -Hn {hard} && exec "$@"', "sh", *QUICK]
+    log, options = tmp_path / "log", ("--store", str(tmp_path / "store"))
+    with (
+        log.open("w") as errors,
+        ExitStack() as open_ones,
+        running([*limited, *options], text=True, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1].removesuffix("/v1")
+        wanted = min(hard, MAX_CONNECTIONS + REFUSED_CONNECTIONS + OTHER_FILES)
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (wanted, hard)
+        if hard > wanted:
+            assert "there is room for" not in log.read_text()
+            return
+        assert "there is room for 380 connections instead of 4096" in log.read_text()
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        held = [open_ones.enter_context(socket.create_connection(address, 20)) for _ in range(443)]
+        for one in held:
+            one.sendall(b"G")
+        until(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) > 443, process)
+        held[-1].sendall(b"ET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert held[-1].recv(100).startswith(b"HTTP/1.1 503")
+        above = [open_ones.enter_context(socket.create_connection(address, 5)) for _ in range(100)]
+        for one in above[2:]:  # the one that was answered has left; HEAD_SECONDS are longer than 5
+            with suppress(ConnectionError):
+                assert one.recv(1) == b""
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) < hard - 100
+        for one in held[:100]:
+            one.close()
+        until(lambda: httpx.get(f"{url}/live").status_code == 200, process)
+        assert "Too many open files" not in log.read_text()

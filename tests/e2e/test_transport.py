@@ -156,14 +156,13 @@ def test_who_says_nothing_instead_of_a_handshake(secure: Secure) -> None:
         assert client.get("/live").status_code == 200
 
 
-def test_a_handshake_counts_as_a_connection(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handshake_counts_as_a_connection(folder: Path) -> None:
     """And none begins above MAX_CONNECTIONS. At the end of a server those that are under way end, too."""
-    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 3)
     context = Certificate(folder / "first.pem", folder / "first.key").context
 
     async def run() -> None:
         state = ServerState()
-        config = uvicorn.Config(lambda: None, ws="none", lifespan="off", log_config=None)  # type: ignore[arg-type, return-value]
+        config = uvicorn.Config(lambda: None, ws="none", lifespan="off", log_config=None, limit_concurrency=3)  # type: ignore[arg-type, return-value]
         made = partial(protocol.secured, context, config=config, server_state=state, app_state={})
         server = await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]

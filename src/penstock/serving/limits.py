@@ -136,7 +136,13 @@ STUCK_SECONDS = 60
 """And ends its process after so long, so that whoever supervises it starts another."""
 
 MAX_CONNECTIONS = 4096
-"""More are answered 503 at once."""
+"""More are answered 503 at once. There are fewer where the process may not open as many files."""
+
+REFUSED_CONNECTIONS = 64
+"""Of those, at a time; still more are closed."""
+
+OTHER_FILES = 256
+"""Descriptors of a server that are no connections: of engines, uploads, logs, what is stored."""
 
 MAX_FILE_BYTES = 200 << 20
 """Of one uploaded file, as OpenAI's API allows for batches."""

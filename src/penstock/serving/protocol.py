@@ -12,7 +12,6 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.serving import limits
-from penstock.serving.limits import MAX_CONNECTIONS
 
 STALLS = "penstock.stalls"
 """Where a request's scope has a list of when, and for how many seconds, its client had no room for what was written."""
@@ -35,7 +34,7 @@ class Handshake(SSLProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         tcp = cast(asyncio.Transport, transport)
-        if len(self._connection.connections) >= MAX_CONNECTIONS:  # nothing can be answered before the handshake
+        if self._connection.surplus >= 0:  # nothing can be answered before the handshake
             tcp.abort()
         else:
             self._connection.begin(tcp)
@@ -52,7 +51,8 @@ class Connection(H11Protocol):
 
     uvicorn ends a connection that is silent between requests, but not one that sends its headers a byte at a time, nor
     the body of a request that was refused unread, nor one that never reads: each would hold a place among
-    MAX_CONNECTIONS for ever, the last its request's too.
+    MAX_CONNECTIONS for ever, the last its request's too. uvicorn answers those above that number 503, and keeps them
+    all: above REFUSED_CONNECTIONS they are closed.
     """
 
     _tcp: asyncio.Transport | None = None  # while TLS shakes hands over it
@@ -71,6 +71,11 @@ class Connection(H11Protocol):
         self._head = _stop(self._head)
         self.connections.discard(self)
 
+    @property
+    def surplus(self) -> int:
+        """Connections above what there may be; below 0 there may be more."""
+        return len(self.connections) - (self.limit_concurrency or limits.MAX_CONNECTIONS)
+
     def shutdown(self) -> None:
         if self._tcp is None:
             super().shutdown()
@@ -81,6 +86,8 @@ class Connection(H11Protocol):
         self._tcp = None
         super().connection_made(Joined(transport, self.loop))  # type: ignore[arg-type]
         self._wait_for_head()
+        if self.surplus > limits.REFUSED_CONNECTIONS:
+            self._abort()
 
     def data_received(self, data: bytes) -> None:
         unread = self.conn.our_state is h11.DONE

@@ -23,6 +23,7 @@ from penstock.base.logs import unhurried
 from penstock.serving.admin import build_admin
 from penstock.serving.app import build_app
 from penstock.serving.context import Context
+from penstock.serving.descriptors import room_for_connections
 from penstock.serving.edge import LOOPBACK
 from penstock.serving.gate import Gate
 from penstock.serving.limits import CLOSE_SECONDS, DRAIN_SECONDS, MAX_CONNECTIONS, MAX_HEADER_BYTES
@@ -159,7 +160,7 @@ def serve(
     context.starting, context.origins, app = True, origins, shared_with(app, origins)
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
-    server = uvicorn.Server(_settings(app, certificate))
+    server = uvicorn.Server(_settings(app, certificate, room_for_connections()))
     ending = _Ending(server, context, certificate)
 
     async def run() -> None:
@@ -262,7 +263,9 @@ class _Ending:
         self.context.stop.set()
 
 
-def _settings(app: ASGIApp, certificate: Certificate | None = None) -> uvicorn.Config:
+def _settings(
+    app: ASGIApp, certificate: Certificate | None = None, connections: int = MAX_CONNECTIONS
+) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=Connection if certificate is None else cast("type[Connection]", partial(secured, certificate.context)),
@@ -273,7 +276,7 @@ def _settings(app: ASGIApp, certificate: Certificate | None = None) -> uvicorn.C
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
+        limit_concurrency=connections,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=CLOSE_SECONDS,
         h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,  # what is in memory; the edge checks exactly
