@@ -34,9 +34,9 @@ takes it for dead. What comes while a model is loaded is told in
 
 """
 ACCESS = """
-Where the server has a file of [keys](../how-to/keys.md), "public" asks for none, "inference" for any, as
-`Authorization: Bearer` or `x-api-key`, "admin" for one of that role. Elsewhere nobody is asked, but "admin" is refused
-where others than its machine can reach the server.
+Where the server has a file of [keys](../how-to/keys.md), "public" asks for none, "inference" and "tenant" for any, as
+`Authorization: Bearer` or `x-api-key`, "admin" for one of that role. Elsewhere nobody is asked, but "tenant" and
+"admin" are refused where others than its machine can reach the server.
 """
 
 
@@ -73,7 +73,7 @@ def roles() -> str:
     """A table of the paths that each kind of caller may use; what many begin with stands for all of them."""
     rows = {
         "no key": [*paths(app.ROUTES, "public"), "the files of the [dashboard](dashboard.md)"],
-        "any key": paths(app.ROUTES, "inference"),
+        "any key": paths(app.ROUTES, "inference", "tenant"),
         "a key of the role `admin`": paths(app.ROUTES, "admin"),
         "the same, at `--admin-port`": paths(admin.ROUTES, "admin"),
     }
@@ -81,17 +81,17 @@ def roles() -> str:
     return head + "".join(row(who, ", ".join(listed)) for who, listed in rows.items())
 
 
-def paths(table: Routes, access: Access, enough: int = 4) -> list[str]:
+def paths(table: Routes, *access: Access, enough: int = 4) -> list[str]:
     """``enough`` of them that begin alike are told as one."""
-    named = [re.sub(r"{(\w+)[^}]*}", lambda found: found[1].upper(), path) for path in of_access(table, access)]
+    named = [re.sub(r"{(\w+)[^}]*}", lambda found: found[1].upper(), path) for path in of_access(table, *access)]
     starts = Counter(path.split("/")[1] for path in named)
     short = (f"/{start}/..." if starts[start := path.split("/")[1]] >= enough else path for path in named)
     return [f"`{path}`" for path in dict.fromkeys(short)]
 
 
-def of_access(table: Routes, access: Access) -> list[str]:
+def of_access(table: Routes, *access: Access) -> list[str]:
     """Its paths that ask for so much, but for the files of the dashboard."""
-    return [path for path, (asked, *_) in table.items() if asked == access and not FILES.fullmatch(path)]
+    return [path for path, (asked, *_) in table.items() if asked in access and not FILES.fullmatch(path)]
 
 
 def given(media: str, schema: dict[str, Any]) -> str:

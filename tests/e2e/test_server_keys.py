@@ -434,6 +434,9 @@ def test_a_stranger_without_a_key_administers_nothing(stories: Path) -> None:
                         refused = stranger.request(method, path, json={"model": "stories260k"})
                         assert code(refused) == (403, "role_not_allowed"), path
                         assert "Serve with --keys" in refused.json()["error"]["message"]
+                    for method in " ".join(methods or ["GET"]).split() if access == "tenant" else ():
+                        assert code(stranger.request(method, path, json={})) == (403, "no_tenant"), (method, path)
+                assert stranger.post("/v1/files", data={"purpose": "batch"}, files={"file": b"{}"}).status_code == 403
                 for path, (access, *rest) in ROUTES.items():
                     if access != "admin" and len(rest) == 1 and "{" not in path:
                         assert stranger.get(path).status_code == 200, path

@@ -22,8 +22,8 @@ from penstock.serving.keys import MAX_KEY_LENGTH, Key, Keyring, process_key, rea
 from penstock.serving.texts import Texts
 from penstock.spec import Timing
 
-Access = Literal["public", "inference", "admin"]
-"""What a route asks of its caller."""
+Access = Literal["public", "inference", "tenant", "admin"]
+"""What a route asks of its caller. "tenant": that what it keeps is not everybody's, as all strangers are one tenant."""
 
 Headers = Iterable[tuple[bytes, bytes]]
 POOLS_QUEUED = 8
@@ -91,13 +91,21 @@ class Caller:
     finish: str | None = None
 
     def require(self, access: Access) -> None:
-        """Raises HTTPError: (no_api_key, invalid_api_key, key_revoked, role_not_allowed)."""
+        """Raises HTTPError: (no_api_key, invalid_api_key, key_revoked, role_not_allowed, no_tenant)."""
         if access == "public":
             return
         if self.refusal is not None:
             raise self.refusal
         if access == "admin" and not self.administers:
             raise _no_administrator(self.key)
+        if access == "tenant" and self.key is None and self.gate.public:
+            raise HTTPError(
+                "no_tenant",
+                "This server keeps nothing for who has no key",
+                why="others than its machine can reach it, and whoever has no key could read and delete what it keeps",
+                fix="serve with --keys, and send one",
+                status=403,
+            )
 
     def sees(self, tenant: str | None) -> bool:
         """Whether it may be told of a tenant's requests. Administrators are told of all."""
