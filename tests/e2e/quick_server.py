@@ -3,7 +3,7 @@
 Its options are those of ``penstock serve``. The face is the bundled model's, the context is 2 million tokens long. A
 token is a hash of the request's prompt, seed, sample and length, so that an answer that went to somebody else shows.
 Where QUICK_HOLD names a file, the model is loaded by two fifths and no more until that is there; what it holds is then
-wrong with the model. QUICK_PING says after how many seconds a silent stream is pinged.
+wrong with the model. QUICK_PING says after how many seconds a silent stream is pinged, QUICK_UPLOADING is MAX_UPLOADING.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ if __name__ == "__main__":
         limits.STILL_SECONDS, limits.STUCK_SECONDS, limits.STALL_SECONDS = 1, 3, 3
         limits.PING_SECONDS = float(os.environ.get("QUICK_PING", limits.PING_SECONDS))
         limits.MAX_FIELDS_NOTED = 1 << 20  # so that a test can have it log
+        limits.MAX_UPLOADING = int(os.environ.get("QUICK_UPLOADING", limits.MAX_UPLOADING))
         signal.signal(signal.SIGUSR1, spin)
         as_module = penstock.wire.python
         own = [sys.executable, str(Path(__file__)), "engine"]

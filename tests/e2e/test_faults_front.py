@@ -168,6 +168,27 @@ def test_uploads_that_stop_half_way_take_a_bounded_memory(server: Server) -> Non
         resource.prlimit(front, resource.RLIMIT_AS, was)
 
 
+def test_texts_that_wait_to_be_tokenized_take_a_bounded_memory() -> None:
+    """12 texts of 1 MB where 4 MB have a place, and what tokenizes them stands still. Small ones go by."""
+    text = "Once upon a time. " * 58_000
+    with quick(env=os.environ | {"QUICK_UPLOADING": str(4 * MB)}) as server, ThreadPoolExecutor(12) as pool:
+        expected = answer(server, text)
+        (texts,) = children(server.process.pid, "texthost")
+        os.kill(texts, signal.SIGSTOP)
+        try:
+            asked = [pool.submit(ask, server, text) for _ in range(12)]
+            until(lambda: sum(each.done() for each in asked) >= 8)
+            refused = [each.result() for each in asked if each.done()]
+            assert {(each.status_code, each.json()["error"]["code"]) for each in refused} == {(503, "uploads_full")}
+            assert answer(server, "Once") == answer(server, "Once")
+        finally:
+            os.kill(texts, signal.SIGCONT)
+        answered = [each.result() for each in asked if each.result().status_code == 200]
+        assert 1 <= len(answered) <= 4
+        assert {each.json()["choices"][0]["text"] for each in answered} == {expected}
+        assert answer(server, text) == expected  # and they have left their place
+
+
 @pytest.mark.slow
 def test_a_herd_at_a_cold_server() -> None:
     """2,000 requests in the moment in which it answers, for a queue of 400. Who is refused comes again when told to."""

@@ -50,7 +50,6 @@ class Context:
         live: engine ids of the requests under way that generate.
         tasks: those that make vectors, or choose among samples.
         history: those that ended last.
-        uploading: bytes of bodies that are being read or parsed.
         starting: the models that shall be there at once are being loaded; requests wait for them.
         draining: no new requests; the process is about to end.
         batches: files of requests, answered when there is time.
@@ -70,7 +69,6 @@ class Context:
     history: History = field(default_factory=History)
     starting: bool = False
     draining: bool = False
-    uploading: int = 0
     batches: Batches = field(init=False)
     kept: Kept = field(init=False)
     origins: tuple[str, ...] = ()

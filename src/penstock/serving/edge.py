@@ -19,7 +19,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock.base import Unavailable
-from penstock.serving.context import Context, context_of
+from penstock.serving import limits
+from penstock.serving.context import Context
 from penstock.serving.errors import AnthropicErrorBody, HTTPError, error_response, internal_error, shape_of_errors
 from penstock.serving.errors import request_id as current_id
 from penstock.serving.gate import Caller, current
@@ -32,7 +33,6 @@ from penstock.serving.limits import (
     MAX_HEADER_BYTES,
     MAX_HEADERS,
     MAX_JSON_DEPTH,
-    MAX_UPLOADING,
 )
 from penstock.serving.protocol import STALLS
 from penstock.serving.requestlog import line_of
@@ -156,7 +156,9 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
 
 @asynccontextmanager
 async def body_of(request: Request) -> AsyncIterator[bytes]:
-    """The whole body, at most MAX_BODY_BYTES of it, within BODY_SECONDS. It has its place in memory within the block.
+    """The whole body, at most MAX_BODY_BYTES of it, within BODY_SECONDS.
+
+    Its place in memory it has until its caller is charged or leaves: the text of it may wait to be tokenized.
 
     Raises:
         Unavailable: (uploads_full) the bodies of others take up MAX_UPLOADING bytes; small ones always have a place.
@@ -174,19 +176,20 @@ async def body_of(request: Request) -> AsyncIterator[bytes]:
         )
     if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:  # the HTTP parser saw to the digits
         raise _body_too_large()
-    context, body = context_of(request), bytearray()
+    caller, body = current.get(), bytearray()
     try:
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                await _read(request, body, context)
+                await _read(request, body, caller)
         except TimeoutError:
             why, fix = f"waited {BODY_SECONDS:g} s", "send it again, over a faster connection or in parts"
             raise HTTPError(
                 "request_timeout", "The body did not arrive in time", why=why, fix=fix, status=408
             ) from None
         yield bytes(body)
-    finally:
-        context.uploading -= max(0, len(body) - INLINE_BYTES)
+    except BaseException:
+        caller.put_down()
+        raise
 
 
 def _may_be_a_page(request: Request) -> bool:
@@ -194,21 +197,22 @@ def _may_be_a_page(request: Request) -> bool:
     return "origin" in request.headers or "sec-fetch-site" in request.headers
 
 
-async def _read(request: Request, body: bytearray, context: Context) -> None:
+async def _read(request: Request, body: bytearray, caller: Caller) -> None:
     received = 0
     async for chunk in request.stream():
         received += len(chunk)
         if received <= MAX_BODY_BYTES:
-            more = max(0, received - INLINE_BYTES) - max(0, len(body) - INLINE_BYTES)
-            if context.uploading + more > MAX_UPLOADING:
+            more = max(0, received - INLINE_BYTES) - caller.body
+            if caller.gate.uploading + more > limits.MAX_UPLOADING:
                 raise Unavailable(
                     "uploads_full",
                     "The server is reading as much as it takes on",
-                    why=f"{context.uploading} of {MAX_UPLOADING} bytes of bodies",
+                    why=f"{caller.gate.uploading} of {limits.MAX_UPLOADING} bytes of bodies",
                     fix="send it again in a few seconds",
                     retry_after=2.0,
                 )
-            context.uploading += more
+            caller.gate.uploading += more
+            caller.body += more
             body += chunk
         elif received > 4 * MAX_BODY_BYTES:
             break  # up to here it was drained, so that a client busy sending gets to read the answer

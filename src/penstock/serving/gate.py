@@ -52,6 +52,7 @@ class Caller:
         tenant: whose request it is.
         booked: False for a line of a batch, which is bounded where it comes from and stands behind all others; only its
             tokens count at its tenant's rate.
+        body: bytes of its body, but for the first INLINE_BYTES, until it is charged: what waits to be tokenized counts.
         ahead: requests under way when it came.
         waits, load: for its model to be loaded; how many seconds it has.
         let_go: what gives up the model that it uses, and whatever else it holds; any of it may have been given up.
@@ -69,6 +70,7 @@ class Caller:
     tenant: str = ""
     booked: bool = True
     arrived: float = field(default_factory=time.monotonic)
+    body: int = 0
     visit: Visit | None = None
     ahead: int = 0
     waits: bool = False
@@ -146,6 +148,12 @@ class Caller:
         admission.charge(self.visit, admission.size(prompt, completions, longest, max_tokens), now)
         self.admitted = self.admitted or now
         self.prompt_tokens += prompt
+        self.put_down()
+
+    def put_down(self) -> None:
+        """Gives back the place in memory that its body has."""
+        self.gate.uploading -= self.body
+        self.body = 0
 
     def reserve(self, tokens: int) -> None:
         """Takes room in the queue until ``release``, before it is known how long it can get. Raises Unavailable."""
@@ -184,6 +192,7 @@ class Caller:
     def leave(self) -> None:
         while self.let_go:
             self.let_go.pop()()
+        self.put_down()
         if self.visit is not None:
             used = self.prompt_tokens + self.completion_tokens
             self.gate.admission.leave(self.visit, time.monotonic(), used)
@@ -204,6 +213,7 @@ class Gate:
 
     Attributes:
         live: requests that have entered and not left.
+        uploading: bytes of bodies that are read, parsed or wait to be tokenized.
 
     Raises:
         ConfigError: as ``read_keys``.
@@ -216,6 +226,7 @@ class Gate:
         self.path = keys
         self.ring = None if keys is None else Keyring(read_keys(keys))
         self.live: set[Caller] = set()
+        self.uploading = 0
         self._found = 0
         self._share()
         self._own: tuple[Key, ...] = ()

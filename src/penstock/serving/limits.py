@@ -6,7 +6,7 @@ MAX_BODY_BYTES = 8 << 20
 """Largest request body. A million tokens of English are about 5 MB."""
 
 MAX_UPLOADING = 256 << 20
-"""Bytes of bodies that are being read or parsed at a time; of each the first INLINE_BYTES do not count."""
+"""Bytes of bodies that are read, parsed or wait to be tokenized; of each the first INLINE_BYTES do not count."""
 
 MAX_HEADER_BYTES = 32 << 10
 """Sum of names and values of a request's headers."""
