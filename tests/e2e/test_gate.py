@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import threading
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from penstock.serving import build_app
 from penstock.serving.batch_table import Batch
 from penstock.serving.gate import Gate
 from penstock.serving.keys import change_keys, new_key
-from penstock.spec import EngineConfig
+from penstock.spec import EngineConfig, SamplingParams, StructuredOutputs
 from servers import PROMPT
 
 KEYED = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/score", "/v1/rerank")
@@ -116,6 +117,52 @@ def test_a_prompt_that_never_fits_is_told_so_also_while_there_is_no_room(llm: As
     for prompt, expected in (([5] * longest, (400, "prompt_too_long")), ([5] * (longest - 1), (503, "queue_full"))):
         answer = asyncio.run(ask(prompt=prompt))
         assert (answer.status_code, answer.json()["error"]["code"]) == expected
+
+
+def test_schemas_that_take_long_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than there are threads, none of which ends; of one tenant one at a time is begun."""
+    llm, go = AsyncLLM(EngineConfig(dtype="float32", num_threads=1)), threading.Event()
+    grammars, begun = llm.engine.grammars(), list[str]()
+    known, compiled = StructuredOutputs(regex="[ab]{3}"), grammars.compile
+    held = compiled(known)
+
+    def slow(wanted: StructuredOutputs) -> object:
+        if wanted != known:
+            begun.append(str(wanted.regex))
+            go.wait(60)
+        return compiled(wanted)
+
+    monkeypatch.setattr(grammars, "compile", slow)
+
+    async def ask() -> None:
+        app, _ = build_app(llm)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+
+            def say(**form: object) -> Awaitable[httpx.Response]:
+                body = {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 4} | form
+                return client.post("/v1/chat/completions", json=body)
+
+            waiting = [asyncio.ensure_future(say(guided_regex=f"[a-c]{{{i}}}")) for i in range(1, 41)]
+            while not begun:
+                await asyncio.sleep(0.01)
+            try:
+                for form in ({}, {"guided_regex": held and known.regex}):
+                    assert (await asyncio.wait_for(say(**form), 30)).status_code == 200
+                await llm.tokenize("Once upon a time. " * 200)
+                assert not any(each.done() for each in waiting) and len(begun) == 1
+                other = asyncio.ensure_future(
+                    AsyncLLM(llm, "other").compile(SamplingParams(structured_outputs=StructuredOutputs(regex="other")))
+                )
+                while len(begun) < 2:
+                    await asyncio.sleep(0.01)
+                assert begun[1] == "other"
+            finally:
+                go.set()
+            await other
+            assert {each.status_code for each in await asyncio.gather(*waiting)} == {200}
+
+    asyncio.run(ask())
+    llm.close()
 
 
 def test_what_is_read_is_looked_at_before_there_are_threads(llm: AsyncLLM) -> None:

@@ -78,6 +78,10 @@ class Grammars:
             self._known[wanted] = grammar
             return self._use(wanted, grammar)
 
+    def known(self, wanted: StructuredOutputs) -> Grammar | None:
+        """What ``compile`` would have at once. Waits for nobody."""
+        return self._known.get(wanted)
+
     def _use(self, wanted: StructuredOutputs, grammar: Grammar) -> Grammar:
         self._recent[wanted] = grammar
         self._recent.move_to_end(wanted)

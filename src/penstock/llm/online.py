@@ -7,11 +7,12 @@ import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from penstock.assemble import Assembled, build_engine
 from penstock.base import InvalidRequest
 from penstock.core.service import Update
+from penstock.llm.compiling import compiled
 from penstock.llm.embedding import VectorJob, Vectors
 from penstock.llm.prompts import Message, Prompt, TokensPrompt, packed
 from penstock.llm.requests import Job, Requests
@@ -36,6 +37,9 @@ from penstock.spec import (
 )
 from penstock.text import Delta
 from penstock.wire import Chat, Text, TextWorkers
+
+if TYPE_CHECKING:
+    from penstock.grammar import Grammar
 
 FAR_CHARS = 32_000
 """Texts of so many characters are tokenized by another process, if there is one: that is what a thread would hold up
@@ -95,14 +99,15 @@ class AsyncLLM:
 
         return await _beside_the_loop(prompt, tokenized)
 
-    async def compile(self, params: SamplingParams) -> None:
-        """Compiles the grammar that ``params`` ask for, beside the event loop, so that it is known when it is needed.
+    async def compile(self, params: SamplingParams) -> Grammar | None:
+        """Compiles the grammar that ``params`` ask for, beside the event loop. While it is held it is known at once.
 
         Raises:
             InvalidRequest: unsupported_schema, invalid_regex, invalid_grammar.
         """
-        if params.structured_outputs is not None:
-            await asyncio.to_thread(self.engine.grammars().compile, params.structured_outputs)
+        if params.structured_outputs is None:
+            return None
+        return await compiled(self.engine.grammars(), params.structured_outputs, self._requests.tenant)
 
     async def tokenize_chat(self, messages: Sequence[Message], **options: Any) -> TokensPrompt:
         """A conversation as the model reads it; ``options`` are those of ``text.ChatTemplate.apply``.
@@ -167,10 +172,9 @@ class AsyncLLM:
     ) -> SearchOutput:
         """As ``LLM.best_of``. ``by`` is called in the event loop."""
         tokenized = await self.tokenize(prompt)
+        _held = await self.compile(sampling_params) if isinstance(sampling_params, SamplingParams) else None
         search = await _beside_the_loop(
-            tokenized,
-            lambda: samples_of(self._requests, tokenized, sampling_params, by, request_id, priority),
-            sampling_params,
+            tokenized, lambda: samples_of(self._requests, tokenized, sampling_params, by, request_id, priority)
         )
         return await self._search(search)
 
@@ -261,8 +265,7 @@ class AsyncLLM:
     async def _follow(
         self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, priority: int
     ) -> AsyncGenerator[tuple[Job, Delta], None]:
-        if isinstance(params, SamplingParams):
-            await self.compile(params)
+        _held = await self.compile(params) if isinstance(params, SamplingParams) else None
         job = await _beside_the_loop(
             prompt,
             lambda: self._requests.job(
@@ -271,7 +274,6 @@ class AsyncLLM:
                 request_id=request_id,
                 priority=priority,
             ),
-            params,
         )
         mailbox, news = self._current_mailbox(), asyncio.Queue[Update]()
         self._requests.submit(job, lambda _, update: mailbox.post(news, update))
@@ -325,14 +327,13 @@ class AsyncLLM:
                 service.abort(id)
 
 
-async def _beside_the_loop(prompt: Prompt, work: Callable[[], T], params: SamplingParams | None = None) -> T:
-    """On a thread of its own if it would hold up the event loop for a millisecond: for a long prompt, or a grammar."""
+async def _beside_the_loop(prompt: Prompt, work: Callable[[], T]) -> T:
+    """On a thread of its own if it would hold up the event loop for a millisecond: for a long prompt."""
     content: Any = prompt
     if isinstance(prompt, Mapping):
         content = prompt.get("prompt_token_ids") or prompt.get("prompt")
     size = len(content) if isinstance(content, Sized) else 0
-    compiles = getattr(params, "structured_outputs", None) is not None
-    return await asyncio.to_thread(work) if compiles or size >= 2_000 else work()
+    return await asyncio.to_thread(work) if size >= 2_000 else work()
 
 
 LINGER = 0.001

@@ -118,7 +118,7 @@ class Requests:
         tenant: str = "",
     ) -> None:
         self.engine = engine
-        self._tenant = tenant
+        self.tenant = tenant
         self._next_seed, self._next_id = next_seed, next_id or map(str, count()).__next__
         self._longest = cast(int, engine.config.max_model_len)  # filled in by assemble.resolve
         self.prompts = Prompts(engine, self._longest)
@@ -205,7 +205,7 @@ class Requests:
             seed=(self._next_seed() if params.seed is None else params.seed) % 2**64,
             priority=priority,
             task=task,
-            tenant=self._tenant,
+            tenant=self.tenant,
         )
 
     def submit(self, job: Job, sink: Callable[[Job, Update], None]) -> None:

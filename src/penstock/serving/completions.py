@@ -34,7 +34,7 @@ class CompletionTask:
     async def prepare(cls, request: CompletionRequest, context: Context) -> CompletionTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
         params = request.sampling_params(context.llm.engine.recommended)
-        await context.llm.compile(params)
+        await context.own_llm.compile(params)
         kept = 0
         if request.best_of is not None and request.best_of > params.n:
             kept, params = params.n, replace(params, n=request.best_of)

@@ -101,7 +101,7 @@ class Dialogue:
         )
         if budget is not None and form is None and None not in thinking_tags(params, engine.tokenizer):
             params = replace(params, thinking_budget=budget)
-        await context.llm.compile(params)
+        await context.own_llm.compile(params)
         generation = Generation(context, identifier, [prompt], params, priority)
         return cls(generation=generation, offer=offer, opened=opened)
 

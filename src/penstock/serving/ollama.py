@@ -73,7 +73,7 @@ class OllamaTask:
         if request.system and not request.raw:
             raise unsupported("system", what="system needs a chat template, and neither suffix nor raw goes with it")
         params = request.sampling_params(context)
-        await context.llm.compile(params)
+        await context.own_llm.compile(params)
         if request.suffix:
             prompt = await with_gap(request.prompt, request.suffix, context)
         else:
