@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sqlite3
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from penstock.base import Unavailable
 from penstock.serving.batch_table import Batch
 from penstock.serving.database import Once, Part
 from penstock.serving.errors import HTTPError
-from penstock.serving.files import keep
+from penstock.serving.files import keep, write
 from penstock.serving.store import Store
 
 
@@ -55,6 +56,19 @@ def test_a_commit_that_fails_leaves_no_transaction_open(store: Store) -> None:
         db.execute("insert into child values (1)")  # what is wrong with it is seen at the commit
     with store.database.transaction() as db:
         assert db.execute("select name from sqlite_master where name = 'child'").fetchall() == []
+
+
+def test_a_file_is_on_the_disk_before_it_is_known(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its name: the lines that a batch's output was made of are deleted next."""
+    synced, fsync = dict[int, int](), os.fsync
+
+    def noted(opened: int) -> None:
+        synced[os.fstat(opened).st_ino] = os.fstat(opened).st_size
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    file = write(store, "", "x_output.jsonl", "batch_output", [b"a" * 5000, b"b" * 5000])
+    assert synced[store.path(file.id).stat().st_ino] == 10_000 and store.path(file.id).parent.stat().st_ino in synced
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -139,7 +140,7 @@ def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any, key: s
 
 
 def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
-    """A file whose bytes are on the disk; nobody knows of it yet. Raises Unavailable: (store_unwritable)."""
+    """A file whose bytes outlive a loss of power; nobody knows of it yet. Raises Unavailable: (store_unwritable)."""
     id, digest, size = store.new_id("file"), hashlib.sha256(), 0
     try:
         with store.path(id).open("xb") as target:
@@ -147,6 +148,9 @@ def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> St
                 target.write(piece)
                 digest.update(piece)
                 size += len(piece)
+            target.flush()
+            os.fsync(target.fileno())
+        _sync_folder(store.path(id).parent)
     except BaseException as error:
         store.path(id).unlink(missing_ok=True)  # a full disk shall not be filled by what is of no use
         if isinstance(error, OSError):
@@ -161,6 +165,15 @@ def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> St
         created_at=int(time.time()),
         sha256=digest.hexdigest(),
     )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the names in it on the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 async def content(store: Store, tenant: str, id: str) -> Response:
