@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from penstock import AsyncLLM
 from penstock.fleet import Admission, Rates
-from penstock.serving import build_app
+from penstock.serving import build_app, files
 from penstock.serving.batch_table import Batch
 from penstock.serving.gate import Gate
 from penstock.serving.keys import change_keys, new_key
@@ -163,6 +163,37 @@ def test_schemas_that_take_long_hold_up_nobody_else(monkeypatch: pytest.MonkeyPa
 
     asyncio.run(ask())
     llm.close()
+
+
+def test_all_uploads_together_have_a_bound(llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_SPOOLED_BYTES", 3 << 20)
+    head = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x\r\n'
+    head += b'Content-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+    form = {"content-type": "multipart/form-data; boundary=x"}
+
+    async def ask() -> None:
+        app, context = build_app(llm, tmp_path)
+        goes_on = asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield head + b"a" * (2 << 20)
+            await goes_on.wait()
+            yield b"\r\n--x--\r\n"
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            first = asyncio.ensure_future(client.post("/v1/files", content=slow(), headers=form))
+            while context.gate.spooled < 2 << 20:
+                await asyncio.sleep(0.01)
+            body = head + b"b" * (2 << 20) + b"\r\n--x--\r\n"
+            refused = await client.post("/v1/files", content=body, headers=form)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "spool_full")
+            goes_on.set()
+            assert (await first).status_code == 200
+            assert (await client.post("/v1/files", content=body, headers=form)).status_code == 200
+        assert context.gate.spooled == 0
+        await context.batches.close()
+
+    asyncio.run(ask())
 
 
 def test_what_is_read_is_looked_at_before_there_are_threads(llm: AsyncLLM) -> None:

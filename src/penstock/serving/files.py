@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 from urllib.parse import quote
@@ -19,10 +20,12 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
+from penstock.base import Unavailable
 from penstock.serving.context import context_of
 from penstock.serving.database import Once, Part, StoredFile, not_found, unwritable
 from penstock.serving.errors import HTTPError, invalid
-from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED
+from penstock.serving.gate import Gate, current
+from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_SPOOLED_BYTES
 from penstock.serving.store import Store
 
 PURPOSES = ("batch", "batch_output")
@@ -90,12 +93,13 @@ async def upload(request: Request, store: Store, tenant: str, key: str | None = 
 
     Raises:
         HTTPError: 415 and 403 for what a browser sends across origins, 413, 409, 408, 400.
-        Unavailable: (store_unwritable)
+        Unavailable: (store_unwritable), (spool_full) the files of others take up MAX_SPOOLED_BYTES.
     """
     _only_from_here(request)
     if int(request.headers.get("content-length", "0")) > MAX_FILE_BYTES + PIECE:
         raise _too_large()
-    bounded = Request(request.scope, _bounded(request))
+    spool = Spool(current.get().gate)
+    bounded = Request(request.scope, _bounded(request, spool))
     try:
         async with asyncio.timeout(FILE_SECONDS), bounded.form(max_files=1, max_fields=8) as form:
             purpose, file = form.get("purpose"), form.get("file")
@@ -113,6 +117,8 @@ async def upload(request: Request, store: Store, tenant: str, key: str | None = 
     except HTTPException:
         fix = "send multipart/form-data with the fields purpose and file"
         raise HTTPError("invalid_form", "The form cannot be read", fix=fix) from None
+    finally:
+        spool.close()
 
 
 def _keep(store: Store, tenant: str, name: str, source: Any, key: str | None) -> StoredFile:
@@ -227,16 +233,39 @@ def _only_from_here(request: Request) -> None:
         )
 
 
-def _bounded(request: Request) -> Callable[[], Any]:
-    """Receives the body, as much of it as a file may have."""
-    received = 0
+@dataclass(slots=True)
+class Spool:
+    """What has come of one upload. Its place is given back by ``close``."""
+
+    gate: Gate
+    bytes: int = 0
+
+    def add(self, more: int) -> None:
+        """Raises HTTPError: (file_too_large). Unavailable: (spool_full)."""
+        if self.bytes + more > MAX_FILE_BYTES + PIECE:
+            raise _too_large()
+        if self.gate.spooled + more > MAX_SPOOLED_BYTES:
+            raise Unavailable(
+                "spool_full",
+                "The server is taking as many files as it has room for",
+                why=f"{self.gate.spooled} of {MAX_SPOOLED_BYTES} bytes of files that are being uploaded",
+                fix="send it again in a minute",
+                retry_after=30.0,
+            )
+        self.gate.spooled += more
+        self.bytes += more
+
+    def close(self) -> None:
+        self.gate.spooled -= self.bytes
+        self.bytes = 0
+
+
+def _bounded(request: Request, spool: Spool) -> Callable[[], Any]:
+    """Receives the body, as much of it as a file may have and there is room for."""
 
     async def receive() -> Message:
-        nonlocal received
         message = await request.receive()
-        received += len(message.get("body", b""))
-        if received > MAX_FILE_BYTES + PIECE:
-            raise _too_large()
+        spool.add(len(message.get("body", b"")))
         return message
 
     return receive

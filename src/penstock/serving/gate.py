@@ -214,6 +214,7 @@ class Gate:
     Attributes:
         live: requests that have entered and not left.
         uploading: bytes of bodies that are read, parsed or wait to be tokenized.
+        spooled: bytes of files that are being uploaded.
 
     Raises:
         ConfigError: as ``read_keys``.
@@ -226,7 +227,7 @@ class Gate:
         self.path = keys
         self.ring = None if keys is None else Keyring(read_keys(keys))
         self.live: set[Caller] = set()
-        self.uploading = 0
+        self.uploading = self.spooled = 0
         self._found = 0
         self._share()
         self._own: tuple[Key, ...] = ()

@@ -147,6 +147,9 @@ OTHER_FILES = 256
 MAX_FILE_BYTES = 200 << 20
 """Of one uploaded file, as OpenAI's API allows for batches."""
 
+MAX_SPOOLED_BYTES = 2 << 30
+"""Of all files that are being uploaded; meanwhile they are in the folder of temporary files."""
+
 MAX_STORED_BYTES = 10 << 30
 """Of all files of one client."""
 
