@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from penstock.base import Unavailable
+from penstock.base import OverLimit, Unavailable
 from penstock.serving.batch_table import Batch
 from penstock.serving.database import Once, Part
 from penstock.serving.errors import HTTPError
 from penstock.serving.files import keep, write
+from penstock.serving.limits import MAX_UNFINISHED_BATCHES
 from penstock.serving.store import Store
 
 
@@ -56,6 +57,17 @@ def test_a_commit_that_fails_leaves_no_transaction_open(store: Store) -> None:
         db.execute("insert into child values (1)")  # what is wrong with it is seen at the commit
     with store.database.transaction() as db:
         assert db.execute("select name from sqlite_master where name = 'child'").fetchall() == []
+
+
+def test_a_tenant_s_unfinished_batches_have_a_bound(store: Store) -> None:
+    begun = [store.batches.begin(batch(store)) for _ in range(MAX_UNFINISHED_BATCHES)]
+    once = Once("", "key", "batch")
+    with pytest.raises(OverLimit, match="too_many_batches"):
+        store.batches.begin(batch(store), once)
+    store.batches.begin(replace(batch(store), tenant="other"))
+    store.batches.change(begun[7], lambda batch: batch.moved("cancelled"))
+    made = store.batches.begin(batch(store), once)
+    assert store.batches.begin(batch(store), once) == made  # sent again it is no other
 
 
 def test_a_file_is_on_the_disk_before_it_is_known(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from penstock.base import OverLimit
 from penstock.serving.database import Database, Once, Part, StoredFile, insert_file, not_found
+from penstock.serving.limits import MAX_UNFINISHED_BATCHES
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 LIVE: tuple[Status, ...] = ("validating", "in_progress", "finalizing", "cancelling")
@@ -92,10 +94,20 @@ class BatchTable:
         return any(msgspec.json.decode(body)["input_file_id"] == file for [body] in live)
 
     def begin(self, batch: Batch, once: Once | None = None) -> str:
-        """Its id, or that of the one that the same request made before."""
+        """Its id, or that of the one that the same request made before. Raises OverLimit: (too_many_batches)."""
         with self._database.transaction() as db:
             if once is not None and (before := once.before(db, "batch")) is not None:
                 return before
+            ahead = f"select count(*) from batch where tenant = ? and status in {LIVE}"
+            [unfinished] = db.execute(ahead, (batch.tenant,)).fetchone()
+            if unfinished >= MAX_UNFINISHED_BATCHES:
+                raise OverLimit(
+                    "too_many_batches",
+                    "Too many of your batches have not ended",
+                    why=f"they are {unfinished}, and at most {MAX_UNFINISHED_BATCHES} are carried out or wait",
+                    fix="wait for one to end, or cancel one",
+                    retry_after=60.0,
+                )
             db.execute(
                 "insert into batch values (?, ?, ?, ?, ?, ?)",
                 (batch.id, batch.tenant, batch.model, batch.created_at, batch.status, _body(batch)),

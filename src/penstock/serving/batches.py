@@ -143,6 +143,7 @@ class Batches:
 
         Raises:
             HTTPError: (invalid_parameter), (file_not_found), (idempotency_key_reused).
+            OverLimit: (too_many_batches).
         """
         if asked.endpoint not in self.answerers:
             why = f"it must be one of {', '.join(sorted(self.answerers))}"

@@ -151,11 +151,14 @@ MAX_SPOOLED_BYTES = 2 << 30
 """Of all files that are being uploaded; meanwhile they are in the folder of temporary files."""
 
 MAX_STORED_BYTES = 10 << 30
-"""Of all files of one client."""
+"""Of one tenant's files, where it uploads another. What its batches leave counts then, but is never refused itself."""
 
 MAX_FILE_NAME = 255
 FILE_SECONDS = 600.0
 """A file must have arrived whole after this long."""
+
+MAX_UNFINISHED_BATCHES = 100
+"""Of one tenant: what they will leave is bounded by that."""
 
 MAX_BATCH_LINES = 50_000
 MAX_COMPLAINTS = 20
