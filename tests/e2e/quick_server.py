@@ -3,7 +3,8 @@
 Its options are those of ``penstock serve``. The face is the bundled model's, the context is 2 million tokens long. A
 token is a hash of the request's prompt, seed, sample and length, so that an answer that went to somebody else shows.
 Where QUICK_HOLD names a file, the model is loaded by two fifths and no more until that is there; what it holds is then
-wrong with the model. QUICK_PING says after how many seconds a silent stream is pinged, QUICK_UPLOADING is MAX_UPLOADING.
+wrong with the model. QUICK_PING says after how many seconds a silent stream is pinged; QUICK_UPLOADING is
+MAX_UPLOADING.
 """
 
 from __future__ import annotations
