@@ -38,6 +38,9 @@ Where the server has a file of [keys](../how-to/keys.md), "public" asks for none
 `Authorization: Bearer` or `x-api-key`, "admin" for one of that role. Elsewhere nobody is asked, but "tenant" and
 "admin" are refused where others than its machine can reach the server.
 """
+ADMIN = """
+With `--admin-port` the routes of "admin" are at that port and nowhere else, with these:
+"""
 
 
 def http_page(codes: Mapping[int, set[str]]) -> str:
@@ -45,7 +48,7 @@ def http_page(codes: Mapping[int, set[str]]) -> str:
     own, other = document(app.ROUTES, keys=True), document(admin.ROUTES, keys=True)
     schemas = own["components"]["schemas"] | other["components"]["schemas"]
     asked = within([each.get("requestBody") for item in own["paths"].values() for each in operations(item)], schemas)
-    pages = [HEAD, "## Routes\n", ACCESS, *routes(own), "\nOn `--admin-port`, if there is one:\n", *routes(other)]
+    pages = [HEAD, "## Routes\n", ACCESS, *routes(own), ADMIN, *routes(other)]
     pages += [
         "\n## Errors\n\n",
         *errors(codes),
@@ -74,8 +77,8 @@ def roles() -> str:
     rows = {
         "no key": [*paths(app.ROUTES, "public"), "the files of the [dashboard](dashboard.md)"],
         "any key": paths(app.ROUTES, "inference", "tenant"),
-        "a key of the role `admin`": paths(app.ROUTES, "admin"),
-        "the same, at `--admin-port`": paths(admin.ROUTES, "admin"),
+        "a key of the role `admin`, without `--admin-port`": paths(app.ROUTES, "admin"),
+        "a key of the role `admin`, at `--admin-port`": paths(admin.ROUTES, "admin"),
     }
     head = "| asks for | at |\n| --- | --- |\n"
     return head + "".join(row(who, ", ".join(listed)) for who, listed in rows.items())

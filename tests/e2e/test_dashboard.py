@@ -129,7 +129,7 @@ def page(browser: Browser, served: Server) -> Iterator[Page]:
     opened.on("request", lambda asked: asked.url.startswith(f"{served.url}/") or faults.append(asked.url))
     yield opened
     context.close()
-    assert [fault for fault in faults if not re.search(r"status of 40[13] ", fault)] == []
+    assert [fault for fault in faults if not re.search(r"status of 40[134] ", fault)] == []
 
 
 def enter(page: Page, served: Server, key: str, view: str = "live") -> None:
@@ -273,6 +273,19 @@ def test_completions_go_on_from_a_text(page: Page, served: Server, keys: dict[st
     page.fill("#text", "x")
     page.click("#send")
     expect(page.locator("#ask-note")).to_contain_text("must be JSON")
+
+
+def test_the_page_says_that_administration_is_elsewhere(page: Page, served: Server, keys: dict[str, str]) -> None:
+    for path in ("status", "debug/engine*"):
+        page.route(f"{served.url}/{path}", lambda route: route.fulfill(status=404, json={}))
+    enter(page, served, keys["admin"])
+    expect(page.locator("#live-note")).to_contain_text("--admin-port")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_timeout(4000)
+    assert asked == []
+    page.goto(f"{served.url}/#playground")
+    expect(page.locator("#text")).to_be_visible()
 
 
 def test_a_keyboard_is_enough(page: Page, served: Server, keys: dict[str, str], tokenizer: Tokenizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import openai
 import pytest
 
 from commands import argv, penstock, running
+from penstock.serving import admin
 from penstock.serving.app import ROUTES
 from penstock.serving.dashboard import PAGES
 from penstock.serving.limits import MAX_BODY_BYTES
@@ -104,16 +106,37 @@ def test_nothing_but_live_and_the_page_without_a_key(keyed: Keyed) -> None:
 
 
 def test_a_key_opens_what_its_role_may(keyed: Keyed) -> None:
-    for path, (access, *_) in ROUTES.items():
-        if len(ROUTES[path]) == 2 and "{" not in path:
-            assert keyed.ask("acme", path).status_code == (403 if access == "admin" else 200), path
-            assert keyed.ask("admin", path).status_code == 200, path
-    assert code(keyed.ask("acme", "/metrics")) == (403, "role_not_allowed")
-    assert code(keyed.ask("acme", "/status", admin=True)) == (403, "role_not_allowed")
+    for path, (access, *methods) in ROUTES.items():
+        if access == "admin":  # at the port for that alone
+            for key in ("acme", "admin"):
+                fields = {"model": "stories260k"} if "POST" in methods else {}
+                assert code(keyed.ask(key, path, **fields)) == (404, "unknown_path"), path
+        elif len(methods) == 1 and "{" not in path:
+            assert keyed.ask("acme", path).status_code == keyed.ask("admin", path).status_code == 200, path
+    assert "/metrics" not in keyed.ask("acme", "/openapi.json").json()["paths"]
+    for path, (access, *methods) in admin.ROUTES.items():
+        if len(methods) == 1:
+            assert keyed.ask("admin", path, admin=True).status_code == 200, path
+            assert access == "public" or code(keyed.ask("acme", path, admin=True)) == (403, "role_not_allowed"), path
     assert code(keyed.ask("acme", "/drain", admin=True, x=1)) == (403, "role_not_allowed")
     assert code(keyed.ask("acme", "/nowhere")) == (404, "unknown_path")
-    assert keyed.ask("acme", COMPLETIONS, admin=True, x=1).status_code == 404  # another port, other paths
+    assert keyed.ask("admin", COMPLETIONS, admin=True, x=1).status_code == 404  # another port, other paths
     assert not keyed.status()["draining"]
+
+
+def test_commands_and_the_page_find_the_port_for_administration(keyed: Keyed, tmp_path: Path) -> None:
+    listed = [json.loads(line) for line in penstock("ps", "--json").stdout.splitlines()]
+    (own,) = [each for each in listed if each["pid"] == keyed.process.pid]
+    assert own["admin"] == keyed.admin and own["status"]["alive"]
+    assert penstock("top", "--once", str(keyed.process.pid)).returncode == 0
+    assert penstock("trace", keyed.url, "--out", tmp_path / "t").returncode == 0
+    elsewhere = {"XDG_RUNTIME_DIR": str(tmp_path)}  # as from another machine
+    refused = penstock("trace", keyed.url, "--out", tmp_path / "t", "--api-key", keyed.keys["admin"], **elsewhere)
+    assert b"trace_refused" in refused.stderr and b"--admin-port" in refused.stderr
+    page = "".join(httpx.get(f"{keyed.admin}{path}").text for path in PAGES if path.endswith(("live.js", "engine.js")))
+    asked = set(re.findall(r'json\([`"](/[a-z/]+)', page))
+    assert asked == {"/status", "/debug/engine"} <= set(admin.ROUTES)
+    assert {"/v1/models", "/requests", *PAGES} <= set(admin.ROUTES)
 
 
 def test_both_headers_carry_a_key(keyed: Keyed) -> None:

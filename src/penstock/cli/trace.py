@@ -74,10 +74,12 @@ def _fetched(url: str, key: str | None, certificate: str | None) -> bytes:
 
 def _refused(status: int, body: bytes) -> PenstockError:
     try:
-        why = json.loads(body)["error"]["message"]
+        code, why = (json.loads(body)["error"][name] for name in ("code", "message"))
     except (ValueError, KeyError, TypeError):
-        why = f"status {status}"
+        code, why = "", f"status {status}"
     fix = "use --api-key with a key of the role admin"
+    if code == "unknown_path":
+        fix = "name the address of its --admin-port, if it has one"
     return NotFound("trace_refused", "The server gives no trace", why=why, fix=fix)
 
 

@@ -1,4 +1,6 @@
-"""The port for administration: what the server is doing, new keys, and its end. Every route asks for an admin key."""
+"""The port for administration: what the server is doing, new keys, and its end. Every route asks for an admin key but
+the files of the dashboard, whose live view and inspector have here all that they ask for.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ from penstock.base import ConfigError
 from penstock.serving.app import application, metrics
 from penstock.serving.chrome import trace_file
 from penstock.serving.context import Context, context_of
+from penstock.serving.dashboard import PAGES
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
-from penstock.serving.model_routes import load_model, models_told, unload_model
+from penstock.serving.history import finished
+from penstock.serving.model_routes import load_model, models_listed, models_told, unload_model
 from penstock.serving.openapi import openapi
 from penstock.serving.operations import Routes, operation
 from penstock.serving.status import status
@@ -62,4 +66,7 @@ ROUTES: Routes = {
     "/models/unload": ("admin", unload_model, "POST"),
     "/reload": ("admin", _reload, "POST"),
     "/drain": ("admin", _drain, "POST"),
+    "/v1/models": ("admin", models_listed),
+    "/requests": ("admin", finished),
+    **PAGES,
 }

@@ -111,6 +111,7 @@ def build_app(
     gate: Gate | None = None,
     log: RequestLog | None = None,
     spans: Spans | None = None,
+    apart: bool = False,
 ) -> tuple[ASGIApp, Context]:
     """The application, and what whoever runs it needs to end it in good order.
 
@@ -121,6 +122,7 @@ def build_app(
         gate: who may use it; by default anybody, within the default budget.
         log: has a line for each request.
         spans: sends one for each.
+        apart: administration is spoken to elsewhere (``build_admin``), and its routes are not here.
     """
     settle(Batch)
     models = Models.of(models) if isinstance(models, AsyncLLM) else models
@@ -130,7 +132,8 @@ def build_app(
     context = Context(models=models, served=models.first, metrics=metrics, gate=gate, log=log, spans=spans)
     context.batches = Batches(context, store or env.data_folder() / "store", in_batches())
     context.kept = Kept(context.batches.store)
-    return application(ROUTES, context, hosts), context
+    routes = {path: route for path, route in ROUTES.items() if not apart or route[0] != "admin"}
+    return application(routes, context, hosts), context
 
 
 def application(routes: Routes, context: Context, hosts: frozenset[str] | None) -> ASGIApp:

@@ -147,7 +147,7 @@ def serve(
     Args:
         store: as for ``build_app``. Batches that an earlier process left go on.
         gate: who may use it; anybody by default.
-        admin: where administration is spoken to.
+        admin: where administration is spoken to, and nowhere else then.
         log: has a line for each request.
         spans: sends one for each.
         certificate, origins: HTTPS, and web pages whose scripts may read its answers, if it is to have any.
@@ -156,7 +156,8 @@ def serve(
         KeyboardInterrupt: it was Ctrl-C.
         PenstockError: a model that shall be there at once cannot be loaded, as ``assemble.build_engine``.
     """
-    app, context = build_app(models, store, hosts=_own_names(bound), gate=gate, log=log, spans=spans)
+    apart = admin is not None
+    app, context = build_app(models, store, hosts=_own_names(bound), gate=gate, log=log, spans=spans, apart=apart)
     context.starting, context.origins, app = True, origins, shared_with(app, origins)
     if admin is not None:
         app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))

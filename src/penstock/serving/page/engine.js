@@ -30,7 +30,7 @@ async function poll() {
     const told = await json(`/debug/engine?${since}${which && `&model=${encodeURIComponent(which)}`}`);
     if (which === model) take(told);
   } catch (error) {
-    if (error.status === 401 || error.status === 403) return; // the view says so, and another key starts it again
+    if ([401, 403, 404].includes(error.status)) return; // the view says so, and another key starts it again
     pause = 3000;
   }
   if (!$("live").hidden) timer = setTimeout(poll, pause);

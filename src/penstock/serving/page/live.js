@@ -22,13 +22,14 @@ export async function poll() {
     take(await json("/status"));
     $("live-note").textContent = "";
   } catch (error) {
-    const states = { undefined: "not reachable", 401: "needs a key", 403: "ready" };
+    const states = { undefined: "not reachable", 401: "needs a key", 403: "ready", 404: "ready" };
     const state = states[error.status] ?? "in trouble";
     $("state").textContent = state;
     $("state").className = state === "ready" ? "" : "bad";
-    $("live-note").textContent = error.status === undefined ? "The server does not answer; asking again." : error.message;
+    const notes = { undefined: "The server does not answer; asking again.", 404: "The live view is at the server's --admin-port." };
+    $("live-note").textContent = notes[error.status] ?? error.message;
     before = null;
-    if (error.status === 401 || error.status === 403) return; // another key starts it again
+    if ([401, 403, 404].includes(error.status)) return; // another key starts it again
     pause = 3000;
   }
   timer = setTimeout(poll, pause);
