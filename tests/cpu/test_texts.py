@@ -12,17 +12,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.assemble import find_model, read_face
+from penstock.assemble import build_engine, find_model, read_face
 from penstock.base import EngineError, InvalidRequest
 from penstock.llm import AsyncLLM
 from penstock.llm.online import FAR_CHARS
 from penstock.llm.prompts import Prompts, packed
-from penstock.spec import EngineConfig
+from penstock.spec import EngineConfig, PoolingParams
 from penstock.wire import (
     Chat,
     Opening,
@@ -95,6 +96,46 @@ def test_what_no_frame_holds_is_read_by_a_thread(workers: TextWorkers) -> None:
             assert len(made["prompt_token_ids"]) > count and str(10**30) in str(made.get("prompt"))
     finally:
         llm.engine.close()
+
+
+@pytest.mark.parametrize("where", ["arguments", "reasoning_content", "tools"])
+def test_a_conversation_is_as_long_as_all_that_is_rendered_of_it(workers: TextWorkers, where: str) -> None:
+    long, tools = "once upon a time " * (FAR_CHARS // 16), None
+    said: dict[str, Any] = {"role": "assistant", "content": "Hm."}
+    if where == "arguments":
+        said["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {"a": [long]}}}]
+    elif where == "reasoning_content":
+        said[where] = long
+    else:
+        tools = [{"type": "function", "function": {"name": "f", "description": long}}]
+    llm = AsyncLLM(EngineConfig(), texts=workers)
+    try:
+        with mock.patch.object(workers, "tokenize", wraps=workers.tokenize) as far:
+            asyncio.run(llm.tokenize_chat([TALK[0], said], tools=tools))
+            assert far.call_count == 1
+            asyncio.run(llm.tokenize_chat(TALK))
+            assert far.call_count == 1
+    finally:
+        llm.engine.close()
+
+
+def test_what_becomes_a_vector_is_tokenized_by_a_worker_too(workers: TextWorkers) -> None:
+    """Each text once, and with the same result."""
+    long, short = "once upon a time " * (FAR_CHARS // 16), ["a cat", "a dog", "a fox"]
+    engine, cut = build_engine(CONFIG), PoolingParams(truncate_prompt_tokens=100)
+    here, beside = AsyncLLM(engine), AsyncLLM(engine, texts=workers)
+
+    async def asked(llm: AsyncLLM) -> list[Any]:
+        every = [*await llm.embed_all([long, "a cat"], cut), await llm.embed(long, cut)]
+        every += [*await llm.score(short, [long] * 3, cut), *await llm.score(short[0], [long], cut)]
+        return [(each.prompt_token_ids, each.outputs) for each in every]
+
+    try:
+        with mock.patch.object(workers, "tokenize", wraps=workers.tokenize) as far:
+            assert asyncio.run(asked(beside)) == asyncio.run(asked(here))
+        assert far.call_count == 4
+    finally:
+        engine.close()
 
 
 def test_a_worker_that_is_killed_loses_nothing(workers: TextWorkers, prompts: Prompts) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from penstock.base import InvalidRequest
 from penstock.core.service import Submission, Update
-from penstock.llm.prompts import Prompt
+from penstock.llm.prompts import Prompt, TokensPrompt
 from penstock.llm.requests import Requests, wrong_type
 from penstock.spec import (
     EmbeddingOutput,
@@ -81,10 +81,10 @@ class PairJob:
 
 
 class Vectors:
-    """Makes and finishes the requests for vectors of one engine."""
+    """Makes and finishes the requests for vectors of one engine. ``tokenize``: in place of ``Requests.tokenize``."""
 
-    def __init__(self, requests: Requests) -> None:
-        self.requests = requests
+    def __init__(self, requests: Requests, tokenize: Callable[..., TokensPrompt] | None = None) -> None:
+        self.requests, self.tokenize = requests, tokenize or requests.tokenize
         self.pooling = requests.engine.pooling
 
     def embedding(
@@ -200,7 +200,7 @@ class Vectors:
             raise _empty()
         if self.pooling.lower and isinstance(text, str):
             prompt = text.lower()
-        ids = list(self.requests.tokenize(prompt)["prompt_token_ids"])
+        ids = list(self.tokenize(prompt)["prompt_token_ids"])
         longest = self._longest(params)
         if longest is None or len(ids) <= longest:
             return ids
@@ -216,9 +216,9 @@ class Vectors:
         if not first or not second:
             raise _empty()
         a, b = (
-            self.requests.tokenize(
-                text.lower() if self.pooling.lower else text, add_special_tokens=False, parse_special=False
-            )["prompt_token_ids"]
+            self.tokenize(text.lower() if self.pooling.lower else text, add_special_tokens=False, parse_special=False)[
+                "prompt_token_ids"
+            ]
             for text in (first, second)
         )
         before, between, after = self.requests.engine.tokenizer.pair_frame()
@@ -239,8 +239,8 @@ class Vectors:
         if not first or not second:
             raise _empty()
         plain = {"add_special_tokens": False, "parse_special": False}
-        before = self.requests.tokenize(second, parse_special=False)["prompt_token_ids"]
-        between, scored = (self.requests.tokenize(text, **plain)["prompt_token_ids"] for text in ("\n", first))
+        before = self.tokenize(second, parse_special=False)["prompt_token_ids"]
+        between, scored = (self.tokenize(text, **plain)["prompt_token_ids"] for text in ("\n", first))
         if not scored:
             raise _empty()
         longest = self._longest(params)

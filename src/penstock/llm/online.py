@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from penstock.assemble import Assembled, build_engine
 from penstock.base import InvalidRequest
 from penstock.core.service import Update
 from penstock.llm.compiling import compiled
 from penstock.llm.embedding import VectorJob, Vectors
+from penstock.llm.mailbox import Mailbox
 from penstock.llm.prompts import Message, Prompt, TokensPrompt, packed
 from penstock.llm.requests import Job, Requests
 from penstock.llm.searches import beams_of, samples_of
@@ -45,6 +47,8 @@ FAR_CHARS = 32_000
 """Texts of so many characters are tokenized by another process, if there is one: that is what a thread would hold up
 the interpreter with by more than the way there costs."""
 
+_FAR = ThreadPoolExecutor(4, "penstock-far")
+
 T = TypeVar("T")
 Admit = Callable[[int], None]
 
@@ -67,7 +71,7 @@ class AsyncLLM:
         tenant: str = "",
         texts: TextWorkers | None = None,
     ) -> None:
-        self._mailbox: _Mailbox | None = None
+        self._mailbox: Mailbox | None = None
         self._texts = texts
         if isinstance(engine, AsyncLLM):
             self._texts, self._mailbox, engine = engine._texts, engine._current_mailbox(), engine.engine
@@ -87,7 +91,7 @@ class AsyncLLM:
         Raises:
             InvalidRequest: invalid_prompt, invalid_text, prompt_too_long, token_out_of_range.
         """
-        if self._texts is not None and isinstance(prompt, str) and len(prompt) >= FAR_CHARS:
+        if self._texts is not None and isinstance(prompt, str) and self._is_for_others(prompt):
             made = await asyncio.wrap_future(self._texts.tokenize(Text(prompt, add_special_tokens, parse_special)))
             return TokensPrompt(prompt_token_ids=made.ids, prompt=prompt)
 
@@ -115,7 +119,7 @@ class AsyncLLM:
         Raises:
             InvalidRequest: no_chat_template, and what ``ChatTemplate.apply`` raises.
         """
-        if self._texts is not None and sum(len(message.get("content") or "") for message in messages) >= FAR_CHARS:
+        if self._texts is not None and _is_far(messages, options.get("tools")):
             sent = None
             with suppress(InvalidRequest):  # no frame holds it, such as a large integer in the schema of a tool
                 sent = self._texts.tokenize(Chat([dict(message) for message in messages], options))
@@ -201,8 +205,12 @@ class AsyncLLM:
         Raises:
             PenstockError: the request was refused or failed.
         """
-        vectors = Vectors(self._requests)
-        job = await _beside_the_loop(prompt, lambda: vectors.embedding(prompt, pooling_params, request_id, priority))
+        vectors = self._vectors()
+
+        def made() -> VectorJob:
+            return vectors.embedding(prompt, pooling_params, request_id, priority)
+
+        job = await (self._apart(made, prompt) if self._is_for_others(prompt) else _beside_the_loop(prompt, made))
         await self._collect([job])
         return vectors.embedded(job)
 
@@ -222,9 +230,9 @@ class AsyncLLM:
         Raises:
             PenstockError: a request was refused, or the first that failed.
         """
-        vectors = Vectors(self._requests)
-        jobs = await asyncio.to_thread(
-            lambda: [vectors.embedding(prompt, pooling_params, priority=priority) for prompt in prompts]
+        vectors = self._vectors()
+        jobs = await self._apart(
+            lambda: [vectors.embedding(prompt, pooling_params, priority=priority) for prompt in prompts], *prompts
         )
         await self._collect(jobs, admit)
         return await asyncio.to_thread(lambda: [vectors.embedded(job) for job in jobs])
@@ -243,8 +251,9 @@ class AsyncLLM:
         Raises:
             PenstockError: a request was refused, or the first that failed.
         """
-        vectors = Vectors(self._requests)
-        pairs = await asyncio.to_thread(vectors.pairs, text_1, text_2, pooling_params, priority)
+        vectors = self._vectors()
+        texts = [text for given in (text_1, text_2) for text in ([given] if isinstance(given, str) else given)]
+        pairs = await self._apart(lambda: vectors.pairs(text_1, text_2, pooling_params, priority), *texts)
         await self._collect([job for pair in pairs for job in pair.jobs], admit)
         return [vectors.scored(pair) for pair in pairs]
 
@@ -299,11 +308,32 @@ class AsyncLLM:
         finally:
             run.cancel()
 
-    def _current_mailbox(self) -> _Mailbox:
+    def _vectors(self) -> Vectors:
+        """For one request, which may have the same long text in many pairs."""
+        if self._texts is None:
+            return Vectors(self._requests)
+        far = cache(lambda *order: cast(TextWorkers, self._texts).tokenize(Text(*order)).result().ids)
+
+        def tokenize(prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = True) -> TokensPrompt:
+            if self._is_for_others(prompt):
+                return TokensPrompt(prompt_token_ids=far(prompt, add_special_tokens, parse_special))
+            return self._requests.tokenize(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special)
+
+        return Vectors(self._requests, tokenize)
+
+    def _is_for_others(self, prompt: Prompt) -> bool:
+        return self._texts is not None and isinstance(prompt, str) and len(prompt) >= FAR_CHARS
+
+    async def _apart(self, work: Callable[[], T], *prompts: Prompt) -> T:
+        """On a thread; where it waits for another process, on one of those that nobody else waits for."""
+        threads = _FAR if any(map(self._is_for_others, prompts)) else None
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+    def _current_mailbox(self) -> Mailbox:
         """That of the running loop."""
         loop = asyncio.get_running_loop()
         if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = _Mailbox(loop)
+            self._mailbox = Mailbox(loop)
         return self._mailbox
 
     async def _collect(self, jobs: Iterable[VectorJob], admit: Admit | None = None) -> None:
@@ -327,6 +357,20 @@ class AsyncLLM:
                 service.abort(id)
 
 
+def _is_far(*given: object) -> bool:
+    """Whether the texts in it have FAR_CHARS characters together, wherever they stand: a template may render all."""
+    size, left = 0, list(given)
+    while left and size < FAR_CHARS:
+        value, size = left.pop(), size + 1
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    return size >= FAR_CHARS
+
+
 async def _beside_the_loop(prompt: Prompt, work: Callable[[], T]) -> T:
     """On a thread of its own if it would hold up the event loop for a millisecond: for a long prompt."""
     content: Any = prompt
@@ -334,56 +378,3 @@ async def _beside_the_loop(prompt: Prompt, work: Callable[[], T]) -> T:
         content = prompt.get("prompt_token_ids") or prompt.get("prompt")
     size = len(content) if isinstance(content, Sized) else 0
     return await asyncio.to_thread(work) if size >= 2_000 else work()
-
-
-LINGER = 0.001
-"""Seconds for which a woken loop collects further updates before it delivers them."""
-
-AT_ONCE = 32
-"""Updates delivered in one turn of the loop: a few milliseconds' work of whoever hears them, and then it is others'."""
-
-SORTED_AT_ONCE = 2048
-
-
-class _Mailbox:
-    """Carries updates from the engine's thread into an event loop, with few wake-ups.
-
-    Waking a loop is a system call, on which the engine's thread also loses the interpreter. So the first update of a
-    step wakes the loop and is delivered at once, and those that follow within LINGER are delivered together. What waits
-    for the same reader is delivered together too: a loop that is behind then has fewer readers to wake.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._posted: deque[tuple[asyncio.Queue[Update], Update]] = deque()
-        self._sorted: dict[asyncio.Queue[Update], deque[Update]] = {}
-        self._awake = False
-
-    def post(self, queue: asyncio.Queue[Update], update: Update) -> None:
-        self._posted.append((queue, update))
-        if not self._awake:
-            self._awake = True
-            with suppress(RuntimeError):  # a closed loop has no readers left
-                self.loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        if not self._posted and not self._sorted:
-            self._awake = False
-            if not self._posted:  # posted before the line above: nobody woke us for it
-                return
-            self._awake = True
-        for _ in range(min(len(self._posted), SORTED_AT_ONCE)):
-            queue, update = self._posted.popleft()
-            self._sorted.setdefault(queue, deque()).append(update)
-        room = AT_ONCE
-        while room and self._sorted:
-            queue, updates = next(iter(self._sorted.items()))
-            for _ in range(min(room, len(updates))):
-                queue.put_nowait(updates.popleft())
-                room -= 1
-            if not updates:
-                del self._sorted[queue]
-        if self._sorted or self._posted:
-            self.loop.call_soon(self._deliver)
-        else:
-            self.loop.call_later(LINGER, self._deliver)
