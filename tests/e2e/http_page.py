@@ -10,7 +10,7 @@ from typing import Any
 
 from penstock.serving import admin, app
 from penstock.serving.gate import Access
-from penstock.serving.openapi import FILES, REFUSALS, document
+from penstock.serving.openapi import FILES, MOST, REFUSALS, document
 from penstock.serving.operations import Routes
 
 HEAD = """# HTTP
@@ -19,9 +19,9 @@ What a server answers at, what it takes and what it gives. A running server says
 `/openapi.json`, with an example of each body. What fields about the draw mean is in
 [sampling parameters](sampling.md).
 
-Bodies are JSON, declared so by `Content-Type: application/json`, but for files, which are forms; below `/api/`
-[any type will do](../how-to/other-apis.md#ollama). A field that is left out or null has its default. Unknown fields
-are ignored, and the log names them. Every answer carries `x-request-id`; 429 and 503 carry `retry-after` in seconds,
+Bodies are JSON of at most 8 MiB, declared so by `Content-Type: application/json`, but for files, which are forms; below
+`/api/` [any type will do](../how-to/other-apis.md#ollama). A field that is left out or null has its default. Unknown
+fields are ignored, and the log names them. Every answer carries `x-request-id`; 429 and 503 carry `retry-after` in seconds,
 which official clients wait for before they try again, and a 500 with the code `request_quarantined` carries
 `x-should-retry: false`, which keeps them from it. An upload or a new batch that carries an `Idempotency-Key` may
 be sent again for a day: what it made the first time is the answer. The `system_fingerprint` of an answer names the
@@ -185,6 +185,8 @@ def literal(value: object) -> str:
 
 def bounds(schema: dict[str, Any], of: str) -> str:
     least, most = schema.get(f"min{of}"), schema.get(f"max{of}")
+    if (f"max{of}", most) in MOST.values():  # said at the head of the page
+        most = None
     what = {"Items": "", "Length": " characters", "Properties": " members"}[of]
     if least is None and most is None:
         return ""

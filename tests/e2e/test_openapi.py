@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -11,9 +12,14 @@ import pytest
 from openapi_spec_validator import validate
 
 from penstock.serving import admin, app
-from penstock.serving.errors import AnthropicErrorBody, ErrorBody, PlainErrorBody, shape_of_errors
+from penstock.serving.decoding import decode
+from penstock.serving.errors import AnthropicErrorBody, ErrorBody, HTTPError, PlainErrorBody, shape_of_errors
+from penstock.serving.kserve import GenerateRequest
+from penstock.serving.messages import MessagesRequest
 from penstock.serving.openapi import FILES, JSON, document
 from penstock.serving.operations import operations_of
+from penstock.serving.responses import ResponsesRequest
+from penstock.serving.schemas import ChatRequest, ModelRequest
 from penstock.serving.sse import DONE
 from servers import Server
 
@@ -56,6 +62,60 @@ def test_it_is_valid(name: str, keys: bool) -> None:
         for each in item.values():
             if isinstance(each, dict):
                 assert bool(each["security"]) == (keys and each["x-access"] != "public")
+
+
+def loose(document: dict[str, Any], schema: dict[str, Any], where: str, known: set[str]) -> Iterator[str]:
+    """Fields below a schema that may be as large, or as many, as their sender likes."""
+    if "$ref" in schema:
+        where = schema["$ref"].rpartition("/")[2]
+        if where in known:
+            return
+        known.add(where)
+        schema = resolved(document, schema)
+    kind = schema.get("type")
+    ends = {"integer": "minimum maximum", "number": "minimum maximum", "string": "maxLength", "array": "maxItems"}
+    wanted = (ends | {"object": "maxProperties"}).get(kind, "").split()
+    if schema.keys().isdisjoint(("enum", "const", "properties")) and schema.get("format") != "binary":
+        had = {each.replace("exclusiveM", "m") for each in schema}
+        yield from (f"{where}: {kind} without {each}" for each in wanted if each not in had)
+    for field, inner in schema.get("properties", {}).items():
+        yield from loose(document, inner, f"{where}.{field}", known)
+    for inner in (*schema.get("anyOf", ()), schema.get("items"), schema.get("additionalProperties")):
+        if isinstance(inner, dict):
+            yield from loose(document, inner, f"{where}[]", known)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_field_of_a_request_has_bounds(name: str) -> None:
+    """A number, a text, a list or an object without them is a new field that nobody has thought about."""
+    made, known, found, seen = document(TABLES[name], keys=True), set[str](), list[str](), 0
+    for path, item in made["paths"].items():
+        for each in (operation for method, operation in item.items() if method != "parameters"):
+            asked = [content["schema"] for content in each.get("requestBody", {}).get("content", {}).values()]
+            asked += [query["schema"] for query in each.get("parameters", ()) if query["in"] == "query"]
+            seen += len(asked)
+            found += [told for schema in asked for told in loose(made, schema, path, known)]
+    assert found == [] and seen >= 3
+    wide = {"type": "object", "properties": {"n": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}}}
+    assert len(list(loose(made, wide, "wide", set()))) == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "body", "param"),
+    [
+        (GenerateRequest, {"text_input": "a", "max_tokens": -1}, "max_tokens"),
+        (GenerateRequest, {"text_input": "a", "temperature": 1e5}, "temperature"),
+        (ResponsesRequest, {"input": "a", "metadata": {"a": "b" * 513}}, "metadata"),
+        (ResponsesRequest, {"input": "a", "include": ["a"] * 65}, "include"),
+        (ResponsesRequest, {"input": "a", "user": "a" * 513}, "user"),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 2049}]}, "messages"),
+        (MessagesRequest, {"max_tokens": 1, "messages": [{"role": "user", "content": [{}] * 2049}]}, "messages"),
+    ],
+)
+def test_what_is_beyond_a_bound_is_refused(shape: type[ModelRequest], body: dict[str, Any], param: str) -> None:
+    with pytest.raises(HTTPError, match="invalid_parameter") as refused:
+        decode(json.dumps(body).encode(), shape)
+    assert (refused.value.param or "").startswith(param)
 
 
 @pytest.mark.parametrize("name", TABLES)

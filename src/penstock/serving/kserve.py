@@ -34,6 +34,7 @@ from penstock.serving.schemas import CompletionRequest, Harmless, ModelRequest, 
 from penstock.serving.sse import Dialect, event
 from penstock.serving.unread_fields import refuse_unsupported
 from penstock.serving.vectors import EmbeddingRequest, embedded
+from penstock.spec.ranges import MAX_ID
 
 Body = dict[str, Any]
 VERSION = "1"
@@ -75,8 +76,8 @@ class GenerateRequest(ModelRequest, kw_only=True):
     sampling_parameters: str | Body | None = None
     exclude_input_in_output: bool | None = None
     stream: bool | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_ID)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=1e4)] | None = None
     id: Name | None = None
 
     def check(self) -> None:

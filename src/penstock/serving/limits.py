@@ -62,6 +62,13 @@ MAX_CHOICES = 512
 """Prompts times n in one request."""
 
 MAX_MESSAGES = 2048
+MAX_PARTS = 2048
+"""Parts, or blocks, of one message."""
+
+MAX_ARGUMENT_CHARS = 4 << 20
+"""Of the arguments of one call that a conversation brings along."""
+
+MAX_INCLUDED = 64
 MAX_MODEL_NAME = 512
 MAX_SHOWN = 50
 """Requests in a status, the oldest."""

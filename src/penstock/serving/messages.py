@@ -15,7 +15,7 @@ from msgspec import Meta
 from penstock.serving.context import Context
 from penstock.serving.dialogue import Dialogue, template_variables
 from penstock.serving.errors import anthropic_body, invalid, unsupported
-from penstock.serving.limits import MAX_MESSAGES, MAX_TOOLS
+from penstock.serving.limits import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Stop
 from penstock.serving.sse import Dialect, named
 from penstock.serving.tools import FunctionSpec, Offer, ToolSpec, offer_of
@@ -24,6 +24,7 @@ from penstock.spec.sampling import MAX_STOP
 from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
 
 Block = dict[str, Any]
+Blocks = str | Annotated[list[Block], Meta(max_length=MAX_PARTS)]
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _TIERS: dict[str, Literal["standard", "priority", "batch"]] = {
     "default": "standard",
@@ -36,7 +37,7 @@ TURNS = ("user", "assistant", "system")
 
 class Turn(msgspec.Struct, kw_only=True):
     role: Annotated[str, Meta(extra_json_schema={"enum": TURNS})]
-    content: str | list[Block]
+    content: Blocks
 
 
 class InputTool(msgspec.Struct, kw_only=True):
@@ -54,7 +55,7 @@ class MessagesRequest(GenerationRequest, kw_only=True):
 
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)]
-    system: str | list[Block] | None = None
+    system: Blocks | None = None
     tools: Annotated[list[InputTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Block | None = None
     thinking: Block | None = None
@@ -70,7 +71,7 @@ class CountRequest(ModelRequest, kw_only=True):
     HARMLESS: ClassVar[Harmless] = MessagesRequest.HARMLESS
 
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    system: str | list[Block] | None = None
+    system: Blocks | None = None
     tools: Annotated[list[InputTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Block | None = None
     thinking: Block | None = None

@@ -21,13 +21,27 @@ from penstock.serving.gate import Caller
 from penstock.serving.limits import MAX_MODEL_NAME
 from penstock.serving.models import Models, Served
 from penstock.serving.operations import PLAIN_TEXT, operation
-from penstock.serving.schemas import Model, ModelList
 
 ANTHROPIC = "anthropic-version"
 """The header that Anthropic's clients send with every request."""
 
 SHOWN_MODELS, MAX_MODELS = 20, 1000
 """On a page of a list for them: by default, and at most."""
+
+
+class Model(msgspec.Struct):
+    id: str
+    created: int
+    max_model_len: int | None
+    aliases: list[str]
+    state: str
+    object: str = "model"
+    owned_by: str = "penstock"
+
+
+class ModelList(msgspec.Struct):
+    data: list[Model]
+    object: str = "list"
 
 
 class ModelChoice(msgspec.Struct, kw_only=True):

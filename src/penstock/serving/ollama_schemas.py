@@ -17,6 +17,7 @@ from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, 
 from penstock.serving.tools import ToolSpec
 from penstock.spec import SamplingParams
 from penstock.spec.ranges import MAX_ID
+from penstock.spec.sampling import MAX_STOP
 
 Body = dict[str, Any]
 LONGEST = 1e9
@@ -57,11 +58,11 @@ class Options(msgspec.Struct, kw_only=True):
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
-    repeat_penalty: float | None = None
+    repeat_penalty: Annotated[float, Meta(ge=1e-4, le=1e4)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOP)] | None = None
     mirostat: Literal[0] | None = None
 
 

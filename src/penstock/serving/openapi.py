@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.responses import Response
 from penstock.serving.context import context_of
 from penstock.serving.errors import shape_of_errors
 from penstock.serving.gate import Access
+from penstock.serving.limits import MAX_BODY_BYTES, MAX_JSON_VALUES
 from penstock.serving.operations import (
     IDEMPOTENCY_KEY,
     KEY,
@@ -50,6 +52,13 @@ REFUSALS = {
 }
 """What each status says; the code in the body says more."""
 
+MOST = {
+    "string": ("maxLength", MAX_BODY_BYTES),
+    "array": ("maxItems", MAX_BODY_BYTES // 2),
+    "object": ("maxProperties", MAX_JSON_VALUES),
+}
+"""What a body has room for: the bound of each field that has none of its own. An item takes two bytes at least."""
+
 LATER = (429, 503)
 JSON = "application/json"
 
@@ -63,13 +72,17 @@ def document(routes: Routes, *, keys: bool) -> dict[str, Any]:
     shapes = dict.fromkeys([*filter(_is_shape, used), *errors])
     found, schemas = msgspec.json.schema_components(shapes, ref_template="#/components/schemas/{name}")
     refs = dict(zip(shapes, found, strict=True))
+    schemas, known = deepcopy(schemas), set[str]()  # parts of them are constants
     for each in said:
-        if each.takes is not None:
-            _refine(schemas[each.takes.__name__], each.takes)
         if each.form is not None:
             for field in schemas[each.form.__name__]["properties"].values():
                 if field.pop("contentEncoding", None):  # a part of a form is sent as it is
                     field["format"] = "binary"
+        for shape in filter(None, (each.takes, each.form)):
+            _bound(refs[shape], "", schemas, known)
+            for name, harmless in getattr(shape, "HARMLESS", {}).items():
+                field = {"enum": [*harmless, None], "description": "Not supported: it may ask for nothing only."}
+                schemas[shape.__name__]["properties"][name] = field
     return {
         "openapi": "3.1.0",
         "info": {
@@ -128,6 +141,8 @@ def _operation(refs: Refs, path: str, method: str, said: Operation) -> dict[str,
     told: dict[str, Any] = {"operationId": "_".join([method.lower(), *re.findall(r"\w+", path)]), "summary": said.says}
     if said.query is not None:
         fields = msgspec.json.schema(said.query)["$defs"][said.query.__name__]["properties"]
+        for name, field in fields.items():
+            _bound(field, name, {}, set())
         told["parameters"] = [_parameter("query", name, _without_null(field)) for name, field in fields.items()]
     if said.once:
         told.setdefault("parameters", []).append(
@@ -198,16 +213,29 @@ def _header(name: str) -> Schema:
     return {"$ref": f"#/components/headers/{name}"}
 
 
-def _refine(schema: Schema, shape: Any) -> None:
-    """Adds what the types of a request do not say: bounds of sampling parameters, and fields that must ask nothing."""
-    fields: dict[str, Schema] = schema["properties"]
-    for name, field in fields.items():
-        for kind in field.get("anyOf", [field]):
-            if name in BOUNDS and kind.get("type") in ("integer", "number") and "minimum" not in kind:
-                least, most = BOUNDS[name]
-                kind |= {"exclusiveMinimum" if name in POSITIVE else "minimum": least, "maximum": most}
-    for name, harmless in getattr(shape, "HARMLESS", {}).items():
-        fields[name] = {"enum": [*harmless, None], "description": "Not supported: it may ask for nothing only."}
+def _bound(schema: Schema, name: str, schemas: Mapping[str, Schema], known: set[str]) -> None:
+    """Adds what types of a request do not say: bounds of sampling parameters, and what a body has room for.
+
+    Args:
+        name: of the field.
+        schemas: of the shapes it may refer to; ``known``: those of them that have been here.
+    """
+    if "$ref" in schema:
+        if (shape := schema["$ref"].rpartition("/")[2]) not in known:
+            known.add(shape)
+            _bound(schemas[shape], name, schemas, known)
+        return
+    kind = schema.get("type")
+    if kind in ("integer", "number") and name in BOUNDS and "minimum" not in schema:
+        least, most = BOUNDS[name]
+        schema |= {"exclusiveMinimum" if name in POSITIVE else "minimum": least, "maximum": most}
+    elif kind in MOST and schema.get("format") != "binary" and schema.keys().isdisjoint(("enum", "properties")):
+        schema.setdefault(*MOST[kind])
+    for field, inner in schema.get("properties", {}).items():
+        _bound(inner, field, schemas, known)
+    for inner in (*schema.get("anyOf", ()), schema.get("items"), schema.get("additionalProperties")):
+        if isinstance(inner, dict):
+            _bound(inner, name, schemas, known)
 
 
 @operation("This document.", gives=dict[str, Any])

@@ -9,9 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from penstock.serving.errors import HTTPError, invalid, unsupported
-from penstock.serving.limits import MAX_TOOLS
+from penstock.serving.limits import MAX_INCLUDED, MAX_MESSAGES, MAX_TOOLS
 from penstock.serving.response_items import Item
-from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Name
+from penstock.serving.schemas import GenerationRequest, Harmless, Metadata, ModelRequest, Name
 from penstock.spec.ranges import MAX_ID
 
 LOGPROBS = "message.output_text.logprobs"
@@ -41,7 +41,7 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
         "prompt": (),
     }
 
-    input: str | list[Item]
+    input: str | Annotated[list[Item], Meta(max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: Name | None = None
     conversation: Name | ConversationName | None = None
@@ -53,10 +53,10 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     reasoning: Item | None = None
     text: Item | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    include: list[str] | None = None
+    include: Annotated[list[Name], Meta(max_length=MAX_INCLUDED)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    metadata: dict[str, str] | None = None
-    user: str | None = None
+    metadata: Metadata | None = None
+    user: Name | None = None
 
     def check(self) -> None:
         GenerationRequest.check(self)
@@ -78,7 +78,7 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
 class InputTokensRequest(ModelRequest, kw_only=True):
     """POST /v1/responses/input_tokens"""
 
-    input: str | list[Item] | None = None
+    input: str | Annotated[list[Item], Meta(max_length=MAX_MESSAGES)] | None = None
     instructions: str | None = None
     previous_response_id: Name | None = None
     conversation: Name | ConversationName | None = None

@@ -14,7 +14,15 @@ from msgspec import Meta
 
 from penstock.core.service import MAX_PRIORITY
 from penstock.serving.errors import HTTPError, unsupported
-from penstock.serving.limits import MAX_MESSAGES, MAX_METADATA, MAX_MODEL_NAME, MAX_PROMPTS, MAX_TOOLS
+from penstock.serving.limits import (
+    MAX_ARGUMENT_CHARS,
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_MODEL_NAME,
+    MAX_PARTS,
+    MAX_PROMPTS,
+    MAX_TOOLS,
+)
 from penstock.serving.structured import wanted_form
 from penstock.serving.tools import ToolSpec
 from penstock.spec import FinishReason, SamplingParams
@@ -36,6 +44,9 @@ Breaker = Annotated[str, Meta(min_length=1, max_length=MAX_BREAKER_LENGTH)]
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=MAX_METADATA)
 ]
+TokenId = Annotated[int, Meta(extra_json_schema={"minimum": 0, "maximum": MAX_ID})]  # looked through where it is used
+Bias = Annotated[float, Meta(extra_json_schema={"minimum": -100, "maximum": 100})]
+Tools = Annotated[list[ToolSpec], Meta(extra_json_schema={"maxItems": MAX_TOOLS})]  # more have an error of their own
 Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 Tier = Literal["auto", "default", "flex", "priority", "scale", "standard_only"]
@@ -118,10 +129,10 @@ class GenerationRequest(ModelRequest, kw_only=True):
     dry_allowed_length: int | None = None
     dry_penalty_last_n: int | None = None
     dry_sequence_breakers: Annotated[list[Breaker], Meta(max_length=MAX_BREAKERS)] | None = None
-    logit_bias: Annotated[dict[int, float], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
+    logit_bias: Annotated[dict[int, Bias], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOP)] | None = None
-    stop_token_ids: Annotated[list[int], Meta(max_length=MAX_STOP_IDS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_IDS)] | None = None
     min_tokens: int | None = None
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_ID)] | None = None  # 0 is refused where it is used
     ignore_eos: bool | None = None
@@ -129,9 +140,9 @@ class GenerationRequest(ModelRequest, kw_only=True):
     include_stop_str_in_output: bool | None = None
     logits_rules: Annotated[dict[str, Any], Meta(max_length=MAX_RULES)] | None = None
     thinking_budget: int | None = None
-    thinking_start: str | list[int] | None = None
-    thinking_end: str | list[int] | None = None
-    thinking_close: str | list[int] | None = None
+    thinking_start: str | list[TokenId] | None = None
+    thinking_end: str | list[TokenId] | None = None
+    thinking_close: str | list[TokenId] | None = None
     thinking_soft: float | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -213,9 +224,12 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         )
 
 
-_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_ID}}
 _FORMS_OF_TEXTS = [{"items": {"type": "string"}}, {"items": _IDS["items"]}, {"items": _IDS}]
-Texts = str | Annotated[list[str | int | list[int]], Meta(extra_json_schema={"minItems": 1, "anyOf": _FORMS_OF_TEXTS})]
+Texts = (
+    str
+    | Annotated[list[str | TokenId | list[TokenId]], Meta(extra_json_schema={"minItems": 1, "anyOf": _FORMS_OF_TEXTS})]
+)
 
 
 def each_of(name: str, value: Texts | array[int], most: int) -> list[str] | list[Sequence[int]]:
@@ -236,7 +250,7 @@ def each_of(name: str, value: Texts | array[int], most: int) -> list[str] | list
 
 
 class ContentPart(msgspec.Struct):
-    type: str
+    type: Name
     text: str | None = None
 
 
@@ -244,8 +258,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class CalledFunction(msgspec.Struct, kw_only=True):
-    name: str
-    arguments: str = "{}"
+    name: Name
+    arguments: Annotated[str, Meta(max_length=MAX_ARGUMENT_CHARS)] = "{}"
 
 
 class PastCall(msgspec.Struct, kw_only=True):
@@ -256,7 +270,7 @@ class PastCall(msgspec.Struct, kw_only=True):
 
 class ChatMessage(msgspec.Struct, kw_only=True):
     role: Annotated[str, Meta(extra_json_schema={"enum": ROLES})]  # as a Literal, its error would not say which
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
     name: Name | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -271,7 +285,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_ID)] | None = None
-    tools: list[ToolSpec] | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -372,18 +386,3 @@ class TokenLogprob(msgspec.Struct):
 class ChatLogprobs(msgspec.Struct):
     content: list[TokenLogprob]
     refusal: None = None
-
-
-class Model(msgspec.Struct):
-    id: str
-    created: int
-    max_model_len: int | None
-    aliases: list[str]
-    state: str
-    object: str = "model"
-    owned_by: str = "penstock"
-
-
-class ModelList(msgspec.Struct):
-    data: list[Model]
-    object: str = "list"

@@ -16,11 +16,18 @@ from penstock.core.trace import RequestTrace, StepTrace, Trace
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
-from penstock.serving.limits import LOOK_SECONDS, MAX_BLOCKS_SHOWN, MAX_LIVE_SECONDS, MAX_SHOWN, MAX_STEPS_SHOWN
+from penstock.serving.limits import (
+    LOOK_SECONDS,
+    MAX_BLOCKS_SHOWN,
+    MAX_LIVE_SECONDS,
+    MAX_SHOWN,
+    MAX_STEPS_SHOWN,
+    MAX_TRACE_SECONDS,
+)
 from penstock.serving.model_routes import in_memory
 from penstock.serving.operations import operation
 
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_TRACE_SECONDS)]
 
 
 class Tokens(NamedTuple):
@@ -83,7 +90,7 @@ def number_of(query: Mapping[str, str], name: str, default: float, most: float, 
 
 
 class Since(msgspec.Struct, kw_only=True):
-    after: int | None = None
+    after: Annotated[int, msgspec.Meta(ge=0, le=2**53)] | None = None
     seconds: Seconds = 10.0
     model: str | None = None
 

@@ -17,8 +17,8 @@ from penstock.serving.edge import off_loop
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_MESSAGES
 from penstock.serving.long_ids import VALUES, in_pieces, told
-from penstock.serving.schemas import ChatMessage, Harmless, ModelRequest
-from penstock.serving.tools import Offer, ToolSpec, offer_of
+from penstock.serving.schemas import ChatMessage, Harmless, ModelRequest, TokenId, Tools
+from penstock.serving.tools import Offer, offer_of
 
 
 class TokenizeRequest(ModelRequest, kw_only=True):
@@ -28,7 +28,7 @@ class TokenizeRequest(ModelRequest, kw_only=True):
 
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    tools: list[ToolSpec] | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
     add_special_tokens: bool | None = None
@@ -47,7 +47,7 @@ class DetokenizeRequest(ModelRequest, kw_only=True):
 
     IDS: ClassVar[tuple[str, ...]] = ("tokens",)
 
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 class Tokens(msgspec.Struct, kw_only=True):
