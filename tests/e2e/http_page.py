@@ -19,14 +19,15 @@ What a server answers at, what it takes and what it gives. A running server says
 `/openapi.json`, with an example of each body. What fields about the draw mean is in
 [sampling parameters](sampling.md).
 
-Bodies are JSON of at most 8 MiB, declared so by `Content-Type: application/json`, but for files, which are forms; below
-`/api/` [any type will do](../how-to/other-apis.md#ollama). A field that is left out or null has its default. Unknown
-fields are ignored, and the log names them. Every answer carries `x-request-id`; 429 and 503 carry `retry-after` in seconds,
+Bodies are JSON, declared so by `Content-Type: application/json`, but for files, which are forms; below `/api/`
+[any type will do](../how-to/other-apis.md#ollama). A field that is left out or null has its default. Unknown fields
+are ignored, and the log names them. Every answer carries `x-request-id`; 429 and 503 carry `retry-after` in seconds,
 which official clients wait for before they try again, and a 500 with the code `request_quarantined` carries
 `x-should-retry: false`, which keeps them from it. An upload or a new batch that carries an `Idempotency-Key` may
 be sent again for a day: what it made the first time is the answer. The `system_fingerprint` of an answer names the
 weights and their arithmetic: where the [backend promises one answer](../explanation/one-answer.md), the same tokens,
-parameters and seed give the same bits while it is the same, and may give others when it changes.
+parameters and seed give the same bits while it is the same, and may give others when it changes. A body
+has 8 MiB at most.
 
 A stream of events in which there has been nothing for 15 s has a comment, in Anthropic's API a `ping`, so that no proxy
 takes it for dead. What comes while a model is loaded is told in
