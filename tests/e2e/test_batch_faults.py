@@ -16,7 +16,7 @@ from penstock import AsyncLLM
 from penstock.base import EngineError, Unavailable
 from penstock.fleet import Admission
 from penstock.runtime.service import LocalService
-from penstock.serving import build_app
+from penstock.serving import batch_run, batches, build_app
 from penstock.serving.batch_run import AT_ONCE
 from penstock.serving.context import Context
 from penstock.serving.gate import Gate
@@ -177,6 +177,55 @@ def test_lines_that_wait_for_a_model_hold_no_place(
 
     monkeypatch.setattr(Context, "use", or_wait)
     over(models, tmp_path, work)
+
+
+def test_a_long_batch_gives_way_to_another_tenants(
+    llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But to none of its own tenant's; and what it has answered is not computed again."""
+    monkeypatch.setattr(batch_run, "TURN_SECONDS", 0.2)
+    monkeypatch.setattr(batch_run, "LOOK_SECONDS", 0.05)
+    made = [new_key([], tenant=tenant, role="inference") for tenant in ("many", "one")]
+    change_keys(tmp_path / "keys", lambda _: [record for _, record in made])
+    line = {"prompt": "A", "max_tokens": 200, "ignore_eos": True}
+
+    async def work(batching: Batching) -> None:
+        ids = []
+        for place, count in ((0, 300), (0, 1), (1, 3)):
+            batching.client.headers["x-api-key"] = made[place][0]
+            ids.append(await batching.begin(await batching.upload([line] * count)))
+        await batching.until(ids[2], "completed")
+        batching.client.headers["x-api-key"] = made[0][0]
+        long = (await batching.client.get(f"/v1/batches/{ids[0]}")).json()
+        assert long["status"] == "in_progress" and 0 < long["request_counts"]["completed"] < 300
+        long = await batching.until(ids[0], "completed")
+        assert long["request_counts"] == {"total": 300, "completed": 300, "failed": 0}
+        assert long["usage"]["output_tokens"] == 300 * 200
+        await batching.until(ids[1], "completed")
+        assert llm.engine.service.status().counters.generated_tokens - before == 304 * 200
+
+    before = llm.engine.service.status().counters.generated_tokens
+    over(llm, tmp_path / "store", work, Gate(Admission(50_000), tmp_path / "keys"))
+
+
+def test_what_is_over_ends_while_others_have_their_turn(
+    llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_run, "LOOK_SECONDS", 0.05)
+    line = {"prompt": "A", "max_tokens": 200, "ignore_eos": True}
+
+    async def work(batching: Batching) -> None:
+        long = await batching.begin(await batching.upload([line] * 300))
+        await batching.until(long, "in_progress")
+        cancelled = await batching.begin(file := await batching.upload([line] * 3))
+        await batching.client.post(f"/v1/batches/{cancelled}/cancel")
+        monkeypatch.setattr(batches, "DAY", 0)
+        late = await batching.begin(file)
+        ended = [await batching.until(late, "expired"), await batching.until(cancelled, "cancelled")]
+        assert [each["request_counts"]["completed"] for each in ended] == [0, 0]
+        assert (await batching.client.get(f"/v1/batches/{long}")).json()["status"] == "in_progress"
+
+    over(llm, tmp_path, work)
 
 
 def test_tenants_take_turns(llm: AsyncLLM, tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ AT_ONCE = 2
 their model to be loaded do not count, and of each model no more than that wait."""
 COMMIT_SECONDS, COMMIT_LINES = 0.25, 64
 """Answers are committed together: what a kill may make the engine do again, and how often the disk is written."""
+TURN_SECONDS = 10.0
+"""After which a batch gives way to one of another tenant."""
+LOOK_SECONDS = 1.0
+"""How often others are looked at meanwhile."""
 READ_LINES = 256
 RETRY_SECONDS = 1.0
 
@@ -66,14 +70,21 @@ class BatchLine(msgspec.Struct, kw_only=True):
 
 class Run:
     """One batch, from the state in which it is found to its end, or until it has to wait: its tenant has no tokens
-    left, or a model is not there and all lines for others have been answered.
+    left, or a model is not there and all lines for others have been answered, or it is another tenant's turn.
+
+    Args:
+        others: looks after those in line, and tells whether one of another tenant could go on.
 
     Attributes:
         resume_at: when it is worth another try, by ``time.monotonic``; None if it went on to the end.
     """
 
-    def __init__(self, store: Store, batch: Batch, context: Context, answerer: Answerer) -> None:
+    def __init__(
+        self, store: Store, batch: Batch, context: Context, answerer: Answerer, others: Callable[[], Awaitable[bool]]
+    ) -> None:
         self.store, self.batch, self.context, self.answerer = store, batch, context, answerer
+        self._others, self._began = others, time.monotonic()
+        self._looked = self._began
         self.resume_at: float | None = None
         self._stopped = False  # no line can go on, whichever model it names
         self._away: set[str] = set()  # models that could not be had: lines that name them wait for another try
@@ -117,6 +128,8 @@ class Run:
         try:
             while True:
                 over = self.batch.status != "in_progress" or time.monotonic() >= deadline
+                if not over and not exhausted:
+                    await self._look_around()
                 while not (exhausted or over or self._stopped or len(running) - self._awaited.total() >= self._window):
                     following = await anext(waiting, None)
                     exhausted = following is None
@@ -138,6 +151,15 @@ class Run:
         self.batch = await asyncio.to_thread(self.store.batches.finish_lines, self.batch.id, done)
         if self.batch.status == "in_progress" and time.monotonic() >= deadline:
             await asyncio.to_thread(self._expire)
+
+    async def _look_around(self) -> None:
+        """Whoever's turn has lasted gives way if it is of use to somebody, once the lines under way are answered."""
+        now = time.monotonic()
+        if self._stopped or now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        if await self._others() and now - self._began >= TURN_SECONDS:
+            self._stopped, self.resume_at = True, now
 
     async def _waiting(self, path: Path) -> AsyncGenerator[tuple[Line, bytes], None]:
         """(line, its bytes) of each line without an answer."""

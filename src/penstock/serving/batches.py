@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
@@ -94,9 +95,11 @@ def shown(batch: Batch) -> BatchObject:
 
 
 class Batches:
-    """Carries out the batches of one store, one after another; tenants take turns, and so do batches that cannot go on.
+    """Carries out the batches of one store, one at a time; tenants take turns, and so do batches that cannot go on.
 
-    One whose tenant has no tokens left, or whose model cannot be loaded, rests, and the others go on.
+    A turn ends with its batch, or after TURN_SECONDS if another tenant waits for one. A batch whose tenant has no
+    tokens left, or whose model cannot be loaded, rests, and the others go on. One that is cancelled, or whose time is
+    over, ends without a turn.
 
     Args:
         folder: of the store; made when the first thing is kept, so that a server that keeps nothing writes nothing.
@@ -193,7 +196,7 @@ class Batches:
         while True:
             self._wake.clear()
             try:
-                batches = await asyncio.to_thread(self._store.batches.unfinished, tuple(self.context.models.all))
+                batches = await self._in_line(self._store)
                 rests = {batch.id: self._rest(batch) for batch in batches}
                 if not (ready := [batch for batch in batches if rests[batch.id] <= 0]):
                     with suppress(TimeoutError):
@@ -201,20 +204,40 @@ class Batches:
                     continue
                 batch = min(ready, key=self._last_turn)
                 self._turns[batch.tenant] = self._turns[batch.id] = max(self._turns.values(), default=0) + 1
-                run = Run(self._store, batch, self.context, self.answerers[batch.endpoint])
-                await run.all()
-                if run.resume_at is not None:
-                    self._resting[batch.id] = run.resume_at
-                else:
-                    self._resting.pop(batch.id, None)
-                    del self._turns[batch.id]
+                await self._go_on(self._store, batch)
             except Exception:  # a full disk, say: the batch is tried again
                 _log.exception("the batches cannot go on")
                 await asyncio.sleep(RETRY_SECONDS)
 
+    async def _in_line(self, store: Store) -> list[Batch]:
+        return await asyncio.to_thread(store.batches.unfinished, tuple(self.context.models.all))
+
+    async def _go_on(self, store: Store, batch: Batch) -> None:
+        run = Run(store, batch, self.context, self.answerers[batch.endpoint], partial(self._look_after, store, batch))
+        await run.all()
+        if run.resume_at is not None:
+            self._resting[batch.id] = run.resume_at
+        else:
+            self._resting.pop(batch.id, None)
+            self._turns.pop(batch.id, None)
+
+    async def _look_after(self, store: Store, current: Batch) -> bool:
+        """Ends those in line that are over; whether one of a tenant but the current one's could go on."""
+        others = [batch for batch in await self._in_line(store) if batch.id != current.id]
+        for batch in filter(_is_over, others):
+            await self._go_on(store, batch)
+        return any(x.tenant != current.tenant and not _is_over(x) and self._rest(x) <= 0 for x in others)
+
     def _rest(self, batch: Batch) -> float:
-        """Seconds that it rests from now on; one that is cancelled does not."""
-        return self._resting.get(batch.id, 0.0) - time.monotonic() if batch.status == "in_progress" else 0.0
+        """Seconds that it rests from now on, or until its time is over; one that is cancelled does not."""
+        if batch.status != "in_progress":
+            return 0.0
+        return min(self._resting.get(batch.id, 0.0) - time.monotonic(), batch.expires_at - time.time())
 
     def _last_turn(self, batch: Batch) -> tuple[int, int]:
         return self._turns.get(batch.tenant, 0), self._turns.get(batch.id, 0)
+
+
+def _is_over(batch: Batch) -> bool:
+    """It asks nothing of the engine any more."""
+    return batch.status == "cancelling" or batch.expires_at <= time.time()
