@@ -16,7 +16,7 @@ from penstock.serving.context import Context, context_of
 from penstock.serving.dashboard import PAGES
 from penstock.serving.edge import as_json
 from penstock.serving.errors import HTTPError
-from penstock.serving.history import finished
+from penstock.serving.history import finished, texts_of
 from penstock.serving.model_routes import load_model, models_listed, models_told, unload_model
 from penstock.serving.openapi import openapi
 from penstock.serving.operations import Routes, operation
@@ -68,5 +68,6 @@ ROUTES: Routes = {
     "/drain": ("admin", _drain, "POST"),
     "/v1/models": ("admin", models_listed),
     "/requests": ("admin", finished),
+    "/requests/{id}": ("admin", texts_of),
     **PAGES,
 }
