@@ -22,11 +22,12 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from commands import argv, penstock, running
 from penstock.base import ConfigError
-from penstock.serving import protocol
+from penstock.serving import limits, protocol
 from penstock.serving.limits import HEAD_SECONDS
 from penstock.serving.transport import Certificate, origins_of
 
@@ -177,6 +178,37 @@ def test_a_handshake_counts_as_a_connection(folder: Path) -> None:
             assert await reader.read(1) == b""
         assert not state.connections
         server.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_the_end_of_an_answer_that_nobody_reads_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little of it is left: between two lengths here is less than a transport holds without a word."""
+    monkeypatch.setattr(limits, "STALL_SECONDS", 0.3)
+    lengths = range(64 << 10, 5 << 20, 60 << 10)
+    asked: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = bytes(int(scope["path"][1:]))
+        asked.append(len(body))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def run() -> None:
+        state = ServerState()
+        config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None)
+        made = partial(protocol.Connection, config=config, server_state=state, app_state={})
+        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0)
+        clients = []
+        for length in lengths:
+            client = socket.create_connection(server.sockets[0].getsockname())
+            client.sendall(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % length)
+            clients.append(client)
+        while state.connections or len(asked) < len(lengths):
+            await asyncio.sleep(0.01)
+        server.close()
+        for client in clients:
+            client.close()
 
     asyncio.run(asyncio.wait_for(run(), 30))
 

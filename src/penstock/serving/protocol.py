@@ -6,6 +6,7 @@ import asyncio
 import ssl
 import time
 from asyncio.sslproto import SSLProtocol
+from collections.abc import Callable
 from typing import Any, cast
 
 import h11
@@ -58,6 +59,7 @@ class Connection(H11Protocol):
     _tcp: asyncio.Transport | None = None  # while TLS shakes hands over it
     _head: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
+    _leaving: asyncio.TimerHandle | None = None
     _since = 0.0
 
     def begin(self, tcp: asyncio.Transport) -> None:
@@ -84,7 +86,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._tcp = None
-        super().connection_made(Joined(transport, self.loop))  # type: ignore[arg-type]
+        super().connection_made(Joined(transport, self.loop, self._wait_for_reader))  # type: ignore[arg-type]
         self._wait_for_head()
         if self.surplus > limits.REFUSED_CONNECTIONS:
             self._abort()
@@ -116,7 +118,7 @@ class Connection(H11Protocol):
         self._stalled = _stop(self._stalled)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head, self._stalled = _stop(self._head), _stop(self._stalled)
+        self._head, self._stalled, self._leaving = _stop(self._head), _stop(self._stalled), _stop(self._leaving)
         self._note_stall()
         super().connection_lost(exc)
 
@@ -134,6 +136,14 @@ class Connection(H11Protocol):
     def _wait_for_head(self) -> None:
         self._head = self._head or self.loop.call_later(limits.HEAD_SECONDS, self._abort)
 
+    def _wait_for_reader(self, unread: int = 0) -> None:
+        """The connection ends when its client has read what is left: too little for pause_writing, perhaps for ever."""
+        left = self.transport.get_write_buffer_size()
+        if left == unread:
+            self._abort()
+        else:
+            self._leaving = self.loop.call_later(limits.STALL_SECONDS, self._wait_for_reader, left)
+
     def _abort(self) -> None:
         """What is still to be written is dropped: nobody reads it."""
         (self._tcp or self.transport).abort()
@@ -144,10 +154,15 @@ class Joined:
 
     A write is a system call, which costs as much as making the event. When the loop is behind, several events of a
     stream are ready at once, and a head and its body always are.
+
+    Args:
+        closing: called when it closes before all is with the system.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, closing: Callable[[], None]
+    ) -> None:
+        self._transport, self._loop, self._closing = transport, loop, closing
         self._parts: list[bytes] = []
         self._size = 0
 
@@ -164,6 +179,8 @@ class Joined:
     def close(self) -> None:
         self._flush()
         self._transport.close()
+        if self._transport.get_write_buffer_size():
+            self._closing()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
