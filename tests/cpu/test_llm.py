@@ -23,6 +23,7 @@ import torch
 from penstock import LLM, AsyncLLM, CompletionOutput, RequestOutput, SamplingParams, TextPrompt, TokensPrompt
 from penstock.base import ConfigError, EngineError, InvalidRequest, ModelFormatError, NotFound, PenstockError
 from penstock.core.service import Counters, Sink, Status, Submission, Update
+from penstock.grammar import compiler
 from penstock.llm.config import engine_config
 from penstock.spec import EngineConfig, StructuredOutputs
 from penstock.text import Delta
@@ -559,23 +560,24 @@ def test_leaving_an_async_stream_ends_the_request(async_llm: AsyncLLM, how: str)
 
 
 def test_grammars_are_compiled_beside_the_event_loop(async_llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = SamplingParams(max_tokens=4, structured_outputs=StructuredOutputs(choice=["yes"]))
-    grammars, threads = async_llm.engine.grammars(), list[threading.Thread]()
-    compile_ = grammars.compile
+    threads, compile_ = list[threading.Thread](), compiler._compile
 
-    def noted(wanted: StructuredOutputs) -> object:
+    def noted(*given: Any) -> Any:
         threads.append(threading.current_thread())
-        return compile_(wanted)
+        return compile_(*given)
 
-    monkeypatch.setattr(grammars, "compile", noted)
+    def params(choice: str) -> SamplingParams:
+        return SamplingParams(max_tokens=4, structured_outputs=StructuredOutputs(choice=[choice]))
+
+    monkeypatch.setattr(compiler, "_compile", noted)
 
     async def main() -> None:
-        async for _ in async_llm.generate("Once upon a time", params):
+        async for _ in async_llm.generate("Once upon a time", params("a generated answer")):
             pass
-        await async_llm.best_of("Once upon a time", params)
+        await async_llm.best_of("Once upon a time", params("the best answer"))
 
     asyncio.run(main())
-    assert threads and threading.main_thread() not in threads
+    assert len(threads) == 2 and threading.main_thread() not in threads
 
 
 def test_abort_gives_a_last_piece(async_llm: AsyncLLM) -> None:

@@ -138,9 +138,7 @@ def _carry_out(connection: socket.socket, main: Callable[[], None]) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        threading._shutdown()  # type: ignore[attr-defined]  # executors' threads are told to end, and all are joined
         connection.sendall(f"{code}\n".encode())
         os._exit(0)
 

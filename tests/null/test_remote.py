@@ -20,7 +20,7 @@ from penstock.base import ConfigError, EngineError, PenstockError
 from penstock.core.service import Submission, Update
 from penstock.sim.toy import toy_completion, toy_reports
 from penstock.spec import EngineConfig, SamplingParams, TokenLogprobs
-from penstock.wire import RemoteService, remote
+from penstock.wire import RemoteService, remote, restarts
 from penstock.wire.process import EngineProcess
 from penstock.wire.restarts import MAX_RESTARTS
 from toyhost import DEADLY, ENDLESS, LATE, VOCAB
@@ -316,7 +316,7 @@ def test_a_download_does_not_count_as_a_hang() -> None:
 
 
 def test_an_engine_that_cannot_start_again_stays_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(restarts, "FIRST_PAUSE", 0.01)
     service = RemoteService(ARGV, EngineConfig(model=f"once:{tmp_path / 'started'}"))
     service.ready()
     heard = Heard(service)
