@@ -13,7 +13,7 @@ from penstock.spec.quantization import check_formats
 
 log = logging.getLogger(__name__)
 
-MIXED_PREFILL = 64
+MIXED_PREFILL = 48
 """Tokens of prompts for each thread, in a step in which others wait: those of a model of 0.6 billion parameters take a
 quarter of a second on cores without matrix units, and the step costs about as much again."""
 

@@ -39,7 +39,7 @@ class EngineConfig:
     )
     max_mixed_prefill: int | None = option(
         None,
-        "tokens of prompts in a step in which others wait for their next token; by default 64 for each thread of a CPU",
+        "tokens of prompts in a step in which others wait for their next token; by default 48 for each thread of a CPU",
         low=1,
         high=16777216,
     )
