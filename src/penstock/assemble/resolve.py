@@ -14,8 +14,8 @@ from penstock.spec.quantization import check_formats
 log = logging.getLogger(__name__)
 
 MIXED_PREFILL = 48
-"""Tokens of prompts for each thread, in a step in which others wait: those of a model of 0.6 billion parameters take a
-quarter of a second on cores without matrix units, and the step costs about as much again."""
+"""Tokens of prompts for each thread, in a step in which others wait: those of a model of 0.6 billion parameters take
+0.4 s on cores without matrix units, where the tokens of 32 who wait take 0.2 s."""
 
 
 def resolve_here(config: EngineConfig, spec: ModelSpec | EncoderSpec) -> EngineConfig:
