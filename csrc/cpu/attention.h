@@ -59,7 +59,7 @@ template <class T, class S>
 void attention_of(const Attention& a) {
     Pieces all = pieces_of(a);
     int64_t heads = a.kv_heads, count = (int64_t)all.pieces.size();
-    int64_t numbers = QUERIES * ((a.width + LANES - 1) / LANES * LANES);
+    int64_t numbers = QUERIES * padded(a.width);
     Vector<Partial> roots((size_t)(all.roots * heads));
     Vector<float> values((size_t)(all.roots * heads * numbers));
     parallel(count * heads, [&](int64_t number, int) {

@@ -184,15 +184,28 @@ struct Widened {
     void part(int, int64_t, const Pair<Panel>&, int64_t, int64_t, bool, float*) {}
 };
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Sixteen registers hold the sums of six rows and one panel, if the numbers of x come from memory as fp32.
+#if defined(__AVX2__)
+// Sums of so many rows and panels fit in the registers, if the numbers of x come from memory as fp32.
+#if defined(__AVX512F__)
+constexpr int WIDE_ROWS = 12, WIDE_PANELS = 2;
+#else
+constexpr int WIDE_ROWS = 6, WIDE_PANELS = 1;
+#endif
+#if defined(__AVX512BF16__)
 template <class T>
+concept Widens = !std::is_same_v<T, bf16>;  // which are multiplied as they are
+#else
+template <class T>
+concept Widens = true;
+#endif
+
+template <Widens T>
 struct Widened<Rows<T>, PanelOf<T>> {
     static constexpr int ROWS = BLOCK;
     static constexpr int64_t DEEP = 128, STRIDE = DEEP + 16;
     alignas(64) float wide[BLOCK * STRIDE];
 
-    static bool worth(int rows) { return rows >= 8; }
+    static bool worth(int rows) { return rows >= (WIDE_PANELS == 1 ? 8 : 4); }
 
     void take(Rows<T> x, int rows, const Linear& a, int64_t k0, int64_t k1) {
         for (int row = 0; row < rows; row++) {
@@ -200,46 +213,83 @@ struct Widened<Rows<T>, PanelOf<T>> {
                 store(wide + row * STRIDE + k - k0, load_upto(x.first + row * a.inputs + k, std::min<int64_t>(LANES, k1 - k)));
             }
         }
+        int padded = WIDE_PANELS == 1 ? rows : (rows + 3) / 4 * 4;
+        std::memset(wide + rows * STRIDE, 0, sizeof(float) * (size_t)((padded - rows) * STRIDE));
     }
 
-    // Adds inputs [k0, k1), all of them or both of each pair, to sums [R], as accumulate does.
+    // Adds inputs [k0, k1), all of them or both of each pair, to sums [R][WIDE_PANELS], as accumulate does.
     template <int R>
-    static INLINE void accumulate(const float* x, int64_t inputs, PanelOf<T> p, int64_t k0, int64_t k1, F* sums) {
-        auto add = [&](const float* at, F w) ALWAYS_INLINE {
-            each<R>([&](auto r) ALWAYS_INLINE { sums[r] = fma(splat(at[r * STRIDE]), w, sums[r]); });
+    static INLINE void accumulate(
+        const float* x, int64_t inputs, const PanelOf<T>* p, int64_t k0, int64_t k1, F (*sums)[WIDE_PANELS]) {
+        F first[WIDE_PANELS], second[WIDE_PANELS];
+        each<WIDE_PANELS>([&](auto i) { first[i] = second[i] = splat(0); });
+        auto of_each_panel = [&](const auto& work) ALWAYS_INLINE {
+            work(std::integral_constant<int, 0>());
+            if constexpr (WIDE_PANELS == 2) {
+                if (p[1].width) work(std::integral_constant<int, 1>());
+            }
+        };
+        auto add = [&](const float* at, const F* w) ALWAYS_INLINE {
+            each<R>([&](auto r) ALWAYS_INLINE {
+                F one = splat(at[r * STRIDE]);
+                each<WIDE_PANELS>([&](auto i) ALWAYS_INLINE { sums[r][i] = fma(one, w[i], sums[r][i]); });
+            });
         };
         if constexpr (sizeof(T) == 4) {
-            for (int64_t k = k0; k < k1; k++) add(x + k - k0, column(p, k, inputs));
-        } else {
-            F first, second;
-            for (int64_t k = k0; k + 1 < k1; k += 2) {
-                pair_of_columns(p, k / 2, first, second);
+            for (int64_t k = k0; k < k1; k++) {
+                of_each_panel([&](auto i) ALWAYS_INLINE { first[i] = column(p[i], k, inputs); });
                 add(x + k - k0, first);
-                asm volatile("" : "+r"(p.weight));  // read again: registers are short, and the first-level cache has it
-                pair_of_columns(p, k / 2, first, second);
+            }
+        } else {
+            for (int64_t k = k0; k + 1 < k1; k += 2) {
+                auto both = [&](auto i) ALWAYS_INLINE { pair_of_columns(p[i], k / 2, first[i], second[i]); };
+                of_each_panel(both);
+                add(x + k - k0, first);
+                if constexpr (WIDE_PANELS == 1) {  // read again: registers are short, and the first-level cache has it
+                    const T* again = p->weight;
+                    asm volatile("" : "+r"(again));
+                    pair_of_columns(PanelOf<T>{again, p->width}, k / 2, first[0], second[0]);
+                }
                 add(x + k - k0 + 1, second);
             }
-            if ((k1 - k0) % 2) add(x + k1 - 1 - k0, last_column(p, inputs));
+            if ((k1 - k0) % 2) {
+                of_each_panel([&](auto i) ALWAYS_INLINE { first[i] = last_column(p[i], inputs); });
+                add(x + k1 - 1 - k0, first);
+            }
         }
     }
 
     void part(int rows, int64_t inputs, const Pair<PanelOf<T>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
-        int tiles = (rows + 5) / 6;  // of four to six rows
-        for (int i = 0; i < 2 && pair.panels[i].width; i++) {
+        for (int panel = 0; panel < 2 && pair.panels[panel].width; panel += WIDE_PANELS) {
             int row = 0;
             auto take = [&]<int R>() {
-                F sums[R];
-                float* to = out + row * BLOCK + i * PANEL;
-                each<R>([&](auto r) { sums[r] = fresh ? splat(0) : load(to + r * BLOCK); });
-                accumulate<R>(wide + row * STRIDE, inputs, pair.panels[i], k0, k1, sums);
-                each<R>([&](auto r) { store(to + r * BLOCK, sums[r]); });
+                F sums[R][WIDE_PANELS];
+                float* to = out + row * BLOCK + panel * PANEL;
+                auto each_sum = [&](const auto& work) ALWAYS_INLINE {
+                    each<R>([&](auto r) ALWAYS_INLINE {
+                        each<WIDE_PANELS>([&](auto i) ALWAYS_INLINE { work(to + r * BLOCK + i * PANEL, sums[r][i]); });
+                    });
+                };
+                each_sum([&](float* from, F& sum) ALWAYS_INLINE { sum = fresh ? splat(0) : load(from); });
+                accumulate<R>(wide + row * STRIDE, inputs, pair.panels + panel, k0, k1, sums);
+                each_sum([&](float* at, const F& sum) ALWAYS_INLINE { store(at, sum); });
                 row += R;
             };
-            for (int tile = 0; tile < tiles; tile++) {
-                int height = rows / tiles + (tile < rows % tiles);
-                if (height == 6) take.template operator()<6>();
-                if (height == 5) take.template operator()<5>();
-                if (height == 4) take.template operator()<4>();
+            if constexpr (WIDE_PANELS == 2) {  // fours, the last one filled up
+                for (int left = (rows + 3) / 4, fours; left; left -= fours) {
+                    fours = left == 4 ? 2 : std::min(left, WIDE_ROWS / 4);
+                    if (fours == 3) take.template operator()<12>();
+                    if (fours == 2) take.template operator()<8>();
+                    if (fours == 1) take.template operator()<4>();
+                }
+            } else {
+                int tiles = (rows + WIDE_ROWS - 1) / WIDE_ROWS;  // of four to six rows
+                for (int tile = 0; tile < tiles; tile++) {
+                    int height = rows / tiles + (tile < rows % tiles);
+                    if (height == 6) take.template operator()<6>();
+                    if (height == 5) take.template operator()<5>();
+                    if (height == 4) take.template operator()<4>();
+                }
             }
         }
     }
@@ -377,6 +427,8 @@ INLINE void part(
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int MOST_ROWS = 128;
+#elif defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+constexpr int MOST_ROWS = 96;
 #else
 constexpr int MOST_ROWS = BLOCK;
 #endif

@@ -537,9 +537,11 @@ INLINE void code_group(const T* x, int8_t* codes, float& scale, float& offset, i
     total = sum_of(sum);
     offset = -(scale * (float)total);
 #if defined(PENSTOCK_UNITS)
-    if (units.heads) units.heads->scale = scale, units.heads->offset = offset;
-    if (units.codes) store_units<COUNT>(whole, units);
+    if (units.heads) *units.heads = {-128 * total, scale, offset};
 #endif
+    if constexpr (CODE_UNITS) {
+        if (units.codes) store_units<COUNT>(whole, units);
+    }
 }
 
 struct CodeMemory {
@@ -572,7 +574,7 @@ void grouped_linears_of(const Linear* products, int64_t count) {
     bool eight = any.format.bits == 8;
     bool wide = eight ? Widened<CodeRows, GroupedPanel<8>>::worth(most) : Widened<CodeRows, GroupedPanel<4>>::worth(most);
     int64_t pitch = (rows + 3) | 1;  // odd, so that a row's units fall into different sets, and of whole fours
-    int64_t units = wide && eight ? any.inputs / 32 * pitch : 0;
+    int64_t units = CODE_UNITS && wide && eight ? any.inputs / 32 * pitch : 0;
     if ((int64_t)memory.units.size() < units) memory.units.resize((size_t)units);
     if (wide && (int64_t)memory.heads.size() < groups * pitch) memory.heads.resize((size_t)(groups * pitch));
     CodeMemory& m = memory;
@@ -583,7 +585,7 @@ void grouped_linears_of(const Linear* products, int64_t count) {
             size_t n = (size_t)i;
             int64_t row = i / groups, g = i % groups;
             Units own{};
-            if (wide) own = {eight ? m.units.data() + g * (GROUP / 32) * pitch + row : nullptr, m.heads.data() + g * pitch + row, pitch};
+            if (wide) own = {units ? m.units.data() + g * (GROUP / 32) * pitch + row : nullptr, m.heads.data() + g * pitch + row, pitch};
             code_group<GROUP>(x + i * GROUP, codes, m.scales[n], m.offsets[n], m.totals[n], own);
         }
     };

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -35,16 +35,17 @@ namespace penstock::PENSTOCK_ISA {
 constexpr int LANES = 16;
 
 // Of this instruction set alone: the linker keeps one copy of std::vector<float>, and it may be one that the processor
-// does not have.
+// does not have. Aligned to cache lines: a vector of 64 bytes that lies across two of them takes twice the time.
 template <class T>
-struct Allocator : std::allocator<T> {
-    template <class U>
-    struct rebind {
-        using other = Allocator<U>;
-    };
+struct Allocator {
+    using value_type = T;
+    static constexpr std::align_val_t LINE{64};
     Allocator() = default;
     template <class U>
     Allocator(const Allocator<U>&) {}
+    T* allocate(size_t count) { return (T*)::operator new(count * sizeof(T), LINE); }
+    void deallocate(T* memory, size_t) { ::operator delete(memory, LINE); }
+    friend bool operator==(const Allocator&, const Allocator&) { return true; }
 };
 template <class T>
 using Vector = std::vector<T, Allocator<T>>;

@@ -16,6 +16,14 @@ namespace penstock::PENSTOCK_ISA {
 
 constexpr int QUERIES = 48;  // of one item: so many share the widening of a segment's K and V
 constexpr int ROWS = 6;      // of one block of sums: twelve of AVX2's sixteen registers
+// Rows of one that reads what was widened before, and panels widened together.
+#if defined(__AVX512F__)
+constexpr int TALL_ROWS = 12, PANELS = 2;
+#else
+constexpr int TALL_ROWS = ROWS, PANELS = 1;
+#endif
+constexpr int64_t WIDE = PANELS * LANES;
+inline int64_t padded(int64_t width) { return (width + WIDE - 1) / WIDE * WIDE; }
 constexpr int64_t GROUPS = SEGMENT / LANES;
 
 // The numbers of a segment's keys.
@@ -66,9 +74,9 @@ INLINE void accumulate(
 
 // Calls work<Q>(first) for blocks of at most ROWS queries, as equal as can be.
 template <class Work>
-INLINE void in_blocks(int count, const Work& work) {
-    int blocks = (count + ROWS - 1) / ROWS;
-    for (int first = 0, size; blocks > 0; first += size, blocks--) {
+INLINE void in_blocks(int count, const Work& work, int from = 0) {
+    int blocks = (count - from + ROWS - 1) / ROWS;
+    for (int first = from, size; blocks > 0; first += size, blocks--) {
         size = (count - first + blocks - 1) / blocks;
         switch (size) {
             case 1: work.template operator()<1>(first); break;
@@ -81,6 +89,13 @@ INLINE void in_blocks(int count, const Work& work) {
     }
 }
 
+template <class Work>
+INLINE void in_tall_blocks(int count, const Work& work) {
+    int first = 0;
+    for (; TALL_ROWS > ROWS && first + TALL_ROWS <= count; first += TALL_ROWS) work.template operator()<TALL_ROWS>(first);
+    in_blocks(count, work, first);
+}
+
 // Panels of a block of Q queries: enough sums to hide the latency of an fma, and no more than there are registers.
 template <int Q>
 constexpr int AT_ONCE = Q == 1 ? 4 : Q <= 3 ? 2 : 1;
@@ -89,7 +104,7 @@ constexpr int AT_ONCE = Q == 1 ? 4 : Q <= 3 ? 2 : 1;
 struct Sums {
     // Of a thread, for all its walks.
     struct Memory {
-        Vector<float> q, panel;  // [QUERIES][padded]; [SEGMENT or width][LANES]
+        Vector<float> q, panel;  // [QUERIES][padded]; [SEGMENT or width][WIDE]
         Vector<Partial> stack;
         Vector<Vector<float>> values;
         alignas(64) float scores[QUERIES][SEGMENT];
@@ -113,15 +128,16 @@ struct Sums {
         }
     }
 
-    void score_panel(int64_t group) {
-        const float* panel = m_.panel.data();
-        in_blocks(count_, [&]<int Q>(int q) ALWAYS_INLINE { score<Q, 1>(q, group, &panel, LANES); });
+    void score_panels(int64_t group) {
+        const float* panels[PANELS];
+        for (int n = 0; n < PANELS; n++) panels[n] = m_.panel.data() + n * LANES;
+        in_tall_blocks(count_, [&]<int Q>(int q) ALWAYS_INLINE { score<Q, PANELS>(q, group, panels, WIDE); });
     }
 
-    void add_panel(Partial& p, int64_t at) {
+    void add_panels(Partial& p, int64_t at) {
         const float* panel = m_.panel.data();
-        in_blocks(count_, [&]<int Q>(int q) ALWAYS_INLINE {
-            add<Q, 1>(p, q, at, LANES, [&](int64_t group) { return panel + group * LANES * LANES; });
+        in_tall_blocks(count_, [&]<int Q>(int q) ALWAYS_INLINE {
+            add<Q, PANELS>(p, q, at, WIDE, [&](int64_t group) { return panel + group * LANES * WIDE; });
         });
     }
 
@@ -160,7 +176,7 @@ struct Sums {
         }
     }
 
-    explicit Sums(int64_t width) : width_(width), padded_((width + LANES - 1) / LANES * LANES), m_(memory()) {}
+    explicit Sums(int64_t width) : width_(width), padded_(padded(width)), m_(memory()) {}
 
     int64_t width_, padded_;
     Memory& m_;
@@ -175,7 +191,7 @@ public:
     Walk(const Attention& a, const Item& item, int64_t kv_head)
         : Sums(a.width), a_(a), item_(item), kv_head_(kv_head) {
         m_.q.resize((size_t)(QUERIES * padded_));
-        m_.panel.resize((size_t)(std::max(SEGMENT, a.width) * LANES));
+        m_.panel.resize((size_t)(std::max(SEGMENT, a.width) * WIDE));
         int64_t group = a.heads / a.kv_heads;
         for (int64_t row = item.row; row < item.row + item.rows; row++) {
             int64_t position = a.contexts[item.request] - (a.starts[item.request + 1] - row);
@@ -197,7 +213,8 @@ public:
     void segments(int64_t first, int64_t last) {
         for (int q = 0; q < count_; q++) {
             const T* x = (const T*)a_.q + queries_[q].out;
-            for (int64_t i = 0; i < padded_; i += LANES) store(m_.q.data() + q * padded_ + i, load_upto(x + i, width_ - i));
+            float* to = m_.q.data() + q * padded_;
+            for (int64_t i = 0; i < width_; i += LANES) store(to + i, load_upto(x + i, width_ - i));
         }
         for (int64_t segment = first; segment <= last; segment++) {
             compute(push(0, segment), segment);
@@ -323,9 +340,13 @@ private:
     // Scores of all queries and keys from .. to - 1, whether seen or not: rows of the own request's memory.
     void score_widened(int64_t from, int64_t to) {
         float* panel = m_.panel.data();
-        for (int64_t group = from / LANES; group * LANES < to; group++) {
-            for (int64_t i = 0; i < width_; i++) store(panel + i * LANES, load(k_[group] + i * k_stride_));
-            score_panel(group);
+        for (int64_t group = from / WIDE * PANELS; group * LANES < to; group += PANELS) {
+            for (int64_t n = 0; n < PANELS; n++) {  // what stands for groups that nobody sees is not looked at
+                if ((group + n + 1) * LANES <= from || (group + n) * LANES >= to) continue;
+                const S* k = k_[group + n];
+                for (int64_t i = 0; i < width_; i++) store(panel + i * WIDE + n * LANES, load(k + i * k_stride_));
+            }
+            score_panels(group);
         }
     }
 
@@ -389,11 +410,14 @@ private:
 
     void add_widened(Partial& p, int64_t from, int64_t to) {
         float* panel = m_.panel.data();
-        for (int64_t at = 0; at < width_; at += LANES) {
+        for (int64_t at = 0; at < width_; at += WIDE) {
             for (int64_t key = from; key < to; key++) {
-                store(panel + key * LANES, load_upto(v_[key / LANES] + key % LANES * width_ + at, width_ - at));
+                const S* v = v_[key / LANES] + key % LANES * width_;
+                for (int64_t i = at; i < std::min(at + WIDE, width_); i += LANES) {
+                    store(panel + key * WIDE + i - at, load_upto(v + i, width_ - i));
+                }
             }
-            add_panel(p, at);
+            add_panels(p, at);
         }
     }
 

@@ -1,5 +1,5 @@
-// Products of many rows of codes on AVX2: a panel's codes are laid out once as the innermost loop wants them, and that loop is
-// written out. All are integers: no bit differs from what fewer rows get.
+// Products of many rows of codes, on AVX2 and with VNNI: a panel's codes are laid out once as the innermost loop wants them. What
+// adds up are integers: no bit differs from what fewer rows get.
 #pragma once
 
 #include "linear.h"
@@ -8,6 +8,7 @@ namespace penstock::PENSTOCK_ISA {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define PENSTOCK_UNITS
+constexpr bool CODE_UNITS = true;
 
 // The codes at even and at odd inputs of 32 bytes, as int16.
 INLINE __m256i even_codes(__m256i bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8); }
@@ -222,6 +223,114 @@ struct Widened<CodeRows, GroupedPanel<4>> : ByPanels<4, Widened<CodeRows, Groupe
     }
 };
 
+#elif defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+#define PENSTOCK_UNITS
+constexpr bool CODE_UNITS = false;
+
+// Compilers copy the sums of a loop to and fro around the intrinsic.
+INLINE void add_bytes(__m512i& sums, __m512i bytes, __m512i others) {
+#if defined(EMULATE_VNNI)
+    sums = _mm512_dpbusd_epi32(sums, bytes, others);
+#else
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(others));
+#endif
+}
+
+// An instruction joins 64 products of bytes to sixteen int32, if one side is unsigned: for all rows once, 8-bit codes of a
+// pair of panels are moved up by 128, and 4-bit codes come out of their bytes. What 128 adds is known of each row.
+template <int BITS>
+struct Widened<CodeRows, GroupedPanel<BITS>> {
+    static constexpr int ROWS = MOST_ROWS, TALL = 8;  // rows whose sums with two panels fit in the registers
+    static constexpr int64_t DEEP = 128, MOST = DEEP / 32;  // inputs; groups
+    CodeRows x;
+    const uint8_t* next[2];  // what comes from memory while a piece is computed: so many lines of the next, a group's time
+    int lines;
+    alignas(64) __m512i w[DEEP / 4][2];
+    alignas(64) F scales[MOST][2], zeros[MOST][2];
+
+    // Weights of fewer rows come from memory: there it pays to take them as they are.
+    static bool worth(int rows) { return rows >= (BITS == 8 ? 12 : 24); }
+
+    void take(CodeRows rows, int, const Linear&, int64_t, int64_t) { x = rows; }
+
+    INLINE void widen(const uint8_t* panel, int i, int64_t groups, int group) {
+        const __m512i low = _mm512_set1_epi8(15), top = _mm512_set1_epi8((char)0x80);
+        for (int64_t g = 0; g < groups; g++, panel += Format{BITS, group}.group_bytes()) {
+            auto* to = w + g * group / 4;
+            for (int quad = 0; quad < group / 4; quad += 8 / BITS) {
+                __m512i codes = _mm512_loadu_si512(panel + quad * PANEL * BITS / 2);
+                if constexpr (BITS == 8) {
+                    to[quad][i] = _mm512_xor_si512(codes, top);
+                } else {
+                    to[quad][i] = _mm512_and_si512(codes, low);
+                    to[quad + 1][i] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
+                }
+            }
+            Scales<BITS> own(panel + group * PANEL * BITS / 8);
+            scales[g][i] = own.scale, zeros[g][i] = own.zero;
+        }
+    }
+
+    template <int R>
+    __attribute__((noinline)) void some_rows(int row, int64_t first, int64_t groups, int group, bool fresh, float* out) {
+        auto of_each = [&](const auto& work) ALWAYS_INLINE {
+            each<R>([&](auto r) ALWAYS_INLINE { each<2>([&](auto i) ALWAYS_INLINE { work(r, i); }); });
+        };
+        if (fresh) of_each([&](auto r, auto i) ALWAYS_INLINE { store(out + r * BLOCK + i * PANEL, splat(0)); });
+        const int64_t stride = x.stride;
+        const int8_t* codes = x.codes + row * stride + first * group;
+        const GroupHead* heads = x.units.heads + first * x.units.pitch + row;
+        const auto* panels = w;
+        for (int64_t g = 0; g < groups; g++, heads += x.units.pitch) {
+            __m512i products[R][2];
+            each<R>([&](auto r) ALWAYS_INLINE {
+                products[r][0] = products[r][1] = BITS == 8 ? _mm512_set1_epi32(heads[r].minus) : _mm512_setzero_si512();
+            });
+            for (const int8_t* end = codes + group; codes != end; codes += 4, panels++) {
+                __m512i w0 = (*panels)[0], w1 = (*panels)[1];
+                each<R>([&](auto r) ALWAYS_INLINE {
+                    __m512i quad = _mm512_set1_epi32(quad_at(codes + r * stride));
+                    add_bytes(products[r][0], w0, quad);
+                    add_bytes(products[r][1], w1, quad);
+                });
+            }
+            of_each([&](auto r, auto i) ALWAYS_INLINE {
+                float* at = out + r * BLOCK + i * PANEL;
+                F sum = fma(to_float(I{products[r][i]}), splat(heads[r].scale) * scales[g][i], load(at));
+                if constexpr (BITS == 4) sum = fma(splat(heads[r].offset), zeros[g][i], sum);
+                store(at, sum);
+            });
+            for (int line = 0; line < lines; line++) {
+                for (auto& at : next) __builtin_prefetch(at), at += 64;
+            }
+            asm volatile("" ::: "memory");  // the registers are the next group's: these sums stay in the first-level cache
+        }
+    }
+
+    void part(int rows, int64_t, const Pair<GroupedPanel<BITS>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
+        int group = pair.panels[0].group;
+        int64_t first = k0 / group, groups = (k1 - k0) / group;
+        for (int i = 0; i < 2; i++) {
+            const uint8_t* panel = pair.panels[pair.panels[i].weight ? i : 0].weight;  // nobody reads what the first gives twice
+            widen(panel + first * Format{BITS, group}.group_bytes(), i, groups, group);
+            next[i] = panel + (first + groups) * Format{BITS, group}.group_bytes();
+        }
+        int tiles = (rows + TALL - 1) / TALL;  // of five to eight rows
+        int64_t all = (groups * Format{BITS, group}.group_bytes() + 63) / 64, turns = tiles * groups;
+        lines = rows > BLOCK ? 0 : (int)((all + turns - 1) / turns);
+        for (int tile = 0, row = 0, height; tile < tiles; tile++, row += height) {
+            height = rows / tiles + (tile < rows % tiles);
+            float* to = out + row * BLOCK;
+            if (height == 8) some_rows<8>(row, first, groups, group, fresh, to);
+            if (height == 7) some_rows<7>(row, first, groups, group, fresh, to);
+            if (height == 6) some_rows<6>(row, first, groups, group, fresh, to);
+            if (height == 5) some_rows<5>(row, first, groups, group, fresh, to);
+        }
+    }
+};
+
+#else
+constexpr bool CODE_UNITS = false;
 #endif
 
 }  // namespace penstock::PENSTOCK_ISA

@@ -43,7 +43,7 @@ NEEDS = {
 }
 """Sets of kernels, best first, and the names that Linux has for what they need."""
 
-UNTESTED = {"amx": "products with small integers"} | dict.fromkeys(("avx512_vnni", "i8mm", "dotprod"), "all of them")
+UNTESTED = {"amx": "products with small integers"} | dict.fromkeys(("i8mm", "dotprod"), "all of them")
 """What of a set no processor has run yet: emulated, it has the bits of the others (``make emulate``). How macOS is
 asked for ``i8mm`` and ``dotprod`` has not been run either."""
 
