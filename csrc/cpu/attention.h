@@ -23,7 +23,7 @@ struct Pieces {
     Vector<Piece> pieces;
     Vector<int64_t> cut;  // of each item that is cut, the first of its pieces; then the end
     int level = 0;        // a piece has 2^level segments
-    int64_t roots = 0;
+    int64_t roots = 0, queries = 0;  // partials, and the most queries of one
 };
 
 // Rows by QUERIES; what is left to threads that have nothing else is cut along the tree, which changes no bits.
@@ -46,7 +46,10 @@ inline Pieces pieces_of(const Attention& a) {
     while ((int64_t)1 << all.level < longest) all.level++;
     for (const Item& item : all.items) {
         int64_t from = item.first >> all.level, to = item.last >> all.level;
-        if (from < to) all.cut.push_back((int64_t)all.pieces.size());
+        if (from < to) {
+            all.cut.push_back((int64_t)all.pieces.size());
+            all.queries = std::max(all.queries, item.rows * item.heads);
+        }
         for (int64_t index = from; index <= to; index++) {
             int64_t first = std::max(item.first, index << all.level), last = std::min(item.last, ((index + 1) << all.level) - 1);
             all.pieces.push_back({&item, first, last, index, from < to ? all.roots++ : -1});
@@ -59,7 +62,7 @@ template <class T, class S>
 void attention_of(const Attention& a) {
     Pieces all = pieces_of(a);
     int64_t heads = a.kv_heads, count = (int64_t)all.pieces.size();
-    int64_t numbers = QUERIES * padded(a.width);
+    int64_t numbers = all.queries * padded(a.width);
     Vector<Partial> roots((size_t)(all.roots * heads));
     Vector<float> values((size_t)(all.roots * heads * numbers));
     parallel(count * heads, [&](int64_t number, int) {

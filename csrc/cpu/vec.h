@@ -317,10 +317,26 @@ INLINE float value(const bf16* p) {
     return f;
 }
 
+#if defined(__AVX2__)
+struct Halves {
+    __m256 lo, hi;
+};
+INLINE Halves halves(F a) {
+#if defined(__AVX512F__)
+    alignas(64) float lanes[LANES];
+    store(lanes, a);
+    return {_mm256_load_ps(lanes), _mm256_load_ps(lanes + 8)};
+#else
+    return {a.lo, a.hi};
+#endif
+}
+#endif
+
 // The sixteen lanes, as a binary tree: lane i with lane i + 8, then i + 4, i + 2, i + 1.
 INLINE float sum(F a) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    __m256 eight = _mm256_add_ps(a.lo, a.hi);
+#if defined(__AVX2__)
+    Halves both = halves(a);
+    __m256 eight = _mm256_add_ps(both.lo, both.hi);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
@@ -333,8 +349,9 @@ INLINE float sum(F a) {
     return lanes[0];
 }
 INLINE float greatest(F a) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    __m256 eight = _mm256_max_ps(a.lo, a.hi);
+#if defined(__AVX2__)
+    Halves both = halves(a);
+    __m256 eight = _mm256_max_ps(both.lo, both.hi);
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));

@@ -14,13 +14,13 @@
 
 namespace penstock::PENSTOCK_ISA {
 
-constexpr int QUERIES = 48;  // of one item: so many share the widening of a segment's K and V
-constexpr int ROWS = 6;      // of one block of sums: twelve of AVX2's sixteen registers
-// Rows of one that reads what was widened before, and panels widened together.
+constexpr int ROWS = 6;  // of one block of sums: twelve of AVX2's sixteen registers
+// Queries of one item: so many share the widening of a segment's K and V. Rows of a block that reads what was widened
+// before, and panels widened together.
 #if defined(__AVX512F__)
-constexpr int TALL_ROWS = 12, PANELS = 2;
+constexpr int QUERIES = 96, TALL_ROWS = 12, PANELS = 2;
 #else
-constexpr int TALL_ROWS = ROWS, PANELS = 1;
+constexpr int QUERIES = 48, TALL_ROWS = ROWS, PANELS = 1;
 #endif
 constexpr int64_t WIDE = PANELS * LANES;
 inline int64_t padded(int64_t width) { return (width + WIDE - 1) / WIDE * WIDE; }
@@ -411,10 +411,19 @@ private:
     void add_widened(Partial& p, int64_t from, int64_t to) {
         float* panel = m_.panel.data();
         for (int64_t at = 0; at < width_; at += WIDE) {
-            for (int64_t key = from; key < to; key++) {
-                const S* v = v_[key / LANES] + key % LANES * width_;
-                for (int64_t i = at; i < std::min(at + WIDE, width_); i += LANES) {
-                    store(panel + key * WIDE + i - at, load_upto(v + i, width_ - i));
+            int64_t some = std::min(WIDE, width_ - at);
+            for (int64_t group = from / LANES; group * LANES < to; group++) {
+                const S* v = v_[group] + at;
+                float* wide = panel + group * LANES * WIDE;
+                int64_t first = std::max<int64_t>(0, from - group * LANES), last = std::min<int64_t>(LANES, to - group * LANES);
+                for (int64_t lane = first; lane < last; lane++) {
+                    if (some == WIDE) {
+                        for (int64_t i = 0; i < WIDE; i += LANES) store(wide + lane * WIDE + i, load(v + lane * width_ + i));
+                    } else {
+                        for (int64_t i = 0; i < some; i += LANES) {
+                            store(wide + lane * WIDE + i, load_upto(v + lane * width_ + i, some - i));
+                        }
+                    }
                 }
             }
             add_panels(p, at);

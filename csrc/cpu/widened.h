@@ -240,8 +240,8 @@ INLINE void add_bytes(__m512i& sums, __m512i bytes, __m512i others) {
 // pair of panels are moved up by 128, and 4-bit codes come out of their bytes. What 128 adds is known of each row.
 template <int BITS>
 struct Widened<CodeRows, GroupedPanel<BITS>> {
-    static constexpr int ROWS = MOST_ROWS, TALL = 8;  // rows whose sums with two panels fit in the registers
-    static constexpr int64_t DEEP = 128, MOST = DEEP / 32;  // inputs; groups
+    static constexpr int ROWS = MOST_ROWS, TALL = 6;  // rows whose sums with two panels fit in the registers, twice
+    static constexpr int64_t DEEP = 256, MOST = DEEP / 32;  // inputs; groups
     CodeRows x;
     const uint8_t* next[2];  // what comes from memory while a piece is computed: so many lines of the next, a group's time
     int lines;
@@ -276,7 +276,8 @@ struct Widened<CodeRows, GroupedPanel<BITS>> {
         auto of_each = [&](const auto& work) ALWAYS_INLINE {
             each<R>([&](auto r) ALWAYS_INLINE { each<2>([&](auto i) ALWAYS_INLINE { work(r, i); }); });
         };
-        if (fresh) of_each([&](auto r, auto i) ALWAYS_INLINE { store(out + r * BLOCK + i * PANEL, splat(0)); });
+        F sums[R][2];
+        of_each([&](auto r, auto i) ALWAYS_INLINE { sums[r][i] = fresh ? splat(0) : load(out + r * BLOCK + i * PANEL); });
         const int64_t stride = x.stride;
         const int8_t* codes = x.codes + row * stride + first * group;
         const GroupHead* heads = x.units.heads + first * x.units.pitch + row;
@@ -294,17 +295,20 @@ struct Widened<CodeRows, GroupedPanel<BITS>> {
                     add_bytes(products[r][1], w1, quad);
                 });
             }
-            of_each([&](auto r, auto i) ALWAYS_INLINE {
-                float* at = out + r * BLOCK + i * PANEL;
-                F sum = fma(to_float(I{products[r][i]}), splat(heads[r].scale) * scales[g][i], load(at));
-                if constexpr (BITS == 4) sum = fma(splat(heads[r].offset), zeros[g][i], sum);
-                store(at, sum);
+            asm volatile("" ::: "memory");  // what is needed from here on is not loaded before: registers are short
+            each<R>([&](auto r) ALWAYS_INLINE {
+                F own = splat(heads[r].scale);
+                each<2>([&](auto i) ALWAYS_INLINE {
+                    sums[r][i] = fma(to_float(I{products[r][i]}), own * scales[g][i], sums[r][i]);
+                    if constexpr (BITS == 4) sums[r][i] = fma(splat(heads[r].offset), zeros[g][i], sums[r][i]);
+                });
             });
             for (int line = 0; line < lines; line++) {
                 for (auto& at : next) __builtin_prefetch(at), at += 64;
             }
-            asm volatile("" ::: "memory");  // the registers are the next group's: these sums stay in the first-level cache
+            asm volatile("" ::: "memory");
         }
+        of_each([&](auto r, auto i) ALWAYS_INLINE { store(out + r * BLOCK + i * PANEL, sums[r][i]); });
     }
 
     void part(int rows, int64_t, const Pair<GroupedPanel<BITS>>& pair, int64_t k0, int64_t k1, bool fresh, float* out) {
@@ -315,16 +319,15 @@ struct Widened<CodeRows, GroupedPanel<BITS>> {
             widen(panel + first * Format{BITS, group}.group_bytes(), i, groups, group);
             next[i] = panel + (first + groups) * Format{BITS, group}.group_bytes();
         }
-        int tiles = (rows + TALL - 1) / TALL;  // of five to eight rows
+        int tiles = (rows + TALL - 1) / TALL;  // of four to six rows
         int64_t all = (groups * Format{BITS, group}.group_bytes() + 63) / 64, turns = tiles * groups;
-        lines = rows > BLOCK ? 0 : (int)((all + turns - 1) / turns);
+        lines = (int)((all + turns - 1) / turns);
         for (int tile = 0, row = 0, height; tile < tiles; tile++, row += height) {
             height = rows / tiles + (tile < rows % tiles);
             float* to = out + row * BLOCK;
-            if (height == 8) some_rows<8>(row, first, groups, group, fresh, to);
-            if (height == 7) some_rows<7>(row, first, groups, group, fresh, to);
             if (height == 6) some_rows<6>(row, first, groups, group, fresh, to);
             if (height == 5) some_rows<5>(row, first, groups, group, fresh, to);
+            if (height == 4) some_rows<4>(row, first, groups, group, fresh, to);
         }
     }
 };
