@@ -229,6 +229,9 @@ struct Widened<Rows<T>, PanelOf<T>> {
                 if (p[1].width) work(std::integral_constant<int, 1>());
             }
         };
+        auto fetch = [&](int64_t k) ALWAYS_INLINE {  // 1.3 times the speed with weights of two bytes, on a Cascade Lake
+            for (int i = 0; WIDE_PANELS == 2 && i < 2; i++) fetch_ahead(p[i].weight + k * PANEL);
+        };
         auto add = [&](const float* at, const F* w) ALWAYS_INLINE {
             each<R>([&](auto r) ALWAYS_INLINE {
                 F one = splat(at[r * STRIDE]);
@@ -237,12 +240,14 @@ struct Widened<Rows<T>, PanelOf<T>> {
         };
         if constexpr (sizeof(T) == 4) {
             for (int64_t k = k0; k < k1; k++) {
+                fetch(k);
                 of_each_panel([&](auto i) ALWAYS_INLINE { first[i] = column(p[i], k, inputs); });
                 add(x + k - k0, first);
             }
         } else {
             for (int64_t k = k0; k + 1 < k1; k += 2) {
                 auto both = [&](auto i) ALWAYS_INLINE { pair_of_columns(p[i], k / 2, first[i], second[i]); };
+                fetch(k);
                 of_each_panel(both);
                 add(x + k - k0, first);
                 if constexpr (WIDE_PANELS == 1) {  // read again: registers are short, and the first-level cache has it
