@@ -43,6 +43,7 @@ def server(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("server")
     (folder / "template.jinja").write_text(TEMPLATE)
     options = ("--served-model-name", MODEL, "--chat-template", str(folder / "template.jinja"), "--dtype", "float32")
+    options += ("--store", str(folder / "store"))  # it lives as long as all others, and a store has one server
     with (folder / "log").open("w+") as log:
         running = start(stories, *options, log=log)
         yield running
@@ -63,7 +64,7 @@ def hermes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (folder / "template.jinja").write_text(HERMES)
     options = ("--chat-template", str(folder / "template.jinja"), "--logits-rule", "scripted:say")
     with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)), (folder / "log").open("w+") as log:
-        running = start(BUNDLED, *options, "--served-model-name", "m", log=log)
+        running = start(BUNDLED, *options, "--served-model-name", "m", "--store", str(folder / "store"), log=log)
         yield running
         running.wait_until_idle()
         assert running.metric("penstock_kv_blocks_used") == 0

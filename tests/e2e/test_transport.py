@@ -94,7 +94,7 @@ def secure(stories: Path, folder: Path) -> Iterator[Secure]:
         "--cors-origin",
         f"{ORIGIN},http://localhost:3000",
     ]
-    arguments = argv("serve", stories, *options, "--tls-cert", cert, "--tls-key", key)
+    arguments = argv("serve", stories, *options, "--tls-cert", cert, "--tls-key", key, "--store", folder / "store")
     with log.open("w") as errors, running(arguments, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().split()[-1].removesuffix("/v1")

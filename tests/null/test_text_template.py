@@ -142,14 +142,23 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_ends_at_once_in_a_clear_error(name: str) -> None:
     template = ChatTemplate(BOMBS[name])
-    seconds = []
-    while len(seconds) < 3 and min(seconds, default=1.0) >= 1.0:  # a busy machine can take any time, but not each time
+    for _ in range(3):  # a busy machine can take any time, but not each time
         start = time.process_time()
         with pytest.raises(InvalidRequest) as error:
             template.apply(toytext.byte_level(), HELLO)
-        seconds.append(time.process_time() - start)
+        seconds = time.process_time() - start
         assert error.value.code == "template_budget", error.value
-    assert min(seconds) < 1.0
+        if seconds < 1.0 or seconds < 4 * seconds_of_a_loop():
+            return
+    raise AssertionError(f"it took {seconds:.1f} s of a processor")
+
+
+def seconds_of_a_loop() -> float:
+    """Of ten million turns, about a third of a second: a processor may be slow, or share its core with somebody."""
+    start = time.process_time()
+    for _ in range(10_000_000):
+        pass
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize(
