@@ -69,7 +69,7 @@ def stream(server: Server, body: dict[str, Any], seen: list[int]) -> list[tuple[
 
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    model = Path(penstock.__file__).parent / "bundled"
+    model = Path(penstock.__file__).parent / "bundled_nano"
     path = tmp_path_factory.mktemp("server") / "log"
     with path.open("w") as log:
         server = start(model, "--max-num-seqs", "48", log=log)
