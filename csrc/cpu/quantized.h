@@ -518,7 +518,7 @@ constexpr float NOTHING = 7.8886090522e-31f;  // 2^-100: a group whose numbers a
 
 // One group of a row: code = round(x 127 / max |x|). What is not finite makes the scale NaN.
 template <int GROUP, class T>
-INLINE void code_group(const T* x, int8_t* codes, float& scale, float& offset, int32_t& total, [[maybe_unused]] Units units) {
+INLINE void code_group(const T* x, int8_t* codes, float& scale, float& offset, int32_t& total, Units units) {
     constexpr int COUNT = GROUP / LANES;
     F v[COUNT];
     for (int i = 0; i < COUNT; i++) v[i] = load(x + i * LANES);
@@ -536,9 +536,7 @@ INLINE void code_group(const T* x, int8_t* codes, float& scale, float& offset, i
     }
     total = sum_of(sum);
     offset = -(scale * (float)total);
-#if defined(PENSTOCK_UNITS)
     if (units.heads) *units.heads = {-128 * total, scale, offset};
-#endif
     if constexpr (CODE_UNITS) {
         if (units.codes) store_units<COUNT>(whole, units);
     }

@@ -35,7 +35,7 @@ namespace penstock::PENSTOCK_ISA {
 constexpr int LANES = 16;
 
 // Of this instruction set alone: the linker keeps one copy of std::vector<float>, and it may be one that the processor
-// does not have. Aligned to cache lines: a vector of 64 bytes that lies across two of them takes twice the time.
+// does not have. Aligned, so that no vector of 64 bytes lies across two cache lines.
 template <class T>
 struct Allocator {
     using value_type = T;

@@ -89,6 +89,7 @@ INLINE void in_blocks(int count, const Work& work, int from = 0) {
     }
 }
 
+// The same of TALL_ROWS queries, as long as there are so many.
 template <class Work>
 INLINE void in_tall_blocks(int count, const Work& work) {
     int first = 0;

@@ -7,7 +7,6 @@
 namespace penstock::PENSTOCK_ISA {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-#define PENSTOCK_UNITS
 constexpr bool CODE_UNITS = true;
 
 // The codes at even and at odd inputs of 32 bytes, as int16.
@@ -224,7 +223,6 @@ struct Widened<CodeRows, GroupedPanel<4>> : ByPanels<4, Widened<CodeRows, Groupe
 };
 
 #elif defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
-#define PENSTOCK_UNITS
 constexpr bool CODE_UNITS = false;
 
 // Compilers copy the sums of a loop to and fro around the intrinsic.
