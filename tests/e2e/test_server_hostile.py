@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock import AsyncLLM
-from penstock.bench.load.machine import resident_bytes
+from penstock.bench.load.machine import family, resident_bytes
 from penstock.core.trace import Trace
 from penstock.serving import (
     build_app,
@@ -58,7 +58,8 @@ def llm(stories: Path) -> Iterator[AsyncLLM]:
 
 
 def descriptors(server: Server) -> int:
-    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    """Open in the process that answers, without one for each of its own: those that tokenize start when needed."""
+    return len(os.listdir(f"/proc/{server.process.pid}/fd")) - len(family(server.process.pid))
 
 
 def memory(server: Server) -> int:
