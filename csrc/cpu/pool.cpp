@@ -168,7 +168,7 @@ private:
     std::atomic<int> asleep_{0};
     std::mutex sleep_;
     std::condition_variable wake_;
-    bool ended_ = false;
+    std::atomic<bool> ended_{false};  // read by who comes late for a round, too
     std::exception_ptr failure_;
 };
 

@@ -29,7 +29,7 @@ def _build(c: Checkup) -> Iterator[Concern]:
         yield Concern("The native kernels are missing", why, "install g++ and python3-dev and install penstock again")
     elif best != chosen and c.features:
         why = f"the processor could run {best}, and the best kernels of this build that it can use are {chosen}"
-        yield Concern("The kernels are not the processor's best", why, "install penstock with a newer compiler")
+        yield Concern("The kernels are not the processor's best", why, "install it here, with a new compiler")
     elif chosen == "portable" and "avx" in c.features:
         why = "the processor has no AVX2 with FMA and F16C, so plain loops compute"
         yield Concern("The processor is old", why, "expect a fraction of the speed below")
