@@ -67,7 +67,7 @@ ARITHMETICS: dict[str, dict[str, Any]] = {
 }
 """Options that choose the bits. Within each there is one answer; between two of them equality is by tolerance."""
 CROSSED = tuple(name for name in ARITHMETICS if " kv " in name)
-"""Kernels of these are those of others: their pairs are for `make test-all`, without the full product."""
+"""Kernels of these are those of others: they are in the pairs, without the full product."""
 
 TINY: dict[str, Any] = {
     "vocab_size": 512,

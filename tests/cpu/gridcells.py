@@ -42,19 +42,19 @@ def label(world: World, cell: Cell) -> str:
 def arrays() -> dict[str, tuple[World, Cell, bool]]:
     """By its label, each cell of the pairs, and whether it is too slow for `make test`.
 
-    For each arithmetic, every pair of values of two axes, the model being one; on ``ref``, a cell of each model is
-    all that there is the time for. And slow, for each arithmetic and model every pair of values of two axes. Worlds
-    stay together, so that a process of the tests meets few of them and makes few baselines.
+    Every pair of values of two axes, the model and the arithmetic being two of them; and slow, for each arithmetic and
+    model every pair of values of two axes. Worlds stay together, so that a process of the tests meets few of them and
+    makes few baselines.
     """
     cells = {}
     for seed, (name, model) in enumerate(itertools.product(ARITHMETICS, MODELS)):
         for cell in covering_array(values_of(), seed):
             cells[label(World(model, name), cell)] = World(model, name), cell, True
-    quick = covering_array(values_of() | {"model": tuple(MODELS)}, seed=4)
-    for name, model in itertools.product([name for name in ARITHMETICS if name not in CROSSED], MODELS):
-        for index, each in enumerate(each for each in quick if each["model"] == model):
-            cell, slow = {axis: each[axis] for axis in AXES}, bool(index) and ARITHMETICS[name]["backend"] == "ref"
-            cells[label(World(model, name), cell)] = World(model, name), cell, slow
+    worlds = {"arithmetic": tuple(ARITHMETICS), "model": tuple(MODELS)}
+    quick = covering_array(values_of() | worlds, seed=4)
+    for each in sorted(quick, key=lambda each: [worlds[axis].index(each[axis]) for axis in worlds]):
+        world, cell = World(each["model"], each["arithmetic"]), {axis: each[axis] for axis in AXES}
+        cells[label(world, cell)] = world, cell, False
     return cells
 
 

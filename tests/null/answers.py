@@ -15,11 +15,10 @@ Every kind of request below is compared, bit for bit, with itself alone in the p
 run beside it: texts, tokens, logprobs, prompt logprobs, scores and vectors
 ([why, and how](../explanation/one-answer.md)).
 
-`make test` runs, for each arithmetic, engines in which every pair of two values of the circumstances and models occurs
-(on `ref`, which is slow, one engine for each model; 8-bit KV with other weights than 8-bit ones, and the reverse, not).
-`make test-all` runs those pairs for each model and all arithmetics, and for the trained model and two others all
-combinations of the circumstances; threads, faults, lost engines and replay are drawn for each, and where nobody else
-asks few blocks and priorities are left out.
+`make test` runs engines in which every pair of two values of the circumstances, arithmetics and models occurs.
+`make test-all` runs, for each model and arithmetic, every pair of two circumstances, and for the trained model and two
+others all combinations of them; threads, faults, lost engines and replay are drawn for each, and where nobody else asks
+few blocks and priorities are left out. There 8-bit KV stands with 8-bit weights alone; its pairs are with all.
 
 This page is generated from the code (`make docs`), and so are its figures from the record of a full run{recorded}.
 """
