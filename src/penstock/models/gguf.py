@@ -21,21 +21,23 @@ from penstock.layers import (
 )
 from penstock.models.tensors import check_tensors, not_finite
 from penstock.spec import ModelSpec
-from penstock.spec.gguf_tensors import gguf_shapes, gguf_tensors, is_ignored
+from penstock.spec.gguf_tensors import check_types, gguf_shapes, gguf_tensors, is_ignored
 from penstock.spec.tensors import checkpoint_tensors
 
 
 class GGUFTensors:
     """Raises:
-    ModelFormatError: weights_missing, weights_unexpected, weights_shape, weights_dtype: they are not those of ``spec``.
+    ModelFormatError: (unsupported_quantization) blocks of another type; weights_missing, weights_unexpected or
+        weights_shape: they are not those of ``spec``.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> None:
         self.checkpoint, self.placement = checkpoint, placement
         self.stored, self.shapes = gguf_tensors(spec), checkpoint_tensors(spec)
         entries = {name: checkpoint.entry(name) for name in sorted(checkpoint.names) if not is_ignored(name)}
-        known = FLOATS.keys() | BITS.keys()
-        check_tensors(entries, gguf_shapes(self.stored, spec), spec.family, lambda _: known, checkpoint.path)
+        known, shapes = FLOATS.keys() | BITS.keys(), gguf_shapes(self.stored, spec)
+        check_types({name: entries[name].dtype for name in entries.keys() & shapes.keys()}, known)
+        check_tensors(entries, shapes, spec.family, lambda _: known, checkpoint.path)
 
     def fuse(self, *names: str) -> Tensor:
         """The tensors, one below the other, as numbers in memory of our own.
