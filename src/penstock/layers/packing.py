@@ -13,9 +13,11 @@ from penstock.quant import check_scales, quantize, widen
 from penstock.spec import ModelSpec
 from penstock.spec.quantization import VERSION, Quantization, WeightFormat, format_of, may_be_grouped
 
-Pack = Callable[[str, str, Callable[[], "Tensor | GroupedWeight"]], Weight]
-"""Of a slot (``spec.tensors``), a name that no other weight of the model has, and what reads the matrix or stack of
-matrices: a pack that knows what becomes of it need not read it."""
+Read = Callable[[bool], "Tensor | GroupedWeight"]
+"""Reads a matrix or a stack of matrices: True in a dtype that holds the stored numbers, False in the placement's."""
+Pack = Callable[[str, str, int, Read], Weight]
+"""Of a slot (``spec.tensors``), a name that no other weight of the model has, its inputs, and what reads it: a pack
+that knows what becomes of it need not read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,10 @@ class Packing:
         """For people: what most numbers of the model are."""
         return str(self.placement.dtype).removeprefix("torch.") if self.quantization == "none" else self.quantization
 
-    def __call__(self, slot: str, name: str, source: Callable[[], Tensor | GroupedWeight]) -> Weight:
-        weight = source()
+    def __call__(self, slot: str, name: str, inputs: int, read: Read) -> Weight:
+        found = format_of(self.spec, slot, inputs, self.quantization)
+        weight = read(found is not None)  # integers are made of the stored numbers, not of rounded ones
         if isinstance(weight, Tensor):
-            found = format_of(self.spec, slot, weight.shape[-1], self.quantization)
             if found is None:
                 return self.ops.pack(weight)
             weight = self.quantized(weight, found)

@@ -19,7 +19,7 @@ from penstock.layers import (
     frozen_bytes,
     group_rows,
 )
-from penstock.models.tensors import check_tensors, not_finite
+from penstock.models.tensors import check_tensors, holding, not_finite
 from penstock.spec import ModelSpec
 from penstock.spec.gguf_tensors import check_types, gguf_shapes, gguf_tensors, is_ignored
 from penstock.spec.tensors import checkpoint_tensors
@@ -39,14 +39,15 @@ class GGUFTensors:
         check_types({name: entries[name].dtype for name in entries.keys() & shapes.keys()}, known)
         check_tensors(entries, shapes, spec.family, lambda _: known, checkpoint.path)
 
-    def fuse(self, *names: str) -> Tensor:
-        """The tensors, one below the other, as numbers in memory of our own.
+    def fuse(self, *names: str, exact: bool = False) -> Tensor:
+        """The tensors, one below the other, as numbers in memory of our own; ``exact`` as of ``Tensors.fuse``.
 
         Raises:
             ModelFormatError: (weights_not_finite).
         """
         counts = [self.shapes[name][0] for name in names]
-        fused = self.placement.empty((sum(counts), *self.shapes[names[0]][1:]))
+        dtype = holding(FLOATS.get(self._kind(name), torch.float32) for name in names) if exact else None
+        fused = self.placement.empty((sum(counts), *self.shapes[names[0]][1:]), dtype)
         for name, target in zip(names, torch.split(fused, counts), strict=True):
             target_RK, at = target.view(-1, target.shape[-1]), 0
             for part_RB in self._parts(name):
@@ -60,7 +61,7 @@ class GGUFTensors:
                 target.copy_(self._in_order(name, target))
         return fused
 
-    def weight(self, *names: str) -> Tensor | GroupedWeight:
+    def weight(self, *names: str, exact: bool = False) -> Tensor | GroupedWeight:
         """The matrices, one below the other: small integers if all of them are stored so, of 8 bits unless all have 4.
 
         Raises:
@@ -68,7 +69,7 @@ class GGUFTensors:
         """
         kinds = {self._kind(name) for name in names}
         if not kinds <= BITS.keys():
-            return self.fuse(*names)
+            return self.fuse(*names, exact=exact)
         bits, each = max(BITS[kind] for kind in kinds), []
         for name in names:
             parts = [group_rows(part_RB, self._kind(name), bits) for part_RB in self._parts(name)]

@@ -12,7 +12,7 @@ from penstock.spec.tensors import slot_segments
 
 Quantization = Literal["none", "int8", "int4"]
 
-VERSION = 2
+VERSION = 3
 """Raised by every change of what a recipe makes of the same weights."""
 
 GROUP = 32
