@@ -200,6 +200,12 @@ def test_shards_and_plain_embeddings(plain: Path, tmp_path: Path, monkeypatch: p
     assert stored_quantization(out, "none") == "none" and stored_quantization(out, "int8") == "int8"
 
 
+def test_one_group_to_the_row(plain: Path, tmp_path: Path) -> None:
+    write_quantized(plain, tmp_path / "out", SPEC, Recipe("int4", 128))
+    assert logits(tmp_path / "out", "none").isfinite().all()
+    assert stored_quantization(tmp_path / "out", "none") == "int4"
+
+
 def test_a_slot_of_several_widths(tmp_path: Path) -> None:
     """Four bits beside eight become eight, with the same numbers; integers beside numbers become numbers."""
     config = config_with(args(4, "group", 32, False))

@@ -165,7 +165,7 @@ def _data(
         if found := formats.get(names[stored]):
             parts = to_tensors(quantize(tensors.fuse(names[stored], exact=True), found.bits, found.group))
             made = {part_of(stored, part): tensor for part, tensor in parts.items()}
-            yield from (made[name].contiguous().view(torch.uint8).numpy().tobytes() for name in header)
+            yield from (made[name].flatten().view(torch.uint8).numpy().tobytes() for name in header)
         else:
             yield tensors.checkpoint.view(stored)
             tensors.checkpoint.release(stored)

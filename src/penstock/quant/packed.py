@@ -33,7 +33,8 @@ def pack(codes_NK: Tensor, bits: int) -> Tensor:
     codes_NK = pad(codes_NK, (0, -codes_NK.shape[1] % (32 // bits)))
     if bits == 4:
         codes_NK = codes_NK[:, ::2] | codes_NK[:, 1::2] << 4
-    return codes_NK.contiguous().view(torch.int32)
+    # A single row may have any stride, which a view as other numbers does not allow.
+    return codes_NK.flatten().view(torch.int32).view(len(codes_NK), -1)
 
 
 def to_grouped(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int) -> GroupedWeight:
