@@ -11,7 +11,7 @@ from penstock.kernels import GroupedWeight, Ops, Weight
 from penstock.layers.placement import Placement
 from penstock.quant import check_scales, quantize, widen
 from penstock.spec import ModelSpec
-from penstock.spec.quantization import VERSION, Quantization, WeightFormat, format_of, may_be_grouped
+from penstock.spec.quantization import GROUP, VERSION, Quantization, WeightFormat, format_of, may_be_grouped
 
 Read = Callable[[bool], "Tensor | GroupedWeight"]
 """Reads a matrix or a stack of matrices: True in a dtype that holds the stored numbers, False in the placement's."""
@@ -32,8 +32,8 @@ class Packing:
 
     @property
     def recipe(self) -> str:
-        """All of it that decides bits."""
-        return "" if self.quantization == "none" else f"{self.quantization}/{VERSION}"
+        """All of it that decides bits; what a checkpoint stores as integers is a matter of the version too."""
+        return f"{self.quantization}/{VERSION}"
 
     @property
     def name(self) -> str:
@@ -47,8 +47,11 @@ class Packing:
             if found is None:
                 return self.ops.pack(weight)
             weight = self.quantized(weight, found)
-        if self.ops.grouped and may_be_grouped(self.spec, slot, weight.shape[-1], weight.group):
-            return self.ops.pack(weight)
+        group = weight.group
+        while group > GROUP and not may_be_grouped(self.spec, slot, inputs, group):
+            group //= 2
+        if self.ops.grouped and may_be_grouped(self.spec, slot, inputs, group):
+            return self.ops.pack(weight.in_groups(group))
         return self.ops.pack(widen(weight, self.placement.empty(tuple(weight.shape))))
 
     def quantized(self, weight: Tensor, format: WeightFormat) -> GroupedWeight:

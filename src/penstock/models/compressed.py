@@ -90,7 +90,8 @@ class CompressedTensors:
         weights = [self._grouped(name) for name in names]
         if any(weight.bits == 8 for weight in weights):
             weights = [in_eight(weight) for weight in weights]
-        return one_below_the_other(weights)
+        group = min(weight.group for weight in weights)
+        return one_below_the_other([weight.in_groups(group) for weight in weights])
 
     def _form(self, name: str, shape: Shape) -> Form | None:
         entries, stored_as = self.tensors.checkpoint.entry, self.tensors.stored_as
