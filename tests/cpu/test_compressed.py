@@ -24,10 +24,11 @@ from penstock.models.compressed import CompressedTensors
 from penstock.models.weights import open_tensors
 from penstock.quant import stored_quantization, to_tensors
 from penstock.spec.hf import model_spec, read_model_spec
-from penstock.spec.quantization import OUTER, Quantization
+from penstock.spec.quantization import LARGER, OUTER, Quantization
 from penstock.spec.sizing import weight_bytes
 from penstock.spec.tensors import checkpoint_tensors
 from small_model import CONFIG, write_model
+from test_quantization import tensors_of
 
 WIDE = CONFIG | {
     "hidden_size": 128,
@@ -106,7 +107,9 @@ def test_integers_are_read_as_they_are(form: dict[str, Any], scale_dtype: torch.
     read = open_tensors(open_checkpoint(tmp_path), SPEC, Placement(torch.float32, CPU))
     for name, numbers in expected.items():
         weight = read.weight(name)
-        assert isinstance(weight, GroupedWeight) and (weight.bits, weight.group) == (bits, 32)
+        assert isinstance(weight, GroupedWeight) and weight.bits == bits
+        own = weight.shape[1] // (weight.shape[1] // form["group_size"] if form["group_size"] else 1)
+        assert weight.group == (own if bits == 4 and own in LARGER else 32)
         assert np.array_equal(weight.widened().numpy(), numbers.astype(np.float32)), name
         assert np.array_equal(read.fuse(name).numpy(), numbers.astype(np.float32)), name
 
@@ -198,6 +201,52 @@ def test_shards_and_plain_embeddings(plain: Path, tmp_path: Path, monkeypatch: p
     assert config["ignore"] == ["lm_head"] and config["config_groups"]["group_0"]["weights"]["group_size"] == 64
     assert "model.embed_tokens.weight" in index["weight_map"]
     assert stored_quantization(out, "none") == "none" and stored_quantization(out, "int8") == "int8"
+
+
+def test_one_group_to_the_row(plain: Path, tmp_path: Path) -> None:
+    write_quantized(plain, tmp_path / "out", SPEC, Recipe("int4", 128))
+    assert logits(tmp_path / "out", "none").isfinite().all()
+    assert stored_quantization(tmp_path / "out", "none") == "int4"
+
+
+@pytest.mark.parametrize("group", LARGER)
+def test_groups_stay_as_they_are_stored(group: int, plain: Path, tmp_path: Path) -> None:
+    """Where they cross no segment of a sum; it saves memory, and backends agree."""
+    write_quantized(plain, tmp_path / "out", SPEC, Recipe("int4", group))
+    for name in (name for name in checkpoint_tensors(SPEC) if name.endswith("_proj.weight")):
+        weight = open_tensors(open_checkpoint(tmp_path / "out"), SPEC, PLACEMENT).weight(name)
+        assert isinstance(weight, GroupedWeight) and weight.group == group
+    ops = make_ops("ref")
+    packing = Packing(ops, SPEC, PLACEMENT)
+    for slot, fits in (("qkv.weight", group), ("gate_up.weight", group), ("out.weight", 64), ("down.weight", 32)):
+        kept = packing(slot, "", weight.shape[1], lambda _: weight)
+        assert isinstance(kept, GroupedWeight) and kept.group == fits, slot
+        assert torch.equal(kept.widened(), weight.widened())
+    held = {}
+    for each in (32, group):
+        out = tmp_path / f"by {each}"
+        write_quantized(plain, out, SPEC, Recipe("int4", each))
+        held[each] = sum(tensor.nbytes for tensor in tensors_of(load(out)[0]))
+    assert held[group] < held[32]
+    assert torch.equal(logits(tmp_path / "out", "none").argmax(-1), logits(tmp_path / "out", "none", "ref").argmax(-1))
+
+
+def test_a_slot_of_several_groups(tmp_path: Path) -> None:
+    """The smallest is that of all; beside 8 bits it is 32."""
+    tensors = {name: torch.randn(shape) for name, shape in checkpoint_tensors(SPEC).items()}
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    (tmp_path / "config.json").write_text(json.dumps(config_with(args(4, "group", 128, False))))
+    for bits, group in ((4, 64), (8, 32)):
+        parts, expected = dict[str, torch.Tensor](), []
+        for name, form in zip(names, ((4, 128), (bits, group), (4, 128)), strict=True):
+            weight = folder.quantize(tensors[name], *form)
+            parts |= {name.replace("weight", part): x for part, x in to_tensors(weight).items()}
+            expected.append(weight.widened())
+        rest = {name: x for name, x in tensors.items() if name not in names}
+        save_file(rest | parts, tmp_path / "model.safetensors")
+        read = open_tensors(open_checkpoint(tmp_path), SPEC, PLACEMENT).weight(*names)
+        assert isinstance(read, GroupedWeight) and (read.bits, read.group) == (bits, group)
+        assert torch.equal(read.widened(), torch.cat(expected))
 
 
 def test_a_slot_of_several_widths(tmp_path: Path) -> None:

@@ -162,13 +162,18 @@ def test_small_files_are_read(kind: Kind, tmp_path: Path) -> None:
     read(small(tmp_path / "x.gguf", kind=kind))
 
 
-def test_types_that_are_not_read(tmp_path: Path) -> None:
-    data = bytearray(small(tmp_path / "x.gguf", kind=Kind.Q4_0).read_bytes())
+@pytest.mark.parametrize(("kind", "other", "width"), [(Kind.Q4_0, Kind.IQ4_NL, 32), (Kind.Q4_K, Kind.IQ4_XS, 256)])
+def test_types_that_are_not_read(kind: Kind, other: Kind, width: int, tmp_path: Path) -> None:
+    """A file of such a type is whole: its reader is told which files to choose, not to download it again."""
+    tensors = {"blk.0.attn_output": (width, width)}  # rows of whole blocks
+    data = bytearray(small(tmp_path / "x.gguf", kind=kind, width=width, tensors=tensors).read_bytes())
     name = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 16
-    data[name] = 20  # IQ4_NL, of the same size
+    data[name] = other  # of no greater size
     (tmp_path / "x.gguf").write_bytes(data)
-    with pytest.raises(ModelFormatError, match="IQ4_NL, not one of BF16, F16, F32, Q4_0"):
+    with pytest.raises(ModelFormatError, match=f"type {other.name}, as blk.0.attn_q.weight is") as error:
         read(tmp_path / "x.gguf")
+    assert error.value.code == "unsupported_quantization"
+    assert "Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0" in error.value.fix and "download" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0, Kind.Q4_0])

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file
 from torch import Tensor
 
 from oracle import CPU, paged_logits
 from penstock import LLM
 from penstock.base import ConfigError
-from penstock.kernels import GroupedWeight, Ops, PackedWeight, make_ops, native
-from penstock.layers import Packing
+from penstock.compress import Recipe, write_quantized
+from penstock.formats import open_checkpoint
+from penstock.kernels import GroupedWeight, Ops, PackedWeight, Weight, make_ops, native
+from penstock.layers import Packing, Read
 from penstock.models import Decoder, Placement, load_decoder, numerics_id
-from penstock.spec import EngineConfig
-from penstock.spec.hf import read_model_spec
+from penstock.models.weights import open_tensors
+from penstock.quant import quantize
+from penstock.spec import EngineConfig, ModelSpec
+from penstock.spec.encoder import read_any_spec
+from penstock.spec.hf import model_spec, read_model_spec
 from penstock.spec.location import BUNDLED
 from penstock.spec.quantization import Quantization, check_formats
 from penstock.spec.sizing import weight_bytes
+from penstock.spec.tensors import checkpoint_tensors
 from penstock.text import load_tokenizer
+from small_gguf import small
+from small_model import CONFIG, write_model
 from test_kv_dtype import TEXT
 
 SPEC = read_model_spec(BUNDLED)
@@ -48,7 +59,7 @@ def tensors_of(part: Any) -> Iterator[Tensor]:
     elif isinstance(part, PackedWeight):
         yield part.data
     elif isinstance(part, GroupedWeight):
-        yield from (part.codes_NK, part.scales_NG)
+        yield from (x for x in (part.codes_NK, part.scales_NG, part.zeros_NG) if x is not None)
     elif isinstance(part, list | tuple):
         for one in part:
             yield from tensors_of(one)
@@ -87,3 +98,93 @@ def test_who_has_no_integers_refuses_them() -> None:
         LLM(quant="int8", backend="torch")
     with pytest.raises(ConfigError, match="quant_unsupported"):
         check_formats(EngineConfig(quant="int4"), "cpu", decoder=False)
+
+
+# -- what integers are made of -----------------------------------------------------------------------------------------
+
+WIDE = CONFIG | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 90}
+UP, DOWN = ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"), "model.layers.1.mlp.down_proj"
+FORMS: dict[Quantization, tuple[int, int]] = {"int8": (8, 32), "int4": (4, 32)}
+
+
+def write(folder: Path, dtypes: list[torch.dtype]) -> dict[str, Tensor]:
+    """A model of Gaussian numbers, its tensors in these dtypes in turn."""
+    shapes = checkpoint_tensors(model_spec(WIDE))
+    tensors = {name: torch.randn(s).to(dtypes[i % len(dtypes)]) for i, (name, s) in enumerate(sorted(shapes.items()))}
+    config = WIDE | {"torch_dtype": str(dtypes[0]).removeprefix("torch.")}
+    write_model(folder, config, **{name.replace(".", "__"): x for name, x in tensors.items()})
+    return tensors
+
+
+def packed(path: Path, dtype: torch.dtype, quantization: Quantization, backend: str) -> tuple[dict[str, Weight], Ops]:
+    """What each slot's matrix becomes, by the name of its first tensor."""
+    ops, spec, placement = make_ops(backend), read_any_spec(path), Placement(dtype, CPU)
+    assert isinstance(spec, ModelSpec)
+    packing, weights = Packing(ops, spec, placement, quantization), dict[str, Weight]()
+
+    def pack(slot: str, name: str, inputs: int, read: Read) -> Weight:
+        weights[name] = packing(slot, name, inputs, read)
+        return weights[name]
+
+    load_decoder(path, spec, ops, placement, pack)
+    return weights, ops
+
+
+def same(weight: Weight, expected: Weight) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(tensors_of(weight), tensors_of(expected), strict=True))
+
+
+@pytest.mark.parametrize("quantization", FORMS)
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "torch"])
+def test_integers_are_made_of_the_stored_numbers(backend: str, quantization: Quantization, tmp_path: Path) -> None:
+    """Of float16 not by way of bfloat16, in which it is computed; so do the integers of a folder written beforehand."""
+    stored = write(tmp_path, [torch.float16])
+    name, form = f"{DOWN}.weight", FORMS[quantization]
+    weights, ops = packed(tmp_path, torch.bfloat16, quantization, backend)
+    exact = quantize(stored[name], *form)
+    assert same(weights[name], ops.pack(exact))
+    assert same(weights[UP[0]], ops.pack(quantize(torch.cat([stored[part] for part in UP]), *form)))
+    errors = [
+        float((quantize(numbers, *form).widened() - stored[name].float()).square().mean())
+        for numbers in (stored[name], stored[name].bfloat16())
+    ]
+    assert errors[0] < errors[1] * (0.95 if quantization == "int8" else 1)
+    spec, out = read_model_spec(tmp_path), tmp_path / "out"
+    write_quantized(tmp_path, out, spec, Recipe(quantization))
+    again = open_tensors(open_checkpoint(out), spec, PLACEMENT).weight(name)
+    assert isinstance(again, GroupedWeight) and same(again, exact)
+
+
+@pytest.mark.parametrize("quantization", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_integers_of_bfloat16_are_the_same_in_every_dtype(
+    dtype: torch.dtype, quantization: Quantization, tmp_path: Path
+) -> None:
+    stored = write(tmp_path, [torch.bfloat16])[f"{DOWN}.weight"]
+    weights, ops = packed(tmp_path, dtype, quantization, "ref")
+    assert same(weights[f"{DOWN}.weight"], ops.pack(quantize(stored.to(dtype), *FORMS[quantization])))
+
+
+def test_integers_of_several_dtypes_and_of_gguf_files(tmp_path: Path) -> None:
+    stored = write(tmp_path, [torch.float16, torch.bfloat16, torch.float32])
+    assert {stored[name].dtype for name in UP} != {stored[UP[0]].dtype}
+    weights, ops = packed(tmp_path, torch.bfloat16, "int8", "ref")
+    exact, out = quantize(torch.cat([stored[name].float() for name in UP]), 8, 32), tmp_path / "out"
+    assert same(weights[UP[0]], ops.pack(exact))
+    write_quantized(tmp_path, out, read_model_spec(tmp_path), Recipe("int8"))
+    again = open_tensors(open_checkpoint(out), read_model_spec(out), PLACEMENT).weight(*UP)
+    assert isinstance(again, GroupedWeight) and same(again, exact)
+    file = small(tmp_path / "small.gguf", kind=Kind.F16)
+    weights, _ = packed(file, torch.bfloat16, "int8", "ref")
+    data = open_checkpoint(file).view("blk.0.ffn_down.weight")
+    numbers = torch.frombuffer(bytearray(data), dtype=torch.float16).view(32, 32)
+    assert same(weights[f"{DOWN}.weight".replace("1", "0")], ops.pack(quantize(numbers, 8, 32)))
+
+
+def test_what_stays_plain_is_in_the_dtype_of_the_model(tmp_path: Path) -> None:
+    """Rows of 24 and 40 inputs have no groups of 32."""
+    path = write_model(tmp_path, CONFIG)
+    weights, _ = packed(path, torch.bfloat16, "int8", "ref")
+    down = load_file(path / "model.safetensors")[f"{DOWN}.weight"]
+    assert same(weights[f"{DOWN}.weight"], down.bfloat16())
+    assert {weight.dtype for weight in weights.values() if isinstance(weight, Tensor)} == {torch.bfloat16}

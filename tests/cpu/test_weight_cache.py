@@ -26,7 +26,7 @@ from penstock.base import ModelFormatError
 from penstock.formats import PackedFile, WeightCache, digest, file_digest
 from penstock.formats.files import UNFINISHED
 from penstock.kernels import GroupedWeight, make_ops, native
-from penstock.layers import Packing
+from penstock.layers import Packing, Read
 from penstock.models import Decoder, Placement
 from penstock.quant import quantize
 from penstock.runtime.packed import WRITER, KeptWeights, load_kept
@@ -136,15 +136,15 @@ def test_stacks_of_matrices_come_back(store: WeightCache) -> None:
         "plain": torch.randn(3, 20, 33).bfloat16(),
     }
 
-    def make(slot: str, name: str, source: Any) -> Any:
-        return ops.pack(source())
+    def make(slot: str, name: str, inputs: int, read: Read) -> Any:
+        return ops.pack(read(False))
 
     made = KeptWeights(make, store, b"id", {})
-    before = [made("", name, lambda name=name: sources[name]) for name in sources]
+    before = [made("", name, 64, lambda _, name=name: sources[name]) for name in sources]
     made.keep()
     written()
     mapped = KeptWeights(make, store, b"id", {})
-    after = [mapped("", name, lambda: pytest.fail("made")) for name in sources]
+    after = [mapped("", name, 64, lambda _: pytest.fail("made")) for name in sources]
     assert mapped.made == 0
     for old, new in zip(before, after, strict=True):
         assert type(old) is type(new) and old.shape == new.shape

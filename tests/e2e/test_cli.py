@@ -208,3 +208,15 @@ def test_bench_startup(stories: Path) -> None:
     assert report["command"][:2] == ["penstock", "run"]
     failed = penstock("bench", "startup", "no/such/folder")
     assert failed.returncode == 1 and b"code: bench_run_failed" in failed.stderr and b"model_not_found" in failed.stderr
+
+
+def test_a_text_too_short_to_compare_on_is_found_before_anything_is_written(stories: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", tmp_path / "text"
+    text.write_text("")
+    refused = penstock("quantize", stories, out, "--text", text, "--quant", "int8")
+    assert refused.returncode != 0 and b"There is no text to compare on" in refused.stderr
+    assert not out.exists()
+    text.write_text(PROMPT)
+    done = penstock("quantize", stories, out, "--text", text, "--quant", "int8", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] > 2 and (out / "quality.json").exists()

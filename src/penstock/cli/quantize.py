@@ -37,7 +37,7 @@ def quantize(
 ) -> None:
     """Write MODEL with weights as small integers to OUT, in the format of compressed-tensors, and say what it costs."""
     from penstock.assemble import find_model
-    from penstock.compress import SAMPLE, Recipe, write_quantized
+    from penstock.compress import SAMPLE, Recipe, check_text, write_quantized
     from penstock.spec.encoder import read_any_spec
     from penstock.spec.quantization import OUTER
     from penstock.text import load_tokenizer
@@ -54,6 +54,7 @@ def quantize(
         raise NotFound(
             "input_unreadable", f"The text {source} cannot be read", why=str(error), fix="name a file of UTF-8 text"
         ) from None
+    check_text(ids)  # before a folder is written that the next try would find in its way
     recipe = Recipe(quant, int(group_size), OUTER if plain_embedding else ())
     before, after = write_quantized(folder, out, spec, recipe)
     quality = _compare(folder, out, spec, ids, num_threads)

@@ -68,7 +68,7 @@ def write_quantized(source: Path, out: Path, spec: ModelSpec, recipe: Recipe) ->
         )
     if source.is_file():
         raise _unsupported(f"{source.name} is a file", "give the folder it was made of")
-    tensors = open_tensors(open_checkpoint(source), spec, Placement(_dtype(spec), torch.device("cpu")))
+    tensors = open_tensors(open_checkpoint(source), spec, Placement(getattr(torch, spec.dtype), torch.device("cpu")))
     if names_of(spec).stacked or not isinstance(tensors, Tensors):
         what = "experts in stacks" if names_of(spec).stacked else "integers already"
         raise _unsupported(f"its weights are {what}", "give a checkpoint of plain matrices")
@@ -90,11 +90,6 @@ def write_quantized(source: Path, out: Path, spec: ModelSpec, recipe: Recipe) ->
 
 def _unsupported(why: str, fix: str) -> InvalidRequest:
     return InvalidRequest("quantize_unsupported", "This model cannot be quantized to a folder", why=why, fix=fix)
-
-
-def _dtype(spec: ModelSpec) -> torch.dtype:
-    """As on load (``assemble.resolve``): the same numbers have the same codes."""
-    return torch.bfloat16 if spec.dtype == "float16" else getattr(torch, spec.dtype)
 
 
 def _formats(spec: ModelSpec, recipe: Recipe) -> dict[str, WeightFormat]:
@@ -168,9 +163,9 @@ def _data(
     names = {stored: name for name, stored in _named(tensors)}
     for stored, header in shard.items():
         if found := formats.get(names[stored]):
-            parts = to_tensors(quantize(tensors.fuse(names[stored]), found.bits, found.group))
+            parts = to_tensors(quantize(tensors.fuse(names[stored], exact=True), found.bits, found.group))
             made = {part_of(stored, part): tensor for part, tensor in parts.items()}
-            yield from (made[name].contiguous().view(torch.uint8).numpy().tobytes() for name in header)
+            yield from (made[name].flatten().view(torch.uint8).numpy().tobytes() for name in header)
         else:
             yield tensors.checkpoint.view(stored)
             tensors.checkpoint.release(stored)

@@ -73,6 +73,17 @@ class Tally:
         )
 
 
+def check_text(ids: Sequence[int]) -> None:
+    """Raises InvalidRequest: (text_too_short) there are fewer than two tokens."""
+    if len(ids) < 2:
+        raise InvalidRequest(
+            "text_too_short",
+            "There is no text to compare on",
+            why=f"it has {len(ids)} tokens of 2",
+            fix="name a longer text",
+        )
+
+
 @torch.inference_mode()
 def measure_quality(
     model: Decoder, quantized: Decoder, ops: Ops, placement: Placement, ids: Sequence[int], window: int = 512
@@ -84,16 +95,10 @@ def measure_quality(
         window: tokens that are read at once; no more than there are, or than the models hold.
 
     Raises:
-        InvalidRequest: (text_too_short) it has fewer than two tokens.
+        InvalidRequest: as ``check_text``.
     """
+    check_text(ids)
     window = min(window, len(ids), model.spec.max_positions)
-    if window < 2:
-        raise InvalidRequest(
-            "text_too_short",
-            "There is no text to compare on",
-            why=f"it has {len(ids)} tokens of 2",
-            fix="name a longer text",
-        )
     tally = Tally()
     for ids_T in torch.split(torch.tensor(ids), window):
         pairs = zip(*(read(decoder, ops, placement, ids_T) for decoder in (model, quantized)), strict=True)

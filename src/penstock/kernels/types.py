@@ -76,6 +76,16 @@ class GroupedWeight:
         assert codes_NK is not None and scales_NG is not None
         return GroupedWeight(codes_NK, scales_NG, zeros_NG)
 
+    def in_groups(self, group: int) -> GroupedWeight:
+        """The same numbers in groups that divide these: scales and zeros are repeated."""
+        times = self.group // group
+        if times == 1:
+            return self
+        parts = (self.scales_NG, self.zeros_NG)
+        scales_NG, zeros_NG = (None if x is None else x.repeat_interleave(times, -1) for x in parts)
+        assert scales_NG is not None
+        return GroupedWeight(self.codes_NK, scales_NG, zeros_NG)
+
     def widened(self) -> Tensor:
         """The numbers in fp32: an exact integer times the scale, or a sixteenth of it, rounded once."""
         codes_NGg = self.codes_NK.float().view(*self.scales_NG.shape, self.group)

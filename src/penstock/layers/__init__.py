@@ -6,7 +6,7 @@ from penstock.layers.embedding import Embedding, Head
 from penstock.layers.linear import FeedForward, GateUp, Linear, RowLinear, Up
 from penstock.layers.moe import Experts, Router, SharedExpert, SparseFeedForward
 from penstock.layers.norm import BlockInput, BlockOutput, LayerNorm, Norm, NormAfter, as_it_is
-from penstock.layers.packing import Pack, Packing
+from penstock.layers.packing import Pack, Packing, Read
 from penstock.layers.placement import Placement, frozen_bytes
 from penstock.layers.rope import alibi_slopes, rope_table
 from penstock.quant import (
@@ -54,6 +54,7 @@ __all__ = [
     "Pack",
     "Packing",
     "Placement",
+    "Read",
     "Router",
     "RowLinear",
     "SharedExpert",

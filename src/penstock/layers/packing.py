@@ -11,11 +11,13 @@ from penstock.kernels import GroupedWeight, Ops, Weight
 from penstock.layers.placement import Placement
 from penstock.quant import check_scales, quantize, widen
 from penstock.spec import ModelSpec
-from penstock.spec.quantization import VERSION, Quantization, WeightFormat, format_of, may_be_grouped
+from penstock.spec.quantization import GROUP, VERSION, Quantization, WeightFormat, format_of, may_be_grouped
 
-Pack = Callable[[str, str, Callable[[], "Tensor | GroupedWeight"]], Weight]
-"""Of a slot (``spec.tensors``), a name that no other weight of the model has, and what reads the matrix or stack of
-matrices: a pack that knows what becomes of it need not read it."""
+Read = Callable[[bool], "Tensor | GroupedWeight"]
+"""Reads a matrix or a stack of matrices: True in a dtype that holds the stored numbers, False in the placement's."""
+Pack = Callable[[str, str, int, Read], Weight]
+"""Of a slot (``spec.tensors``), a name that no other weight of the model has, its inputs, and what reads it: a pack
+that knows what becomes of it need not read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +32,26 @@ class Packing:
 
     @property
     def recipe(self) -> str:
-        """All of it that decides bits."""
-        return "" if self.quantization == "none" else f"{self.quantization}/{VERSION}"
+        """All of it that decides bits; what a checkpoint stores as integers is a matter of the version too."""
+        return f"{self.quantization}/{VERSION}"
 
     @property
     def name(self) -> str:
         """For people: what most numbers of the model are."""
         return str(self.placement.dtype).removeprefix("torch.") if self.quantization == "none" else self.quantization
 
-    def __call__(self, slot: str, name: str, source: Callable[[], Tensor | GroupedWeight]) -> Weight:
-        weight = source()
+    def __call__(self, slot: str, name: str, inputs: int, read: Read) -> Weight:
+        found = format_of(self.spec, slot, inputs, self.quantization)
+        weight = read(found is not None)  # integers are made of the stored numbers, not of rounded ones
         if isinstance(weight, Tensor):
-            found = format_of(self.spec, slot, weight.shape[-1], self.quantization)
             if found is None:
                 return self.ops.pack(weight)
             weight = self.quantized(weight, found)
-        if self.ops.grouped and may_be_grouped(self.spec, slot, weight.shape[-1], weight.group):
-            return self.ops.pack(weight)
+        group = weight.group
+        while group > GROUP and not may_be_grouped(self.spec, slot, inputs, group):
+            group //= 2
+        if self.ops.grouped and may_be_grouped(self.spec, slot, inputs, group):
+            return self.ops.pack(weight.in_groups(group))
         return self.ops.pack(widen(weight, self.placement.empty(tuple(weight.shape))))
 
     def quantized(self, weight: Tensor, format: WeightFormat) -> GroupedWeight:

@@ -24,8 +24,8 @@ class Placement:
         """Of K and V as stored."""
         return self.kv_dtype or self.dtype
 
-    def empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def __str__(self) -> str:
         """What of it decides bits: the kind of device, not which one."""

@@ -64,12 +64,13 @@ class CompressedTensors:
                     path, "weights_shape", f"{part_of(name, SHAPE)} is {list(found)}, not {list(form.shape)}"
                 )
 
-    def fuse(self, *names: str) -> Tensor:
+    def fuse(self, *names: str, exact: bool = False) -> Tensor:
         """As ``Tensors.fuse``; integers as the numbers they stand for."""
         if not any(name in self.forms for name in names):
-            return self.tensors.fuse(*names)
+            return self.tensors.fuse(*names, exact=exact)
         counts = [self.shapes[name][0] for name in names]
-        fused = self.tensors.placement.empty((sum(counts), *self.shapes[names[0]][1:]))
+        shape = (sum(counts), *self.shapes[names[0]][1:])
+        fused = self.tensors.placement.empty(shape, torch.float32 if exact else None)
         for name, target in zip(names, torch.split(fused, counts), strict=True):
             if name in self.forms:
                 target.copy_(self._numbers(name))
@@ -77,7 +78,7 @@ class CompressedTensors:
                 self.tensors.copy(name, self.tensors.stored(name), target)
         return fused
 
-    def weight(self, *names: str) -> Tensor | GroupedWeight:
+    def weight(self, *names: str, exact: bool = False) -> Tensor | GroupedWeight:
         """The matrices, one below the other: small integers if all of them are stored so, of 8 bits unless all have 4.
 
         Raises:
@@ -85,11 +86,12 @@ class CompressedTensors:
         """
         forms = [self.forms.get(name) for name in names]
         if any(form is None or form.shape[1] % NUMBERS for form in forms):
-            return self.fuse(*names)
+            return self.fuse(*names, exact=exact)
         weights = [self._grouped(name) for name in names]
         if any(weight.bits == 8 for weight in weights):
             weights = [in_eight(weight) for weight in weights]
-        return one_below_the_other(weights)
+        group = min(weight.group for weight in weights)
+        return one_below_the_other([weight.in_groups(group) for weight in weights])
 
     def _form(self, name: str, shape: Shape) -> Form | None:
         entries, stored_as = self.tensors.checkpoint.entry, self.tensors.stored_as

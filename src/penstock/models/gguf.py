@@ -19,32 +19,35 @@ from penstock.layers import (
     frozen_bytes,
     group_rows,
 )
-from penstock.models.tensors import check_tensors, not_finite
+from penstock.models.tensors import check_tensors, holding, not_finite
 from penstock.spec import ModelSpec
-from penstock.spec.gguf_tensors import gguf_shapes, gguf_tensors, is_ignored
+from penstock.spec.gguf_tensors import check_types, gguf_shapes, gguf_tensors, is_ignored
 from penstock.spec.tensors import checkpoint_tensors
 
 
 class GGUFTensors:
     """Raises:
-    ModelFormatError: weights_missing, weights_unexpected, weights_shape, weights_dtype: they are not those of ``spec``.
+    ModelFormatError: (unsupported_quantization) blocks of another type; weights_missing, weights_unexpected or
+        weights_shape: they are not those of ``spec``.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, placement: Placement) -> None:
         self.checkpoint, self.placement = checkpoint, placement
         self.stored, self.shapes = gguf_tensors(spec), checkpoint_tensors(spec)
         entries = {name: checkpoint.entry(name) for name in sorted(checkpoint.names) if not is_ignored(name)}
-        known = FLOATS.keys() | BITS.keys()
-        check_tensors(entries, gguf_shapes(self.stored, spec), spec.family, lambda _: known, checkpoint.path)
+        known, shapes = FLOATS.keys() | BITS.keys(), gguf_shapes(self.stored, spec)
+        check_types({name: entries[name].dtype for name in entries.keys() & shapes.keys()}, known)
+        check_tensors(entries, shapes, spec.family, lambda _: known, checkpoint.path)
 
-    def fuse(self, *names: str) -> Tensor:
-        """The tensors, one below the other, as numbers in memory of our own.
+    def fuse(self, *names: str, exact: bool = False) -> Tensor:
+        """The tensors, one below the other, as numbers in memory of our own; ``exact`` as of ``Tensors.fuse``.
 
         Raises:
             ModelFormatError: (weights_not_finite).
         """
         counts = [self.shapes[name][0] for name in names]
-        fused = self.placement.empty((sum(counts), *self.shapes[names[0]][1:]))
+        dtype = holding(FLOATS.get(self._kind(name), torch.float32) for name in names) if exact else None
+        fused = self.placement.empty((sum(counts), *self.shapes[names[0]][1:]), dtype)
         for name, target in zip(names, torch.split(fused, counts), strict=True):
             target_RK, at = target.view(-1, target.shape[-1]), 0
             for part_RB in self._parts(name):
@@ -58,7 +61,7 @@ class GGUFTensors:
                 target.copy_(self._in_order(name, target))
         return fused
 
-    def weight(self, *names: str) -> Tensor | GroupedWeight:
+    def weight(self, *names: str, exact: bool = False) -> Tensor | GroupedWeight:
         """The matrices, one below the other: small integers if all of them are stored so, of 8 bits unless all have 4.
 
         Raises:
@@ -66,7 +69,7 @@ class GGUFTensors:
         """
         kinds = {self._kind(name) for name in names}
         if not kinds <= BITS.keys():
-            return self.fuse(*names)
+            return self.fuse(*names, exact=exact)
         bits, each = max(BITS[kind] for kind in kinds), []
         for name in names:
             parts = [group_rows(part_RB, self._kind(name), bits) for part_RB in self._parts(name)]

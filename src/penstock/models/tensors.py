@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -39,14 +40,18 @@ class Tensors:
             entries, expected, family, lambda name: (PACKED if name in packed else STORED).keys(), self.checkpoint.path
         )
 
-    def fuse(self, *names: str) -> Tensor:
+    def fuse(self, *names: str, exact: bool = False) -> Tensor:
         """The tensors, one below the other, in memory of our own: aligned alike in every process.
+
+        Args:
+            exact: in the dtype that holds the numbers of all, not in the placement's.
 
         Raises:
             ModelFormatError: (weights_not_finite).
         """
         parts = [self.stored(name) for name in names]
-        fused = self.placement.empty((sum(map(len, parts)), *parts[0].shape[1:]))
+        dtype = holding(part.dtype for part in parts) if exact else None
+        fused = self.placement.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype)
         for name, part, target in zip(names, parts, torch.split(fused, list(map(len, parts))), strict=True):
             self.copy(name, part, target)
             self.release(name)
@@ -104,6 +109,11 @@ def check_tensors(
             raise mismatch(
                 path, "weights_dtype", f"tensor {name} is {entry.dtype}, not one of {', '.join(sorted(dtypes))}"
             )
+
+
+def holding(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The smallest dtype that holds the numbers of all of them."""
+    return reduce(torch.promote_types, dtypes)
 
 
 def mismatch(path: Path, code: str, why: str) -> ModelFormatError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -48,7 +50,15 @@ from penstock.models.decoder import Block, Decoder
 from penstock.models.gguf import GGUFTensors
 from penstock.models.tensors import Tensors
 from penstock.spec import EncoderSpec, ModelSpec, MoESpec, RopeSpec
-from penstock.spec.tensors import Slots, checkpoint_tensors, layer_slots, model_slots, names_of, slot_segments
+from penstock.spec.tensors import (
+    Slots,
+    checkpoint_tensors,
+    layer_slots,
+    model_slots,
+    names_of,
+    slot_inputs,
+    slot_segments,
+)
 
 Source = Tensors | GGUFTensors | CompressedTensors
 
@@ -194,22 +204,28 @@ class _Builder:
             return weight, None if bias is None else bias.view(-1, rows)
         assert isinstance(self.tensors, Tensors)  # no quantized file of such a family is read
         tensors, names = self.tensors, list(slots[f"{slot}.weight"])
-        packed = self.pack(f"{slot}.weight", names[0], lambda: self.stacked(tensors, names, paired))
+        shape = slots[f"{slot}.weight"][names[0]]
+        inputs = slot_inputs(self.spec, f"{slot}.weight", shape) if len(names) == 1 else 2 * prod(shape[2:])
+        read = partial(self.stacked, tensors, names, paired)
+        packed = self.pack(f"{slot}.weight", names[0], inputs, read)
         (name,) = slots[f"{slot}.bias"]
         stored = self.tensors.stored(name)
         bias = self.placement.empty(tuple(stored.shape))
         self.tensors.copy(name, unpaired(stored, 1) if paired else stored, bias)
         return packed, bias
 
-    def stacked(self, tensors: Tensors, names: list[str], paired: bool) -> Tensor:
+    def stacked(self, tensors: Tensors, names: list[str], paired: bool, exact: bool) -> Tensor:
         """[E, out, in] of a tensor [E, in, out], or of MXFP4 blocks and scales, one expert at a time."""
         parts = [tensors.stored(name) for name in names]
         experts, first, last = (parts[0] if len(parts) == 1 else parts[0].flatten(2)).shape
         shape = (experts, last, first) if len(parts) == 1 else (experts, first, 2 * last)
-        weight = self.placement.empty(shape)
+        dtype = self.placement.dtype
+        if exact:
+            dtype = parts[0].dtype if len(parts) == 1 else torch.bfloat16  # which holds all of MXFP4
+        weight = self.placement.empty(shape, dtype)
         for index, target in enumerate(weight):
             one = [part[index : index + 1] for part in parts]
-            rows = one[0].mT if len(one) == 1 else decode_mxfp4(one[0], one[1], self.placement.dtype)
+            rows = one[0].mT if len(one) == 1 else decode_mxfp4(one[0], one[1], dtype)
             tensors.copy(names[0], unpaired(rows[0], 0) if paired else rows[0], target)
         for name in names:
             tensors.release(name)
@@ -242,13 +258,13 @@ class _Builder:
         """A packed matrix, or a stack of those of ``rows`` each."""
         names = list(slots[slot])
 
-        def source() -> Tensor | GroupedWeight:
-            weight = self.tensors.weight(*names)
+        def read(exact: bool) -> Tensor | GroupedWeight:
+            weight = self.tensors.weight(*names, exact=exact)
             if order is not None:
                 weight = weight[order]
             return weight if rows is None else stack(weight, rows)
 
-        return self.pack(slot, names[0], source)
+        return self.pack(slot, names[0], slots[slot][names[0]][-1], read)
 
     def fuse(self, slots: Slots, slot: str) -> Tensor:
         return self.tensors.fuse(*slots[slot])

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from penstock.formats import Checkpoint
 from penstock.kernels import GroupedWeight
-from penstock.spec.quantization import GROUP, OUTER_MODULES, Quantization
+from penstock.spec.quantization import GROUP, LARGER, OUTER_MODULES, Quantization
 
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 
@@ -33,35 +33,33 @@ def pack(codes_NK: Tensor, bits: int) -> Tensor:
     codes_NK = pad(codes_NK, (0, -codes_NK.shape[1] % (32 // bits)))
     if bits == 4:
         codes_NK = codes_NK[:, ::2] | codes_NK[:, 1::2] << 4
-    return codes_NK.contiguous().view(torch.int32)
+    # A single row may have any stride, which a view as other numbers does not allow.
+    return codes_NK.flatten().view(torch.int32).view(len(codes_NK), -1)
 
 
 def to_grouped(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int) -> GroupedWeight:
-    """With a scale for each 32 inputs, those of larger groups repeated.
+    """4 bits in groups as they are stored, if kernels have them; of others scales are repeated for each 32 inputs.
 
     Args:
         codes_NK: uint8, 8 or 128 above the number that is meant; or int8, that number.
         scales_NG: G divides K by a multiple of 32.
         zeros_NG: uint8, moved up like 4-bit codes; None if they are 0.
     """
-    outputs, inputs = codes_NK.shape
-    repeats = inputs // GROUP // scales_NG.shape[1]
-    scales_NG = scales_NG.half().repeat_interleave(repeats, 1)
     if bits == 8:
         signed_NK = codes_NK if codes_NK.dtype == torch.int8 else (codes_NK ^ 128).view(torch.int8)
-        return GroupedWeight(signed_NK, scales_NG)
-    if zeros_NG is None:
-        zeros_NG = torch.full((outputs, 1), 8, dtype=torch.uint8)
-        repeats = inputs // GROUP
-    return GroupedWeight(codes_NK, scales_NG, 16 * zeros_NG.repeat_interleave(repeats, 1))
+        return GroupedWeight(signed_NK, scales_NG.half()).in_groups(GROUP)
+    zeros_NG = torch.full(scales_NG.shape, 8, dtype=torch.uint8) if zeros_NG is None else zeros_NG
+    weight = GroupedWeight(codes_NK, scales_NG.half(), 16 * zeros_NG)
+    return weight if weight.group in LARGER else weight.in_groups(GROUP)
 
 
 def in_eight(weight: GroupedWeight) -> GroupedWeight:
-    """The same numbers with 8-bit codes; zeros are whole steps."""
+    """The same numbers with 8-bit codes, in groups of 32; zeros are whole steps."""
     if weight.zeros_NG is None:
         return weight
     codes_NGg = weight.codes_NK.to(torch.int8).view(*weight.zeros_NG.shape, -1)
-    return GroupedWeight((codes_NGg - (weight.zeros_NG // 16).to(torch.int8)[..., None]).flatten(-2), weight.scales_NG)
+    codes_NK = (codes_NGg - (weight.zeros_NG // 16).to(torch.int8)[..., None]).flatten(-2)
+    return GroupedWeight(codes_NK, weight.scales_NG).in_groups(GROUP)
 
 
 def to_tensors(weight: GroupedWeight) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.formats import PackedFile, PackedTensor, WeightCache, damaged
 from penstock.kernels import GroupedWeight, Ops, PackedWeight, Weight
-from penstock.layers import Pack, Packing, Placement, frozen_bytes
+from penstock.layers import Pack, Packing, Placement, Read, frozen_bytes
 from penstock.models import Decoder, load_decoder, numerics_id
 from penstock.spec import ModelSpec
 
@@ -68,11 +68,11 @@ class KeptWeights:
         self.weights: dict[str, Weight] = {}
         self.made = 0
 
-    def __call__(self, slot: str, name: str, source: Callable[[], Tensor | GroupedWeight]) -> Weight:
+    def __call__(self, slot: str, name: str, inputs: int, read: Read) -> Weight:
         if self.file is not None and name in self.file.tensors:
             weight = _weight(self.file.tensors[name], self.file.view(name))
         else:
-            weight = self.make(slot, name, source)
+            weight = self.make(slot, name, inputs, read)
             self.made += 1
         self.weights[name] = weight
         return weight

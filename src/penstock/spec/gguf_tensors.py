@@ -6,9 +6,10 @@ Names are those of gguf-py's tensor_mapping; the changes are those of llama.cpp'
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from penstock.spec.fields import unsupported
 from penstock.spec.model import ModelSpec
 from penstock.spec.tensors import Shape, checkpoint_tensors
 
@@ -74,6 +75,18 @@ def gguf_shapes(tensors: Mapping[str, Stored], spec: ModelSpec) -> dict[str, Sha
             shape = (spec.moe.experts, *shape)
         shapes[stored.name] = shape[1:] if stored.name.endswith("ffn_gate_inp_shexp.weight") else shape
     return shapes
+
+
+def check_types(types: Mapping[str, str], known: Collection[str]) -> None:
+    """A file with blocks of another type is whole: to download it again would not help.
+
+    Raises:
+        ModelFormatError: (unsupported_quantization).
+    """
+    for name, kind in sorted(types.items()):
+        if kind not in known:
+            what = f"tensors of the type {kind}, as {name} is"
+            raise unsupported("quantization", what, f"choose a file whose tensors are of {', '.join(sorted(known))}")
 
 
 def is_ignored(name: str) -> bool:
