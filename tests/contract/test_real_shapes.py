@@ -4,15 +4,16 @@ at any number of threads, on every instruction set that computes with the same n
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from opsuite import Sequence, Shape, run_attention
+from opsuite import EPS, Sequence, Shape, run_attention
 from penstock.base.segments import ffn_segments, sum_segments
-from penstock.kernels import GroupedWeight, Weight, make_ops, native
+from penstock.kernels import Batch, GroupBatch, GroupedWeight, Weight, make_ops, native
 
 pytestmark = pytest.mark.skipif(not native(), reason="installed without a compiler")
 
@@ -20,22 +21,43 @@ MODELS = {
     "qwen3-0.6b": Shape(1024, 3072, 16, 8, 128, 151_936),
     "llama-3.2-1b": Shape(2048, 8192, 32, 8, 64, 128_256),
 }
-COUNTS = (1, 2, 5, 8, 9, 31, 32, 33, 64, 129, 300)
-"""Numbers of rows on both sides of every size at which a kernel changes its way."""
+COUNTS = (1, 2, 5, 8, 9, 13, 14, 19, 31, 32, 33, 64, 97, 129, 300)
+"""Numbers of rows on both sides of every size at which a kernel changes its way; 13, 14 and 19 rows are the ones with a
+stack of four in ``widened.h``. Others are drawn."""
+MOST = 400
 KINDS = ("fp32", "bf16", "int8", "int4")
+SLOW = [pytest.mark.slow]
 
 
-def weight_of(kind: str, outputs: int, inputs: int) -> Weight:
-    """Random numbers; small integers are drawn as such, since to find the nearest ones of a large matrix takes long."""
-    groups = (outputs, inputs // 32)
+@pytest.fixture
+def draws(request: pytest.FixtureRequest) -> int:
+    """Numbers of rows that are drawn beside COUNTS."""
+    return 12 if request.config.getoption("--all") else 4
+
+
+def weight_of(kind: str, *shape: int) -> Weight:
+    """[..., outputs, inputs] of random numbers; small integers are drawn as such, since to find the nearest ones of a
+    large matrix takes long."""
+    *outputs, inputs = shape
+    groups = (*outputs, inputs // 32)
     if kind == "int8":
-        codes_NK = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        codes_NK = torch.randint(-127, 128, shape, dtype=torch.int8)
         return GroupedWeight(codes_NK, (torch.rand(groups) / 4000).half())
     if kind == "int4":
-        codes_NK = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+        codes_NK = torch.randint(0, 16, shape, dtype=torch.uint8)
         zeros_NG = torch.randint(100, 141, groups, dtype=torch.uint8)
         return GroupedWeight(codes_NK, (torch.rand(groups) / 200).half(), zeros_NG)
-    return torch.randn(outputs, inputs).div_(inputs**0.5).to(torch.float32 if kind == "fp32" else torch.bfloat16)
+    return torch.randn(shape).div_(inputs**0.5).to(dtype_of(kind))
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    return torch.float32 if kind == "fp32" else torch.bfloat16
+
+
+def inputs_of(kind: str, width: int) -> Tensor:
+    x_TK = torch.randn(MOST, width)
+    x_TK[::7] *= 30  # rows of another size, whose neighbours must not see it
+    return x_TK.to(dtype_of(kind))
 
 
 def product(shape: Shape, slot: str) -> tuple[int, int, int]:
@@ -50,45 +72,107 @@ def product(shape: Shape, slot: str) -> tuple[int, int, int]:
     }[slot]
 
 
-SLOW = [pytest.mark.slow]
+def check(compute: Callable[[list[int]], Iterable[Tensor]], rng: random.Random, draws: int, most: int = MOST) -> None:
+    """``compute`` makes tensors of some of the MOST rows: those of a row alone have the same bytes among others."""
+    torch.set_num_threads(1)
+    alone = {at: [out[0] for out in compute([at])] for at in rng.sample(range(MOST), 6)}
+    for count in [*(count for count in COUNTS if count <= most), *rng.choices(range(1, most + 1), k=draws)]:
+        at, place = rng.choice(list(alone)), rng.randrange(count)
+        others = rng.sample([i for i in range(MOST) if i != at], count - 1)
+        torch.set_num_threads(threads := rng.choice((1, 2, 3, 4)))
+        among = compute([*others[:place], at, *others[place:]])
+        for one, out in zip(alone[at], among, strict=True):
+            assert out.dtype == one.dtype and bytes_of(out[place]) == bytes_of(one), (count, place, threads)
+
+
+def bytes_of(row: Tensor) -> bytes:
+    return row.contiguous().view(torch.uint8).numpy().tobytes()
+
+
 SLOTS: list[Any] = ["qkv", "out", "gate_up", "down", pytest.param("head", marks=SLOW)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slot", SLOTS)
 @pytest.mark.parametrize("model", [pytest.param(name, marks=SLOW * (name != "qwen3-0.6b")) for name in MODELS])
-def test_row_bits(model: str, slot: str, kind: str) -> None:
+def test_row_bits(model: str, slot: str, kind: str, draws: int) -> None:
     ops, rng = make_ops("cpu"), random.Random(f"{model} {slot} {kind}")
     outputs, inputs, segments = product(MODELS[model], slot)
-    x_TK = torch.randn(max(COUNTS), inputs)
-    x_TK[::7] *= 30  # rows of another size, whose neighbours must not see it
-    x_TK = x_TK if kind == "fp32" else x_TK.bfloat16()
-    weight = ops.pack(weight_of(kind, outputs, inputs))
+    x_TK, weight = inputs_of(kind, inputs), ops.pack(weight_of(kind, outputs, inputs))
 
-    def rows(some_TK: Tensor) -> Tensor:
+    def rows(some: list[int]) -> list[Tensor]:
         if slot == "head":
-            return ops.logits(some_TK, weight)
+            return [ops.logits(x_TK[some], weight)]
         if slot == "gate_up":
-            return ops.gate_up(some_TK, weight, None, "silu")
-        return ops.linear(some_TK, weight, None, segments)
+            return [ops.gate_up(x_TK[some], weight, None, "silu")]
+        return [ops.linear(x_TK[some], weight, None, segments)]
 
-    torch.set_num_threads(1)
-    alone = {at: rows(x_TK[at : at + 1]) for at in rng.sample(range(len(x_TK)), 6)}
-    for count in COUNTS if slot != "head" else COUNTS[:8]:
-        at = rng.choice(list(alone))
-        others = rng.sample([i for i in range(len(x_TK)) if i != at], count - 1)
-        place = rng.randrange(count)
-        torch.set_num_threads(threads := rng.choice((1, 2, 3, 4)))
-        among = rows(x_TK[[*others[:place], at, *others[place:]]])
-        assert torch.equal(among[place : place + 1], alone[at]), (count, place, threads)
+    check(rows, rng, draws, 40 if slot == "head" else MOST)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW * (kind in ("fp32", "int4"))) for kind in KINDS])
+def test_expert_bits(kind: str, draws: int) -> None:
+    """The bench's ``moe-64``: 64 experts, of which each row has 8 by its own logits."""
+    ops, (hidden, ffn, count, active) = make_ops("cpu"), (1024, 512, 64, 8)
+    x_TD, router_ED = inputs_of(kind, hidden), ops.pack(weight_of("fp32" if kind == "fp32" else "bf16", count, hidden))
+    gate_up, down = weight_of(kind, count, 2 * ffn, hidden), weight_of(kind, count, hidden, ffn)
+    stacks = (ops.pack(gate_up), None, ops.pack(down), None)
+
+    def rows(some: list[int]) -> tuple[Tensor, ...]:
+        chosen_TA, weights_TA = ops.route(x_TD[some], router_ED, None, active, True)
+        return chosen_TA, weights_TA, ops.experts(x_TD[some], chosen_TA, weights_TA, *stacks, "silu")
+
+    check(rows, random.Random(kind), draws)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_norm_bits(model: str, dtype: torch.dtype, draws: int) -> None:
+    ops, width = make_ops("cpu"), MODELS[model].hidden
+    kind = "fp32" if dtype == torch.float32 else "bf16"
+    x_TD, delta_TD = inputs_of(kind, width), inputs_of(kind, width)
+    weight_D, bias_D = (torch.randn(2, width) + 1).to(dtype)
+
+    def rows(some: list[int]) -> tuple[Tensor, ...]:
+        own = ops.norm(x_TD[some], weight_D, EPS), ops.layer_norm(x_TD[some], weight_D, bias_D, EPS)
+        return *own, *ops.add_norm(delta_TD[some], x_TD[some], weight_D, EPS, 0.5)
+
+    check(rows, random.Random(f"{model} {kind}"), draws)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("model", MODELS)
+def test_rope_and_write_bits(model: str, kv_dtype: torch.dtype, draws: int) -> None:
+    """Queries, and K and V as they lie in the pool, of a row at a position and a slot of its own."""
+    ops, shape, rng = make_ops("cpu"), MODELS[model], random.Random(model)
+    qkv_TC = inputs_of("bf16", shape.qkv)
+    norms_2d = (torch.randn(2, shape.head_dim) + 1).bfloat16()
+    norms = (norms_2d[0], norms_2d[1]) if model == "qwen3-0.6b" else None
+    rope_Pd, block_size, blocks = torch.randn(2 * MOST, shape.head_dim), 16, MOST
+    positions_T = torch.tensor(rng.choices(range(2 * MOST), k=MOST))
+    slots_T = torch.tensor(rng.sample(range(blocks * block_size), MOST))
+    (kv,) = ops.allocate_kv(1, blocks, block_size, shape.kv_heads, shape.head_dim, kv_dtype, torch.device("cpu"))
+
+    def rows(some: list[int]) -> list[Tensor]:
+        none = torch.zeros(0, dtype=torch.int64)
+        group = GroupBatch(slots_T[some], torch.zeros(0, 0, dtype=torch.int32))
+        batch = Batch(positions_T[some], [], none, [], none, block_size, [group])
+        for pool in kv.pools():
+            pool.zero_()
+        q_TNd = ops.qk_norm_rope_write(qkv_TC[some], norms, EPS, rope_Pd, kv, batch, 0)
+        at = slots_T[some]
+        return [q_TNd, *(pool[at // block_size, at % block_size] for pool in kv.pools())]
+
+    check(rows, rng, draws)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("model", MODELS)
-def test_attention_bits(model: str, kv_dtype: torch.dtype | None) -> None:
-    """A request of one row, of some and of a whole chunk, alone and among the others."""
+def test_attention_bits(model: str, kv_dtype: torch.dtype | None, draws: int) -> None:
+    """A request of one row, of some and of a whole chunk, and some that are drawn, alone and among the others."""
     ops, rng = make_ops("cpu"), random.Random(model)
     lengths = [(1, 1), (700, 1), (129, 129), (900, 40), (260, 7), (64, 64)]
+    lengths += [(context := rng.randint(1, 1000), rng.randint(1, min(context, 60))) for _ in range(draws)]
     sequences = [Sequence.random(MODELS[model], context, count, torch.bfloat16) for context, count in lengths]
     torch.set_num_threads(1)
     alone = [run_attention(ops, [sequence], 16, None, kv_dtype=kv_dtype)[0] for sequence in sequences]

@@ -106,6 +106,45 @@ def test_ours_and_the_two_best_run_in_turn(tmp_path: Path, ran: list[str]) -> No
     assert ran[done:] == ["vllm"]
 
 
+@pytest.mark.parametrize(
+    ("reference", "ratio", "note"),
+    [
+        ({}, 1.5, ""),
+        ({"openvino": 400, "llama.cpp": 300}, 1.5, ""),
+        ({"openvino": 410}, None, "no ratio: the best peer (openvino) is invalid, 83 % of its reference"),
+        ({"llama.cpp": 400}, 1.5, "llama.cpp is invalid, 73 % of its reference"),
+        ({"transformers": 200, "vllm": 400}, 1.5, "transformers is invalid, 64 % of its reference"),
+        (
+            {"openvino": 3413, "llama.cpp": 400},
+            None,
+            "no ratio: the best peer (openvino) is invalid, 10 % of its reference; "
+            "llama.cpp is invalid, 73 % of its reference",
+        ),
+    ],
+)
+def test_being_ahead_of_an_invalid_peer_is_no_win(
+    tmp_path: Path,
+    ran: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    reference: dict[str, float],
+    ratio: float | None,
+    note: str,
+) -> None:
+    """References as if from this machine, where openvino has 341.3 tokens a second and llama.cpp 292.6 in its best of
+    three ways, in the others 256, which says nothing of llama.cpp."""
+    figures = {"tiny": {(16, peer): {"batch8": figure} for peer, figure in reference.items()}}
+    for name, value in {"REFERENCES": figures, "REFERENCE_MACHINE": "", "REFERENCE_LIMITS": LIMITS}.items():
+        monkeypatch.setattr(f"penstock.bench.peers_report.{name}", value)
+    words = ["bench", "peers", "--work", str(tmp_path), "--shape", "tiny", "--bits", "16", "--cells", "batch8"]
+    done = CliRunner().invoke(app, [*words, "--rounds", "2", "--json"])
+    (cell,) = json.loads(done.stdout)["cells"]
+    assert (cell["best_peer"], cell["ratio"], cell["note"]) == ("openvino", ratio, note)
+    assert cell["ratios"] == [1.5] * 2 * (ratio is not None)
+    text = CliRunner().invoke(app, [*words, "--rounds", "2"]).stdout
+    assert ("ratio to openvino: 1.50" in text) == (ratio is not None)
+    assert f"\n  {note}\n" in text or not note
+
+
 def test_another_version_is_measured_anew(tmp_path: Path, ran: list[str]) -> None:
     measure(tmp_path, only=["penstock", "transformers"], cells=["decode"], rounds=2)
     file, done = tmp_path / "results.jsonl", len(ran)

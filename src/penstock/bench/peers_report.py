@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,8 @@ REFERENCES = {
 """Speeds of the peers, tuned with care, on 2 cores of an AMD Zen 5 with these limits (2026-11-20): a peer that is far
 below here is not run as it should be."""
 ENOUGH = 0.85
+INVALID = "invalid: "
+"""How such a peer's verdict begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,13 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class CellReport:
-    """``ratio``: median over the rounds of our speed over that of the best peer, so more than 1 is ahead."""
+    """One piece of work.
+
+    Attributes:
+        ratio: median over the rounds of our speed over that of the best peer, so more than 1 is ahead; None if that
+            peer is invalid, since being ahead of it is no win.
+        note: why there is no ratio, and which other peers are invalid: run as it should be, one might be the best.
+    """
 
     cell: str
     unit: str
@@ -83,6 +91,7 @@ class CellReport:
     best_peer: str | None
     ratio: float | None
     ratios: tuple[float, ...]
+    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +179,9 @@ def _cell(contest: Contest, cell: str) -> CellReport:
     ahead = sorted((x for x in standings if not x.error), key=lambda x: x.speed, reverse=unit != "s")
     best = next((x for x in ahead if x.peer != OURS and x.rounds), None)
     ours = next((x for x in standings if x.peer == OURS and x.rounds), None)
+    invalid = _invalid(ahead)
     ratios: list[float] = []
-    if best and ours:
+    if best and ours and best.peer not in invalid:
         pairs = zip(ours.each, best.each, strict=True)
         ratios = [round(theirs / mine if unit == "s" else mine / theirs, 3) for mine, theirs in pairs]
     return CellReport(
@@ -181,7 +191,22 @@ def _cell(contest: Contest, cell: str) -> CellReport:
         best_peer=best.peer if best else None,
         ratio=round(statistics.median(ratios), 3) if ratios else None,
         ratios=tuple(ratios),
+        note=_note(best.peer if best else None, invalid),
     )
+
+
+def _invalid(ahead: Sequence[Standing]) -> dict[str, str]:
+    """Peers whose best way is invalid, with what it reached; one measured in rounds goes before one measured once."""
+    best: dict[str, Standing] = {}
+    for x in sorted(ahead, key=lambda x: x.rounds, reverse=True):
+        best.setdefault(x.peer, x)
+    return {peer: x.verdict.removeprefix(INVALID) for peer, x in best.items() if x.verdict.startswith(INVALID)}
+
+
+def _note(best: str | None, invalid: Mapping[str, str]) -> str:
+    notes = [f"no ratio: the best peer ({best}) is invalid, {invalid[best]}"] if best and best in invalid else []
+    notes += [f"{peer} is invalid, {reached}" for peer, reached in invalid.items() if peer != best]
+    return "; ".join(notes)
 
 
 def _standing(results: Sequence[Result], rounds: int) -> Standing:
@@ -226,7 +251,7 @@ def verdict(result: Result, speed: float, limits: Limits) -> str:
     job = make_job(spec, CELLS[result.cell], Path(), result.threads, {})
     then, now = (limit_seconds(spec, job, x, result.bits) for x in (REFERENCE_LIMITS, limits))
     share = speed / (figure * then / now)
-    return f"{'valid' if share >= ENOUGH else 'invalid'}: {100 * share:.0f} % of its reference"
+    return f"{'valid: ' if share >= ENOUGH else INVALID}{100 * share:.0f} % of its reference"
 
 
 def _each(choose: Callable[[list[float]], float], limits: Sequence[Limits]) -> Limits:
@@ -257,6 +282,8 @@ def table(report: PeersReport) -> str:
             lines.append(
                 f"  ratio to {cell.best_peer}: {cell.ratio:.2f} ({min(cell.ratios):.2f} to {max(cell.ratios):.2f})"
             )
+        if cell.note:
+            lines.append(f"  {cell.note}")
     spans = [
         f"{name} {getattr(low, name) / 1e9:.1f} to {getattr(high, name) / 1e9:.1f}" for name in ("fp32", "bf16", "int8")
     ]
