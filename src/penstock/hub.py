@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -38,6 +38,14 @@ def fetch(model: str, *, weights: bool = True) -> Path:
     with _progress() as progress, _our_words(model):
         bar: Any = _Download(progress, model)
         return Path(snapshot_download(model, allow_patterns=FILES, ignore_patterns=ignored, tqdm_class=bar))
+
+
+def cached(model: str) -> Path | None:
+    """The local folder of a model of the hub, whole or not, without asking the hub. None if there is none."""
+    with suppress(HFValidationError):
+        found = try_to_load_from_cache(model, "config.json")
+        return Path(found).parent if isinstance(found, str) else None
+    return None
 
 
 def file_sizes(model: str) -> dict[str, int]:

@@ -35,10 +35,11 @@ class Script:
 
 @dataclass
 class Scripted:
-    """``seen``: bodies, in order. ``alone``: one request at a time, the others wait."""
+    """``seen``: bodies, in order. ``alone``: one request at a time, the others wait. ``models``: id -> context."""
 
     script: Callable[[int, dict[str, Any]], Script]
     alone: bool = False
+    models: dict[str, int] = field(default_factory=lambda: {"scripted": 500})
     seen: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     url: str = ""
@@ -51,7 +52,8 @@ class Scripted:
                 body = await reader.readexactly(int(headers["content-length"]))
                 self.keys.append(headers.get("authorization", ""))
                 if head.startswith("GET"):
-                    await _plain(writer, 200, {"data": [{"id": "scripted", "max_model_len": 500}]})
+                    listed = [{"id": name, "max_model_len": longest} for name, longest in self.models.items()]
+                    await _plain(writer, 200, {"data": listed})
                     continue
                 asked = json.loads(body)
                 self.seen.append(asked)

@@ -72,6 +72,16 @@ def test_words_are_counted_by_the_server() -> None:
     assert not any("another length" in warning for warning in report.points[0].warnings)
 
 
+@pytest.mark.parametrize(("model", "longest"), [("long", 4000), ("short", 100), (None, 100)])
+def test_prompts_fit_into_the_context_of_the_model_that_is_asked(model: str | None, longest: int) -> None:
+    server = Scripted(honest, models={"short": 100, "long": 4000})
+    asked = {"model": model, "vocabulary": 90, "requests": 2, "input_len": "700", "output_len": "5"}
+    report = measured(server, **asked)
+    assert {asked["model"] for asked in server.seen} == {model or "short"}
+    lengths = {len(asked["prompt"]) for asked in server.seen}
+    assert lengths == {700} if longest == 4000 else max(lengths, default=0) < longest, (lengths, report.notes)
+
+
 def test_delays_are_seen_where_they_are() -> None:
     report = measured(Scripted(lambda number, asked: Script(first=0.05, gap=0.02)), requests=4, concurrency="4")
     f = report.points[0].figures

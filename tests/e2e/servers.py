@@ -55,6 +55,6 @@ def start(model: Path, *options: str, log: IO[str] | None = None) -> Server:
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
-    found = re.fullmatch(r"Serving (\S+) at (http://127\.0\.0\.1:\d+)/v1\n", line)
+    found = re.fullmatch(r"Serving (.+) at (http://127\.0\.0\.1:\d+)/v1\n", line)
     assert found, line + process.communicate()[0]
     return Server(found[2], process)

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ import httpx
 import pytest
 
 from commands import argv, penstock, running
+from penstock.core.trace import RequestTrace
+from penstock.fleet import Admission
+from penstock.serving.gate import Gate
 from penstock.serving.presence import Presence, began, present, servers
-from servers import PROMPT
+from penstock.serving.status import phase_of
+from servers import PROMPT, Server, start
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,60 @@ def test_ps_and_top_see_a_server_with_keys(logged: Logged) -> None:
         assert re.search(r"tokens/s +[1-9]\d* generated", shown) and "acme" in shown
         assert busy.result().status_code == 200
     assert penstock("top", "--once", "1").stderr.endswith(b"code: server_not_found\n")
+
+
+@pytest.fixture
+def one_at_a_time(runtime: Path, tmp_path: Path) -> Iterator[Server]:
+    server = start(Path("penstock-tiny"), "--max-num-seqs", "1", "--store", str(tmp_path / "store"))
+    yield server
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0
+
+
+def test_a_request_in_line_is_told_from_one_that_is_computed(one_at_a_time: Server) -> None:
+    """Two that take long: not all that has no token yet is a prompt that is being computed."""
+    url = one_at_a_time.url
+    body = {"prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "stream": True}
+
+    def phases() -> list[str]:
+        return [request["phase"] for request in httpx.get(f"{url}/status").json()["requests"]]
+
+    def ask(stack: ExitStack) -> Iterator[str]:
+        """Lines; whoever drops them closes the stream."""
+        return stack.enter_context(httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60)).iter_lines()
+
+    with ThreadPoolExecutor(1) as pool, ExitStack() as streams:
+        first = ask(streams)
+        next(first)
+        later = pool.submit(lambda: next(ask(streams)))
+        while len(seen := phases()) < 2 or seen[1] == "read":
+            assert not later.done(), seen
+        shown = penstock("top", str(one_at_a_time.process.pid), "--once", "--interval", "0.1").stdout.decode()
+        assert seen == ["decode", "queue"]
+        assert re.search(r"^ *decode .*\n *queue ", shown, re.MULTILINE), shown
+        assert len([*first]) > 900
+        later.result()
+
+
+def test_phases() -> None:
+    """Of two samples one is in line again: it is decoded. Of both: it waits for memory."""
+
+    def sample(id: str, queued: float | None, state: str) -> RequestTrace:
+        return RequestTrace(0, id, 0, 4, 0, 5, 4, 1, 0.0, queued, 0, 0.0, state, None)
+
+    caller = Gate(Admission(100)).caller([], "1")
+    assert phase_of(caller, []) == "read"
+    caller.admitted = 1.0
+    assert phase_of(caller, []) == "prompt", "a vector's: nobody knows which are its own"
+    caller.answer = "cmpl-a"
+    assert phase_of(caller, []) == phase_of(caller, [sample("cmpl-ab-0", 0.1, "running")]) == "queue"
+    assert phase_of(caller, [sample("cmpl-a-0", None, "running")]) == "queue", "it has been in no step"
+    assert phase_of(caller, [sample("cmpl-a-0", 0.1, "running")]) == "prompt"
+    caller.first_token = 2.0
+    two = [sample("cmpl-a-0", 0.1, "waiting"), sample("cmpl-a-0", 0.1, "running")]
+    assert phase_of(caller, two) == phase_of(caller, []) == "decode" and phase_of(caller, two[:1]) == "memory"
+    caller.waits = True
+    assert phase_of(caller, two) == "load"
 
 
 def test_files_of_servers_are_private_and_those_of_the_dead_go(runtime: Path) -> None:

@@ -129,7 +129,7 @@ def page(browser: Browser, served: Server) -> Iterator[Page]:
     opened.on("request", lambda asked: asked.url.startswith(f"{served.url}/") or faults.append(asked.url))
     yield opened
     context.close()
-    assert [fault for fault in faults if not re.search(r"status of 40[134] ", fault)] == []
+    assert [fault for fault in faults if not re.search(r"status of 40[0134] ", fault)] == []
 
 
 def enter(page: Page, served: Server, key: str, view: str = "live") -> None:
@@ -257,6 +257,39 @@ def test_playground_shows_thoughts_and_calls_and_the_inspector_all_of_it(
 
     page.click("nav >> text=Live")
     expect(page.locator("#live-note")).to_contain_text("role_not_allowed")
+
+
+def test_a_question_that_was_refused_is_no_turn(
+    page: Page, served: Server, keys: dict[str, str], tokenizer: Tokenizer
+) -> None:
+    """It is taken back into the box, unless something else is there; what was answered before it stays."""
+    enter(page, served, keys["admin"], "playground")
+    sent: list[Any] = []
+    page.on("request", lambda asked: asked.url.endswith("completions") and sent.append(asked.post_data_json))
+    said = saying("No.", tokenizer)
+    say(page, "One?", reasoning_effort="none", **said)
+    page.fill("#fields", json.dumps({"temperature": -1}))
+    page.fill("#text", "Two?")
+    page.click("#send")
+    expect(page.locator("#ask-note")).to_contain_text("temperature")
+    expect(page.locator("#text")).to_have_value("Two?")
+    expect(page.locator(".turn")).to_have_count(2)
+
+    held: list[Route] = []
+    page.route("**/v1/chat/completions", lambda route: held.append(route))
+    with page.expect_request("**/v1/chat/completions"):
+        page.click("#send")
+    page.fill("#text", "Three?")
+    fault = {"error": {"message": "come back later", "type": "x", "param": None, "code": "x"}}
+    held[0].fulfill(status=404, json=fault)
+    expect(page.locator("#ask-note")).to_have_text("come back later")
+    expect(page.locator("#text")).to_have_value("Three?")
+    page.unroute("**/v1/chat/completions")
+
+    say(page, "Three?", reasoning_effort="none", **said)
+    turns = [(message["role"], message["content"]) for message in sent[-1]["messages"]]
+    assert turns == [("user", "One?"), ("assistant", "No."), ("user", "Three?")]
+    expect(page.locator(".turn")).to_have_count(4)
 
 
 def test_completions_go_on_from_a_text(page: Page, served: Server, keys: dict[str, str], tokenizer: Tokenizer) -> None:

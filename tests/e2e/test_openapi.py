@@ -172,7 +172,7 @@ def test_refusals_are_as_described(hermes: Server, told: dict[str, Any]) -> None
 def test_wrong_methods_and_paths_are_refused_in_each_api_s_own_form(hermes: Server, told: dict[str, Any]) -> None:
     client = httpx.Client(base_url=hermes.url)
     for path, item in told["paths"].items():
-        here = path.replace("{model}", "m")
+        here = path.replace("{model}", "m").replace("{version}", "1")
         wrong = "put" if "post" in item else "post"
         refused, nothing = client.request(wrong, here), client.post(f"{here}/no/such")
         allowed = {method.strip().lower() for method in refused.headers["allow"].split(",")}
@@ -180,7 +180,8 @@ def test_wrong_methods_and_paths_are_refused_in_each_api_s_own_form(hermes: Serv
         for answer in (refused, nothing):
             assert answer.status_code in (404, 405), (path, answer.text)
             assert type_of(answer) is shape_of_errors(path), (path, answer.text)
-    assert client.get("/v2/models/m/infer").headers["allow"] == "POST"
+    for path in ("/v2/models/m", "/v2/models/m/versions/1"):
+        assert client.get(f"{path}/infer").headers["allow"] == "POST"
     assert client.get("/v2/models/other/infer").status_code == 404
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -69,6 +70,31 @@ def test_vectors_are_numbers(server: Server) -> None:
     made = server.client.embeddings.create(model=MODEL, input=["a", "b"], encoding_format="float").data
     assert output["datatype"] == "FP32" and output["shape"] == [2, len(made[0].embedding)]
     assert output["data"] == [number for entry in made for number in entry.embedding]
+
+
+def test_the_version_that_is_told_may_be_named(server: Server, stories: Path) -> None:
+    """As clients of the protocol do that were given one; a model's name may be a path, such as that of its folder."""
+    told = httpx.get(server.url + PATH).json()
+    assert told["versions"] == ["1"]
+    body = {"inputs": [text(PROMPT)], "parameters": GREEDY}
+    whole = {"text_input": PROMPT, **GREEDY}
+    for name in (MODEL, str(stories)):
+        path = f"{server.url}/v2/models/{name}"
+
+        def ask(where: str, asked: dict[str, Any] | None = None, path: str = path) -> httpx.Response:
+            return httpx.request("POST" if asked else "GET", path + where, json=asked, timeout=60)
+
+        assert ask("/versions/1").json() == told and ask("/versions/1/ready").json() == ask("/ready").json()
+        for verb, asked in (("infer", body), ("generate", whole), ("generate_stream", whole)):
+            named, plain = ask(f"/versions/1/{verb}", asked), ask(f"/{verb}", asked)
+            assert named.status_code == 200 and named.text == plain.text, named.text
+        for other in ("2", "01", "x"):
+            each: list[tuple[str, Any]] = [("", None), ("/ready", None), ("/infer", body), ("/generate", whole)]
+            for where, asked in each:
+                refused = ask(f"/versions/{other}{where}", asked)
+                assert (refused.status_code, refused.json()["param"]) == (404, "version"), refused.text
+                assert refused.json()["code"] == "model_not_found"
+    assert httpx.post(f"{server.url}/v2/models/other/versions/1/infer", json=body).status_code == 404
 
 
 def test_generate(server: Server) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +15,7 @@ import pytest
 
 from penstock.text import Tokenizer
 from scripted import saying
-from servers import Server
+from servers import Server, start
 
 USER = {"role": "user", "content": "How is the weather in Paris?"}
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -179,6 +182,37 @@ def test_models(client: Make, hermes: Server) -> None:
     assert httpx.get(f"{hermes.url}/api/version").json()["version"].count(".") == 2
 
 
+@pytest.fixture(scope="module")
+def pair() -> Iterator[ollama.Client]:
+    """Two models, of which one is in memory."""
+    running = start(Path("penstock-tiny"), "penstock-nano", "--max-loaded", "1")
+    yield ollama.Client(host=running.url, timeout=60)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(30) == 0
+
+
+def test_a_model_that_is_not_in_memory_is_told_of_as_one_that_is(pair: ollama.Client) -> None:
+    """Ollama's command line reads twelve characters of each digest, and asks of a model before it runs it."""
+
+    def told(name: str) -> tuple[ollama.ListResponse.Model, ollama.ShowResponse]:
+        return next(model for model in pair.list().models if model.model == name), pair.show(name)
+
+    def in_memory() -> list[str | None]:
+        return [model.model for model in pair.ps().models]
+
+    assert in_memory() == ["penstock-tiny"]
+    listed, shown = told("penstock-nano")
+    assert re.fullmatch("[0-9a-f]{64}", listed.digest or "") and (listed.size or 0) > 100_000
+    assert listed.details is not None and listed.details.parameter_size and listed.details.quantization_level
+    assert in_memory() == ["penstock-tiny"], "nobody asked for an answer of it"
+    assert pair.generate("penstock-nano", "Once", options=GREEDY).eval_count == 8
+    assert in_memory() == ["penstock-nano"]
+    loaded, known = told("penstock-nano")
+    assert (listed.details, shown.details) == (loaded.details, known.details)
+    assert (shown.modelinfo, shown.template, shown.parameters) == (known.modelinfo, known.template, known.parameters)
+    assert set(shown.capabilities or ()) == set(known.capabilities or ()) - {"insert"} > {"completion"}
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "code"),
     [
@@ -222,8 +256,9 @@ def test_bodies_need_no_type_unless_a_page_may_send_them(hermes: Server, kind: s
         return httpx.post(hermes.url + path, content=content, headers=declared | headers, timeout=60).status_code
 
     assert (status("/api/generate"), status("/api/show")) == (200, 200)
-    for page in ({"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
-        assert (status("/api/generate", **page), status("/api/show", **page)) == (415, 415)
+    for page, refused in (("https://evil.example", 403), ("null", 403), (hermes.url, 415)):
+        headers = {"origin": page, "sec-fetch-site": "cross-site"}
+        assert (status("/api/generate", **headers), status("/api/show", **headers)) == (refused, refused)
     assert (status("/v1/completions"), status("/v2/models/m/generate")) == (415, 415)
 
 

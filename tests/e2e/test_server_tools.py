@@ -315,7 +315,7 @@ def ask(llm: AsyncLLM, body: dict[str, Any], path: str = "/v1/chat/completions")
 @pytest.mark.parametrize("name", list(CALL_FORMATS))
 def test_every_format_can_be_held(llm: AsyncLLM, name: str) -> None:
     engine = llm.engine
-    other = AsyncLLM(replace(engine, formats=formats_of(engine.chat, engine.tokenizer, calls=name)))
+    other = AsyncLLM(replace(engine, formats=formats_of(engine.chat, engine.tokenizer.added_tokens, calls=name)))
     for seed in range(3):
         asked = {"tools": TOOLS, "tool_choice": "required", "seed": seed, "temperature": 1.3, "max_tokens": 150}
         [choice] = ask(other, {**asked, "parallel_tool_calls": False}).json()["choices"]
@@ -329,7 +329,7 @@ def test_every_format_can_be_held(llm: AsyncLLM, name: str) -> None:
 def test_every_format_holds_an_input_to_its_grammar(llm: AsyncLLM, name: str) -> None:
     """But a text that is written plainly to an expression alone."""
     engine = llm.engine
-    other = AsyncLLM(replace(engine, formats=formats_of(engine.chat, engine.tokenizer, calls=name)))
+    other = AsyncLLM(replace(engine, formats=formats_of(engine.chat, engine.tokenizer.added_tokens, calls=name)))
     sums = 'start: INT ("+" INT)*\n%import common.INT'
     for syntax, definition, form in (("regex", r'\d{1,4}"\n?', r'\d{1,4}"\n?'), ("lark", sums, r"\d+(\+\d+)*")):
         tool = {"type": "custom", "name": "add"}
@@ -345,7 +345,7 @@ def test_every_format_holds_an_input_to_its_grammar(llm: AsyncLLM, name: str) ->
 
 def test_a_form_is_that_of_the_answer_where_messages_have_heads(llm: AsyncLLM) -> None:
     engine = llm.engine
-    formats = formats_of(engine.chat, engine.tokenizer, calls="harmony", thoughts="harmony")
+    formats = formats_of(engine.chat, engine.tokenizer.added_tokens, calls="harmony", thoughts="harmony")
     other = AsyncLLM(replace(engine, formats=formats))
     form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
     thought, head = "<|channel|>analysis<|message|>Hm {<|end|><|start|>assistant", "<|channel|>final<|message|>"
@@ -363,7 +363,7 @@ def test_a_prompt_says_whether_a_model_that_always_thinks_does(llm: AsyncLLM, th
     """Of those that never write the start of thoughts, templates write empty ones where the model is not to think."""
     engine = llm.engine
     chat = ChatTemplate("{{ messages[0].content }}" + ("" if thinks else "<think>\n\n</think>\n\n"))
-    formats = formats_of(engine.chat, engine.tokenizer, thoughts="deepseek_r1")
+    formats = formats_of(engine.chat, engine.tokenizer.added_tokens, thoughts="deepseek_r1")
     other = AsyncLLM(replace(engine, chat=chat, formats=formats))
     form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
     said = ("Hm {</think>" if thinks else "") + PARIS
@@ -375,7 +375,7 @@ def test_a_prompt_says_whether_a_model_that_always_thinks_does(llm: AsyncLLM, th
 
 def test_an_answer_that_goes_on_is_held_although_the_model_always_thinks(llm: AsyncLLM) -> None:
     engine = llm.engine
-    formats = formats_of(engine.chat, engine.tokenizer, thoughts="deepseek_r1")
+    formats = formats_of(engine.chat, engine.tokenizer.added_tokens, thoughts="deepseek_r1")
     other = AsyncLLM(replace(engine, chat=ChatTemplate("{{ messages[-1].content }}"), formats=formats))
     form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
     goes_on = {"continue_final_message": True, "add_generation_prompt": False, "response_format": form}
@@ -396,7 +396,7 @@ def test_a_form_is_that_of_the_answer_where_thoughts_have_begun(chat: Any) -> No
 
 def test_a_model_whose_calls_cannot_be_read_is_given_no_tools(llm: AsyncLLM) -> None:
     engine = llm.engine
-    other = AsyncLLM(replace(engine, formats=formats_of(engine.chat, engine.tokenizer, calls=NONE)))
+    other = AsyncLLM(replace(engine, formats=formats_of(engine.chat, engine.tokenizer.added_tokens, calls=NONE)))
     assert ask(other, {"tools": TOOLS}).json()["error"]["code"] == "unsupported_parameter"
 
 

@@ -149,12 +149,15 @@ def test_other_apis_tell_of_each_without_loading_it(several: Several) -> None:
     several.text("tiny")
     tags = {m["model"]: m for m in httpx.get(f"{several.url}/api/tags").json()["models"]}
     assert list(tags) == ["tiny", "nano", "broken", "huge", "brief"]
-    assert tags["tiny"]["size"] > 0 and "size" not in tags["nano"] and tags["nano"]["modified_at"]
+    assert all(tags["nano"][name] for name in ("size", "digest", "details", "modified_at"))
+    assert tags["broken"]["digest"] and tags["broken"]["details"]["family"] == "", "its file does not say what it is"
     assert [m["model"] for m in httpx.get(f"{several.url}/api/ps").json()["models"]] == ["tiny"]
-    for path, body in (("/api/show", {"model": "nano"}), ("/v2/models/nano", None), ("/v2/models/nano/ready", None)):
-        away = httpx.request("POST" if body else "GET", f"{several.url}{path}", json=body)
+    for path in ("/v2/models/nano", "/v2/models/nano/ready"):
+        away = httpx.get(several.url + path)
         assert (away.status_code, "not_in_memory" in away.text) == (503, True), away.text
-    assert httpx.post(f"{several.url}/api/show", json={"model": "small"}).json()["capabilities"][0] == "completion"
+    for name, capabilities in (("small", ["completion"]), ("nano", ["completion"]), ("broken", [])):
+        shown = httpx.post(f"{several.url}/api/show", json={"model": name})
+        assert shown.status_code == 200 and shown.json()["capabilities"][:1] == capabilities, shown.text
     assert httpx.get(f"{several.url}/v2/models/tiny/ready").json()["ready"] is True
     assert httpx.get(f"{several.url}/v2/health/ready").json()["ready"] is True
     assert several.state("nano") == "unloaded"

@@ -579,7 +579,7 @@ TOOLS_READ = "{% for tool in tools %}{{ tool }}{% endfor %}"
     ],
 )
 def test_the_format_of_a_template(source: str, calls: str | None, thinks: str | None) -> None:
-    found = formats_of(ChatTemplate(source), toytext.sentencepiece())
+    found = formats_of(ChatTemplate(source), toytext.sentencepiece().added_tokens)
     assert found.calls == (CALL_FORMATS.get(calls) if calls else None)
     assert found.thoughts == (THOUGHT_FORMATS.get(thinks) if thinks else None)
 
@@ -594,7 +594,7 @@ def test_marks_that_are_special_tokens_are_shown() -> None:
 
 def test_a_format_by_name() -> None:
     tokenizer = toytext.byte_level()
-    assert formats_of(None, tokenizer).thoughts == THOUGHT_FORMATS.get("think")  # it has the token
+    assert formats_of(None, tokenizer.added_tokens).thoughts == THOUGHT_FORMATS.get("think")  # it has the token
     found = formats_of(None, tokenizer, calls="none", thoughts="none")
     assert found == Formats() and read(lambda: found.parser(TOOLS), ["a<tool_call>"]) == [Content("a<tool_call>")]
     with pytest.raises(ConfigError, match="no tool parser named 'hermess'"):

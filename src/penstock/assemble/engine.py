@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.assemble.executor import Loaded, engine_setup, load_executor
+from penstock.base import NotFound
 from penstock.core.engine import Journal
 from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import Executor
@@ -127,7 +129,7 @@ def read_face(folder: Path, config: EngineConfig) -> Face:
         spec=spec,
         tokenizer=tokenizer,
         chat=chat,
-        formats=formats_of(chat, tokenizer, calls=config.tool_parser, thoughts=config.reasoning_parser),
+        formats=formats_of(chat, tokenizer.added_tokens, calls=config.tool_parser, thoughts=config.reasoning_parser),
         pooling=read_pooling(folder, spec),
         recommended=read_recommended(folder) if config.generation_config == "auto" else {},
         grammars=cache(lambda: _grammars(tokenizer)),
@@ -193,6 +195,18 @@ def find_model(model: str | None) -> Path:
     from penstock.hub import fetch
 
     return fetch(place)
+
+
+def find_here(model: str | None) -> Path | None:
+    """As ``find_model``, of what is on this machine already; None if it is not."""
+    with suppress(NotFound):
+        place = locate(model)
+        if isinstance(place, Path):
+            return place
+        from penstock.hub import cached
+
+        return cached(place)
+    return None
 
 
 def name_of(config: EngineConfig) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
@@ -91,6 +91,7 @@ class Edge:
 
         try:
             self._admit(headers)
+            self._refuse_pages(scope["method"], headers)
             if scope["path"] not in self.public:
                 caller.require("inference")
             await self.app(scope, receive, send_named)
@@ -145,6 +146,28 @@ class Edge:
                 status=403,
             )
 
+    def _refuse_pages(self, method: str, headers: list[tuple[bytes, bytes]]) -> None:
+        """A browser sends a form, a text or nothing at all for a page of any site without asking first, but says from
+        where (Fetch Standard, "Origin header"). For JSON, and for other methods, it asks (``transport.shared_with``).
+        """
+        told = {name: value.decode("latin-1") for name, value in headers if name in (b"origin", b"host")}
+        if method != "POST" or (origin := told.get(b"origin")) is None or is_json(headers):
+            return
+        if origin not in self.context.origins and origin.partition("://")[2] != told.get(b"host"):
+            raise HTTPError(
+                "origin_not_allowed",
+                "Pages of other sites may not send this",
+                why=f"this one is of {origin[:80]}",
+                fix="serve with --cors-origin and the page's origin",
+                status=403,
+            )
+
+
+def is_json(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """The body is declared to be."""
+    declared = next((value for name, value in headers if name == b"content-type"), b"")
+    return declared.partition(b";")[0].strip().lower() == b"application/json"
+
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
     """The client's own x-request-id if it is a plain one, else a new one."""
@@ -166,8 +189,7 @@ async def body_of(request: Request) -> AsyncIterator[bytes]:
             origins without asking first, so the declaration is also what keeps web pages out. Ollama's clients declare
             whatever they like, and are read unless they may be a browser.
     """
-    json = request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
-    if not json and (not request.scope["path"].startswith("/api/") or _may_be_a_page(request)):
+    if not is_json(request.headers.raw) and (not request.scope["path"].startswith("/api/") or _may_be_a_page(request)):
         raise HTTPError(
             "unsupported_media_type",
             "The body is not declared to be JSON",

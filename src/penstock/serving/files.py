@@ -21,7 +21,6 @@ from starlette.responses import FileResponse, Response
 from starlette.types import Message
 
 from penstock.base import Unavailable
-from penstock.serving.context import context_of
 from penstock.serving.database import Once, Part, StoredFile, not_found, unwritable
 from penstock.serving.errors import HTTPError, invalid
 from penstock.serving.gate import Gate, current
@@ -92,10 +91,10 @@ async def upload(request: Request, store: Store, tenant: str, key: str | None = 
     """POST /v1/files: a form with ``purpose`` and ``file``. ``key``: the client's own, under which it may ask again.
 
     Raises:
-        HTTPError: 415 and 403 for what a browser sends across origins, 413, 409, 408, 400.
+        HTTPError: 415, 413, 409, 408, 400.
         Unavailable: (store_unwritable), (spool_full) the files of others take up MAX_SPOOLED_BYTES.
     """
-    _only_from_here(request)
+    _is_form(request)
     if int(request.headers.get("content-length", "0")) > MAX_FILE_BYTES + PIECE:
         raise _too_large()
     spool = Spool(current.get().gate)
@@ -211,25 +210,14 @@ def page(found: tuple[Sequence[T], bool], show: Callable[[T], I]) -> Page[I]:
     return Page(data=data, has_more=more, first_id=first, last_id=last)
 
 
-def _only_from_here(request: Request) -> None:
-    """A browser posts forms across origins without asking first, but says from where."""
+def _is_form(request: Request) -> None:
+    """Raises HTTPError: (unsupported_media_type)."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         raise HTTPError(
             "unsupported_media_type",
             "The body is not declared to be a form",
             fix="send multipart/form-data with the fields purpose and file",
             status=415,
-        )
-    origin = request.headers.get("origin")
-    if origin is None or origin in context_of(request).origins:
-        return
-    if origin.partition("://")[2] != request.headers.get("host"):
-        raise HTTPError(
-            "origin_not_allowed",
-            "Files are not taken from pages of other sites",
-            why=f"this one is of {origin[:80]}",
-            fix="serve with --cors-origin and the page's origin",
-            status=403,
         )
 
 

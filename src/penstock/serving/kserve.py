@@ -7,6 +7,7 @@ vectors gives ``embedding``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib import metadata
@@ -23,7 +24,7 @@ from starlette.responses import Response
 from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json, parse
-from penstock.serving.errors import invalid, plain_body, unsupported
+from penstock.serving.errors import HTTPError, invalid, plain_body, unsupported
 from penstock.serving.gate import current
 from penstock.serving.health import check_welcome
 from penstock.serving.limits import MAX_TEXTS
@@ -38,6 +39,7 @@ from penstock.spec.ranges import MAX_ID
 
 Body = dict[str, Any]
 VERSION = "1"
+_OF_VERSION = re.compile(r"/versions/[^/]*$")
 TEXT, SAMPLING, EXCLUDE, STREAM = "text_input", "sampling_parameters", "exclude_input_in_output", "stream"
 VERBS = ("infer", "generate", "generate_stream")
 MAX_TENSORS = 16
@@ -242,9 +244,23 @@ async def ready(request: Request) -> Response:
     return as_json({"ready": True})
 
 
+def check_version(request: Request) -> None:
+    """Raises HTTPError: (model_not_found) the path names a version that there is not."""
+    if request.path_params.get("version", VERSION) != VERSION:
+        raise HTTPError(
+            "model_not_found",
+            "This server does not have the version of the model that was asked for",
+            why=f"each model has the version {VERSION} alone",
+            fix=f"ask for /versions/{VERSION}, or leave the version out",
+            param="version",
+            status=404,
+        )
+
+
 @operation("Whether a model can compute now.", gives=dict[str, Any])
 async def model_ready(request: Request) -> Response:
     """Raises Unavailable, and HTTPError: (model_not_found)."""
+    check_version(request)
     check_model_ready(context_of(request), request.path_params["model"])
     return as_json({"name": request.path_params["model"], "ready": True})
 
@@ -252,9 +268,10 @@ async def model_ready(request: Request) -> Response:
 @operation("Describe a model and its tensors.", gives=dict[str, Any])
 async def model(request: Request) -> Response:
     """Raises HTTPError: (model_not_found), and Unavailable: (not_in_memory)."""
+    check_version(request)
     context, (name, _, verb) = context_of(request), request.path_params["model"].rpartition("/")
     if name and verb in VERBS:  # a model's name may be a path, so that this route is asked for theirs as well
-        context.admit(name)
+        context.admit(_OF_VERSION.sub("", name))
         raise HTTPException(405, headers={"Allow": "POST"})
     context = in_memory(context, context.admit(request.path_params["model"]).name)
     engine = context.llm.engine

@@ -26,14 +26,13 @@ def other_apis(generate: Generate, answer: Answer) -> dict[str, Entry]:
     def post(says: str, how: Callable[..., Awaitable[ASGIApp]], shape: type, *rest: Any, **said: Any) -> Entry:
         @operation(says, takes=shape, gives=dict[str, Any], **said)
         async def endpoint(request: Request) -> ASGIApp:
+            kserve.check_version(request)
             return await how(request, shape, *rest)
 
         return "inference", endpoint, "POST"
 
     task, events = ollama.OllamaTask, {"streams": (dict[str, Any],)}
     lines = {**events, "lines": True}
-    generated = kserve.GenerateTask.prepare
-    of_model = "/v2/models/{model:path}"
     return {
         "/api/chat": post("Ollama: answer a conversation.", generate, OllamaChat, task.chat, ollama.LINES, **lines),
         "/api/generate": post("Ollama: complete.", generate, OllamaGenerate, task.generate, ollama.LINES, **lines),
@@ -46,11 +45,25 @@ def other_apis(generate: Generate, answer: Answer) -> dict[str, Entry]:
         "/v2": ("inference", kserve.server),
         "/v2/health/live": ("public", kserve.live),
         "/v2/health/ready": ("inference", kserve.ready),
-        of_model + "/infer": post("Tensors to tensors.", answer, kserve.InferRequest, kserve.infer),
-        of_model + "/generate": post("Complete.", generate, kserve.GenerateRequest, generated, kserve.EVENTS, **events),
-        of_model + "/generate_stream": post(
-            "Complete, in a stream.", generate, kserve.GenerateStreamRequest, generated, kserve.EVENTS, **events
-        ),
-        of_model + "/ready": ("inference", kserve.model_ready),
-        of_model: ("inference", kserve.model),
+        **of_models(post, generate, answer),
     }
+
+
+def of_models(post: Callable[..., Entry], generate: Generate, answer: Answer) -> dict[str, Entry]:
+    """Paths with a version come first: a model's name may be a path, and would take it in."""
+    found: dict[str, Entry] = {}
+    stream, prepare = "Complete, in a stream.", kserve.GenerateTask.prepare
+    made = (prepare, kserve.EVENTS)
+    for path, of in (
+        ("/v2/models/{model:path}/versions/{version}", " Of its version 1."),
+        ("/v2/models/{model:path}", ""),
+    ):
+        events: dict[str, Any] = {"streams": (dict[str, Any],)}
+        found |= {
+            path + "/infer": post("Tensors to tensors." + of, answer, kserve.InferRequest, kserve.infer),
+            path + "/generate": post("Complete." + of, generate, kserve.GenerateRequest, *made, **events),
+            path + "/generate_stream": post(stream + of, generate, kserve.GenerateStreamRequest, *made, **events),
+            path + "/ready": ("inference", kserve.model_ready),
+            path: ("inference", kserve.model),
+        }
+    return found

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from penstock.serving.context import context_of
+from penstock.assemble import Assembled
+from penstock.base import PenstockError
+from penstock.core.trace import RequestTrace
+from penstock.serving.context import Context, context_of
 from penstock.serving.edge import as_json
 from penstock.serving.gate import Caller
 from penstock.serving.limits import MAX_SHOWN
 from penstock.serving.model_routes import ModelStatus, told
 from penstock.serving.operations import operation
+
+ENGINE_SECONDS = 1.0
+"""After which a status does without what an engine tells; one that hangs tells of its requests all the same."""
 
 
 class Progress(msgspec.Struct, kw_only=True):
@@ -61,6 +70,7 @@ class Status(msgspec.Struct, kw_only=True):
 async def status(request: Request) -> Response:
     context = context_of(request)
     models, admission = context.models, context.gate.admission
+    under_way = await _under_way(context)
     engine = models.status()
     return as_json(
         Status(
@@ -69,7 +79,7 @@ async def status(request: Request) -> Response:
             alive=any(map(models.may_come, models.all.values())),
             models=[told(models, model) for model in models.all.values()],
             queue=Queue(requests=admission.running, tokens=admission.held, tokens_limit=admission.budget),
-            requests=[_progress(caller) for caller in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]],
+            requests=[_progress(c, under_way) for c in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]],
             tenants={name or "-": count for name, count in admission.held_by().items() if count},
             engine=EngineStatus(
                 running=engine.running,
@@ -90,14 +100,43 @@ def _arrival(caller: Caller) -> float:
     return caller.arrived
 
 
-def _progress(caller: Caller) -> Progress:
-    """A request before its first token waits for its model, or has not been computed yet, or its prompt is being."""
-    phase = "upload" if caller.model is None else "load" if caller.waits else "prompt"
+async def _under_way(context: Context) -> list[RequestTrace]:
+    """What the engines have of requests that generate; nothing of an engine that does not tell in time."""
+    names = {caller.model for caller in context.gate.live if caller.answer is not None}
+    engines = [model.llm.engine for name, model in context.models.all.items() if name in names and model.llm]
+
+    async def seen(engine: Assembled) -> Sequence[RequestTrace]:
+        with suppress(PenstockError, TimeoutError):
+            return (await asyncio.wait_for(asyncio.wrap_future(engine.service.look(0.0)), ENGINE_SECONDS)).requests
+        return ()
+
+    return [request for each in await asyncio.gather(*map(seen, engines)) for request in each if request.ended is None]
+
+
+def phase_of(caller: Caller, under_way: Iterable[RequestTrace]) -> str:
+    """By the names of docs/how-to/dashboard.md. What no engine tells of has not come to it; of vectors, whose requests
+    are not known by name, it is not told whether they are in line or being computed.
+    """
+    if caller.waits:
+        return "load"
+    if caller.admitted is None:
+        return "read"
+    phase = "prompt" if caller.first_token is None else "decode"
+    if caller.answer is None:
+        return phase
+    own = [request for request in under_way if request.id.startswith(f"{caller.answer}-")]
+    begun = [request for request in own if request.queued is not None]
+    if not begun:
+        return phase if caller.first_token is not None else "queue"
+    return phase if any(request.state == "running" for request in begun) else "memory"
+
+
+def _progress(caller: Caller, under_way: Iterable[RequestTrace]) -> Progress:
     return Progress(
         id=caller.id,
         tenant=caller.tenant or None,
         model=caller.model,
-        phase=phase if caller.first_token is None else "decode",
+        phase=phase_of(caller, under_way),
         seconds=round(time.monotonic() - caller.arrived, 3),
         prompt_tokens=caller.prompt_tokens,
         completion_tokens=caller.completion_tokens,

@@ -174,10 +174,10 @@ def _fault(body: bytes) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server says of itself at /models: ids, and the context of the first if it says so."""
+    """What a server says of itself at /models: ids, and the context of each id and alias where it says so."""
 
     models: tuple[str, ...]
-    longest: int | None
+    contexts: dict[str, int]
 
 
 async def served(client: HttpClient) -> Served:
@@ -193,12 +193,16 @@ async def served(client: HttpClient) -> Served:
         raise EngineError("server_unreachable", f"The server at {where} does not answer", why=why, fix=fix) from None
     try:
         listed = json.loads(b"".join(parts))["data"]
-        models, longest = tuple(str(model["id"]) for model in listed), listed[0].get("max_model_len")
+        models = (str(listed[0]["id"]), *(str(model["id"]) for model in listed[1:]))
+        contexts: dict[str, int] = {}
+        for model in listed:
+            if isinstance(longest := model.get("max_model_len"), int):
+                contexts |= dict.fromkeys([str(model["id"]), *(model.get("aliases") or ())], longest)
     except (ValueError, LookupError, AttributeError, TypeError):
         why = f"status {answer.status}: {b''.join(parts)[:200].decode(errors='replace')}"
         fix = "give the URL of a server with OpenAI's API, and --api-key if it wants one"
         raise EngineError("bad_server", f"{where}/models does not list models", why=why, fix=fix) from None
-    return Served(models, longest if isinstance(longest, int) else None)
+    return Served(models, contexts)
 
 
 CALIBRATION = (40, 120)

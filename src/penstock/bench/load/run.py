@@ -132,9 +132,14 @@ class Bench:
         self.say(f"{point.load}: {found.output_per_s:.0f} tokens/s")
         return point
 
+    @property
+    def longest(self) -> int | None:
+        """The context of the model that is asked, if the server tells it."""
+        return self.served.contexts.get(self.asking.model)
+
     def sessions(self, content: str) -> list[Session]:
-        made, cut = sessions_of(self.options, content, self.served.longest)
-        note = f"{cut} turns did not fit into the context of {self.served.longest} tokens and were cut or left out"
+        made, cut = sessions_of(self.options, content, self.longest)
+        note = f"{cut} turns did not fit into the context of {self.longest} tokens and were cut or left out"
         if cut and note not in self.notes:
             self.notes.append(note)
         return made
@@ -206,7 +211,7 @@ class Bench:
         """A few requests of the same kind, whose prompts come in no load."""
         if not self.options.warmup:
             return
-        sessions, _ = sessions_of(self.options, f"{self.options.seed} warm-up", self.served.longest, warm=True)
+        sessions, _ = sessions_of(self.options, f"{self.options.seed} warm-up", self.longest, warm=True)
         driver = Driver(self.target.client, self.asking, self.writer, self.options.timeout)
         records = await driver.in_turn(sessions, driver.first_bodies(sessions), min(8, len(sessions)))
         if failed := [record for record in records if record.error]:

@@ -94,6 +94,10 @@ class Answer {
     call.shown.textContent = `${call.function.name}(${call.function.arguments})`;
   }
 
+  get some() {
+    return this.text || this.thoughts || this.calls.length;
+  }
+
   message() {
     const calls = this.calls.map(({ id, type, function: called }) => ({ id, type, function: called }));
     const told = { role: "assistant", content: this.text };
@@ -124,6 +128,7 @@ async function send() {
 async function stream(path, request, answer) {
   stopping = new AbortController();
   busy(true);
+  const question = turns.at(-1);
   const began = performance.now();
   try {
     const response = await ask(path, request, stopping.signal);
@@ -136,9 +141,18 @@ async function stream(path, request, answer) {
   } catch (error) {
     note(error.name === "AbortError" ? "Stopped." : error.message);
   }
-  if (request.messages) turns.push(answer.message());
+  if (request.messages && turns.at(-1) === question) settle(question, answer);
   stopping = null;
   busy(false);
+}
+
+// A turn that brought nothing is taken back: the next question shall not follow one that was never answered.
+function settle(question, answer) {
+  if (answer.some) return turns.push(answer.message());
+  turns.pop();
+  answer.turn.previousSibling.remove();
+  answer.turn.remove();
+  $("text").value ||= question.content;
 }
 
 function keep(id, record) {

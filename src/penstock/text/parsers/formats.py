@@ -127,14 +127,14 @@ class _Signs:
 
 
 def formats_of(
-    template: ChatTemplate | None, tokenizer: Tokenizer, *, calls: str | None = None, thoughts: str | None = None
+    template: ChatTemplate | None, added: Collection[str], *, calls: str | None = None, thoughts: str | None = None
 ) -> Formats:
-    """The formats of a model, from its chat template and its added tokens; or by name, "none" for none.
+    """The formats of a model, by its template and the tokens ``added`` to its vocabulary; or by name, "none" for none.
 
     Raises:
         ConfigError: (unknown_variant) there is no format of that name.
     """
-    signs = _Signs(template.source if template else "", tokenizer.added_tokens)
+    signs = _Signs(template.source if template else "", added)
     reads_tools = template is not None and template.reads_tools
     calls = calls or (_calls_by(signs) if reads_tools else "json")
     thoughts = thoughts or _thoughts_by(signs)
