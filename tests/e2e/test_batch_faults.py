@@ -179,6 +179,28 @@ def test_lines_that_wait_for_a_model_hold_no_place(
     over(models, tmp_path, work)
 
 
+def test_who_waits_goes_before_lines_that_hold_every_slot(stories: Path, tmp_path: Path) -> None:
+    """By steps: those between its coming and its end. The lines that it interrupts are what they would have been."""
+    llm = AsyncLLM(EngineConfig(model=str(stories), dtype="float32", num_threads=1, max_num_seqs=2))
+    line = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+
+    async def work(batching: Batching) -> None:
+        id = await batching.begin(await batching.upload([line] * 6))
+        while (before := llm.engine.service.status()).running < 2 or before.waiting < 2:
+            await asyncio.sleep(0.001)
+        asked = {"prompt": "The dog", "max_tokens": 5, "ignore_eos": True}
+        assert (await batching.client.post(COMPLETIONS, json=asked)).status_code == 200
+        after = llm.engine.service.status()
+        assert after.counters.steps - before.counters.steps < 400, "less than the rest of one line takes"
+        assert after.counters.preemptions == 1 and after.running == 2
+        batch = await batching.until(id, "completed")
+        texts = {each["response"]["body"]["choices"][0]["text"] for each in await batching.output(batch)}
+        assert batch["request_counts"]["completed"] == 6 and len(texts) == 1
+
+    over(llm, tmp_path, work)
+    llm.close()
+
+
 def test_a_long_batch_gives_way_to_another_tenants(
     llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
