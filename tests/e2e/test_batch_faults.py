@@ -52,7 +52,7 @@ class Batching:
         return str((await self.client.post("/v1/batches", json=asked)).json()["id"])
 
     async def until(self, id: str, *states: str) -> Body:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             while (batch := (await self.client.get(f"/v1/batches/{id}")).json())["status"] not in states:
                 await asyncio.sleep(0.01)
         return dict(batch)
