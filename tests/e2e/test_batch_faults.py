@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Batching:
         return str((await self.client.post("/v1/batches", json=asked)).json()["id"])
 
     async def until(self, id: str, *states: str) -> Body:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             while (batch := (await self.client.get(f"/v1/batches/{id}")).json())["status"] not in states:
                 await asyncio.sleep(0.01)
         return dict(batch)
@@ -120,6 +121,37 @@ def test_lines_wait_for_an_engine_that_is_dead(llm: AsyncLLM, tmp_path: Path) ->
     over(llm, tmp_path, work)
 
 
+def test_a_batch_whose_first_model_is_gone_goes_on(llm: AsyncLLM, tmp_path: Path) -> None:
+    """The server's first when it came: it was made by a server of two models, and the next one has only the other."""
+    first = Models.of(llm)
+    gone = first._names["gone"] = Served(name="gone", config=llm.engine.config)
+    first.all = {"gone": gone, **first.all}
+    line: Body = {"prompt": "A", "max_tokens": 1, "model": "stories260k"}
+    ids: list[str] = []
+
+    async def begun(batching: Batching) -> None:
+        await batching.context.batches.store()
+        await batching.context.batches.stop()
+        for lines in ([line, line | {"model": "gone"}, {"prompt": "A", "max_tokens": 1}], [line], [line]):
+            ids.append(await batching.begin(await batching.upload(lines)))
+            assert (await batching.client.get(f"/v1/batches/{ids[-1]}")).json()["model"] == "gone"
+
+    async def ended(batching: Batching) -> None:
+        store = await batching.context.batches.store()
+        store.batches.change(ids[1], lambda batch: replace(batch, expires_at=1))
+        await batching.client.post(f"/v1/batches/{ids[2]}/cancel")
+        batch = await batching.until(ids[0], "completed")
+        assert batch["request_counts"] == {"total": 3, "completed": 1, "failed": 2}
+        errors = (await batching.client.get(f"/v1/files/{batch['error_file_id']}/content")).text.splitlines()
+        assert [json.loads(error)["response"]["status_code"] for error in errors] == [404, 404]
+        await batching.until(ids[1], "expired")
+        cancelled = await batching.until(ids[2], "cancelled")
+        assert (await batching.client.delete(f"/v1/files/{cancelled['input_file_id']}")).status_code == 200
+
+    over(first, tmp_path, begun)
+    over(llm, tmp_path, ended)
+
+
 def test_lines_for_other_models_do_not_wait(llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More lines than run at a time name a model that cannot be had; those behind them are answered."""
     use, models, tries = Context.use, Models.of(llm), 0
@@ -177,6 +209,27 @@ def test_lines_that_wait_for_a_model_hold_no_place(
 
     monkeypatch.setattr(Context, "use", or_wait)
     over(models, tmp_path, work)
+
+
+def test_who_waits_goes_before_lines_that_hold_every_slot(stories: Path, tmp_path: Path) -> None:
+    """By steps: those between its coming and its end. The lines that it interrupts are what they would have been."""
+    llm = AsyncLLM(EngineConfig(model=str(stories), dtype="float32", num_threads=1, max_num_seqs=2))
+    line = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+
+    async def work(batching: Batching) -> None:
+        id = await batching.begin(await batching.upload([line] * 6))
+        while (before := llm.engine.service.status()).running < 2 or before.waiting < 2:
+            await asyncio.sleep(0.001)
+        asked = {"prompt": "The dog", "max_tokens": 5, "ignore_eos": True}
+        assert (await batching.client.post(COMPLETIONS, json=asked)).status_code == 200
+        after = llm.engine.service.status()
+        assert after.counters.steps - before.counters.steps < 400, "less than the rest of one line takes"
+        batch = await batching.until(id, "completed")
+        texts = {each["response"]["body"]["choices"][0]["text"] for each in await batching.output(batch)}
+        assert batch["request_counts"]["completed"] == 6 and len(texts) == 1
+
+    over(llm, tmp_path, work)
+    llm.close()
 
 
 def test_a_long_batch_gives_way_to_another_tenants(

@@ -22,7 +22,7 @@ from penstock.serving.decoding import decode
 from penstock.serving.errors import HTTPError
 from penstock.serving.priorities import rank
 from penstock.serving.schemas import CompletionRequest
-from servers import MODEL, PROMPT, Server, start
+from servers import MODEL, PROMPT, TEMPLATE, Server, start
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +193,26 @@ def test_answers_tell_their_tier_and_what_computed_them(server: Server, hermes: 
     assert other.system_fingerprint not in {fingerprint, None}
     response = hermes.client.responses.create(model="m", input="a", max_output_tokens=1, service_tier="flex")
     assert response.service_tier == "flex"
+
+
+def test_an_engine_that_goes_by_arrival_has_one_tier(stories: Path, tmp_path: Path) -> None:
+    """Nothing was served earlier or later, and its answers do not say so."""
+    template, said = tmp_path / "template", [{"role": "user", "content": "a"}]
+    template.write_text(TEMPLATE)
+    server = start(stories, "--scheduling-policy", "fcfs", "--chat-template", str(template))
+    told = []
+    for path, asked in (
+        ("completions", {"prompt": "a", "max_tokens": 1}),
+        ("chat/completions", {"messages": said, "max_tokens": 1}),
+        ("responses", {"input": "a", "max_output_tokens": 1}),
+        ("messages", {"messages": said, "max_tokens": 1}),
+    ):
+        for tier in ("priority", "flex"):
+            answer = httpx.post(f"{server.url}/v1/{path}", json={"service_tier": tier} | asked).json()
+            told.append(answer["usage" if path == "messages" else "service_tier"])
+    server.process.kill()
+    server.process.wait()
+    assert told[:6] == ["default"] * 6 and [usage["service_tier"] for usage in told[6:]] == ["standard"] * 2
 
 
 def test_a_stream_is_the_answer_in_pieces(server: Server) -> None:

@@ -170,10 +170,3 @@ def test_what_is_there_already_needs_no_room(store: Store, monkeypatch: pytest.M
     store.delete("a", first.id)
     assert store.path(again.id).read_bytes() == b"12345678"
     assert len(list((store.folder / "files").iterdir())) == 3, "and nothing that was refused"
-
-
-def test_batches_of_every_model_that_is_served_go_on(store: Store) -> None:
-    """Whichever of them stood first when they came, and stands first now."""
-    for model in "abc":
-        store.batches.begin(batch(store, model))
-    assert [each.model for each in store.batches.unfinished(("c", "a"))] == ["a", "c"]

@@ -34,7 +34,7 @@ from penstock.serving.schemas import GenerationRequest, ModelRequest
 from penstock.serving.store import Store
 
 BEHIND = 1000
-"""Levels of priority by which a batch stands behind requests whose clients wait."""
+"""Levels of priority by which a batch stands behind requests whose clients wait: by default those of 10,000 seconds."""
 AT_ONCE = 2
 """Requests of a batch that are taken in, in steps of ``max_num_seqs``: one running, one in line. Those that wait for
 their model to be loaded do not count, and of each model no more than that wait."""

@@ -29,7 +29,11 @@ class Complaint(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A batch of a tenant; times are seconds since the epoch, None until they come."""
+    """A batch of a tenant; times are seconds since the epoch, None until they come.
+
+    Attributes:
+        model: of lines that name none: the server's first when it came, whether or not it is served now.
+    """
 
     id: str
     tenant: str
@@ -133,12 +137,9 @@ class BatchTable:
         rows, more = self._database.part("batch", tenant, part)
         return [_batch(row) for row in rows], more
 
-    def unfinished(self, models: tuple[str, ...]) -> list[Batch]:
-        """Those that came to these models, of all tenants, the oldest first."""
-        marks = ", ".join("?" * len(models))
-        rows = self._database.all(
-            f"select * from batch where model in ({marks}) and status in {LIVE} order by created_at, rowid", models
-        )
+    def unfinished(self) -> list[Batch]:
+        """Those of all tenants, the oldest first."""
+        rows = self._database.all(f"select * from batch where status in {LIVE} order by created_at, rowid", ())
         return [_batch(row) for row in rows]
 
     def start_lines(self, id: str, lines: Sequence[Line]) -> Batch:

@@ -210,7 +210,7 @@ class Batches:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _in_line(self, store: Store) -> list[Batch]:
-        return await asyncio.to_thread(store.batches.unfinished, tuple(self.context.models.all))
+        return await asyncio.to_thread(store.batches.unfinished)
 
     async def _go_on(self, store: Store, batch: Batch) -> None:
         run = Run(store, batch, self.context, self.answerers[batch.endpoint], partial(self._look_after, store, batch))

@@ -105,7 +105,7 @@ class ChatTask:
         return self._completion("chat.completion.chunk", [choice], None if self.request.usage_wanted() else UNSET)
 
     def _completion(self, kind: str, choices: list[C], usage: Usage | UnsetType | None = UNSET) -> ChatCompletion[C]:
-        made, tier = self.generation, self.request.tier
+        made, tier = self.generation, self.generation.context.tier(self.request)
         return ChatCompletion(made.id, kind, made.created, made.context.name, choices, usage, tier, made.fingerprint)
 
 

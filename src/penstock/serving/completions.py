@@ -126,7 +126,7 @@ class CompletionTask:
         return await off_loop(64 * len(tokens), told)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
-        made, tier, kind = self.generation, self.request.tier, "text_completion"
+        made, tier, kind = self.generation, self.generation.context.tier(self.request), "text_completion"
         return Completion(made.id, kind, made.created, made.context.name, choices, usage, tier, made.fingerprint)
 
 

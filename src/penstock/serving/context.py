@@ -27,7 +27,7 @@ from penstock.serving.limits import MAX_CHOICES
 from penstock.serving.metrics import Metrics
 from penstock.serving.models import Models, Served
 from penstock.serving.requestlog import RequestLog
-from penstock.serving.schemas import PromptTokensDetails, Usage
+from penstock.serving.schemas import GenerationRequest, PromptTokensDetails, Usage
 from penstock.serving.sse import unless_disconnected
 from penstock.serving.texts import Texts
 from penstock.spec import SamplingParams
@@ -135,6 +135,11 @@ class Context:
         of one that is pinned.
         """
         return current.get().administers and len(self.models.all) > 1 and not self.served.stay.pinned
+
+    def tier(self, asked: GenerationRequest) -> str:
+        """At which a request is served; an engine that goes by arrival alone has only the default one."""
+        config = self.served.config
+        return asked.tier if config.scheduling_policy == "priority" and config.priority_age_seconds else "default"
 
     @property
     def own_llm(self) -> AsyncLLM:

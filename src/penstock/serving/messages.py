@@ -222,7 +222,7 @@ class MessagesTask:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": generation.cached_tokens,
             "output_tokens": usage.completion_tokens,
-            "service_tier": _TIERS[self.request.tier],
+            "service_tier": _TIERS[generation.context.tier(self.request)],
         }
 
 

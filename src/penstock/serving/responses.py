@@ -242,7 +242,7 @@ class ResponseTask:
             "output": list(self._output),
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": request.previous_response_id,
-            "service_tier": request.tier,
+            "service_tier": generation.context.tier(request),
             "reasoning": {"effort": (request.reasoning or {}).get("effort"), "summary": None},
             "store": request.store is not False,
             "temperature": generation.params.temperature,

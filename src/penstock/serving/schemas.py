@@ -164,7 +164,7 @@ class GenerationRequest(ModelRequest, kw_only=True):
 
     @property
     def tier(self) -> str:
-        """At which it is served."""
+        """At which it is served where the engine goes by priority."""
         return self.service_tier if self.service_tier in TIERS else "default"
 
     def usage_wanted(self) -> bool:

@@ -50,7 +50,9 @@ class EngineConfig:
     )
     gpu_memory_utilization: float = option(0.9, "share of GPU memory the engine may use", low=0.01, high=1)
     enable_prefix_caching: bool = option(True, "reuse KV blocks of equal prefixes")
-    scheduling_policy: Literal["fcfs", "priority"] = option("fcfs", "order in which requests are served")
+    scheduling_policy: Literal["fcfs", "priority"] = option(
+        "priority", "order in which requests are served: by priority and arrival, or by arrival alone"
+    )
     priority_age_seconds: float = option(10.0, "waiting time worth one priority level", low=0, high=1000000000.0)
     depth: int | None = option(None, "steps in flight: 1 plain, 2 overlaps scheduling with compute", low=1, high=64)
     seed: int | None = option(0, "root of the seeds of requests that bring none")
