@@ -63,3 +63,34 @@ def test_effort_reaches_a_template_that_reads_it(llm: AsyncLLM) -> None:
     assert tokens(reading(llm, HERMES), effort="max") == tokens(reading(llm, HERMES))
     wrong = ask(told, "/v1/messages", **MESSAGE, output_config={"effort": ["much"]})
     assert wrong.status_code == 400 and "output_config.effort" in wrong.json()["error"]["message"]
+
+
+KNOWS_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}S: {{ m.content }}\n{% elif m.role == 'user' %}"
+    "U: {{ m.content }}\n{% endif %}{% endfor %}A:"
+)
+ONE_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('not first') }}"
+    "{% elif m.role not in ['system', 'user'] %}{{ raise_exception('unknown role') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}A:"
+)
+
+
+@pytest.mark.parametrize("template", [KNOWS_SYSTEM, ONE_SYSTEM])
+def test_a_developer_reaches_templates_that_know_none(llm: AsyncLLM, template: str) -> None:
+    """As Codex sends it, beside instructions, and as OpenAI's own models want it."""
+    other, developer = reading(llm, template), {"role": "developer", "content": "Be brief."}
+    joined = "Be Ada.\nS: Be brief." if template == KNOWS_SYSTEM else "Be Ada.\n\nBe brief."
+    tokens = [
+        ask(reading(llm, f"{mark}: {text}\n{user}: Weather?\nA:"), "/v1/chat/completions", **MESSAGE)
+        for mark, user in [("S", "U") if template == KNOWS_SYSTEM else ("system", "user")]
+        for text in ("Be brief.", joined)
+    ]
+    alone, both = [answer.json()["usage"]["prompt_tokens"] for answer in tokens]
+    chat = ask(other, "/v1/chat/completions", **MESSAGE | {"messages": [developer, USER]})
+    assert (chat.status_code, chat.json()["usage"]["prompt_tokens"]) == (200, alone), chat.text
+    asked = {"max_output_tokens": 4, "input": [developer, USER], "instructions": "Be Ada."}
+    response = ask(other, "/v1/responses", **asked)
+    assert (response.status_code, response.json()["usage"]["input_tokens"]) == (200, both), response.text
+    counted = ask(other, "/v1/responses/input_tokens", input=[developer, USER], instructions="Be Ada.")
+    assert counted.json()["input_tokens"] == both
