@@ -242,6 +242,18 @@ def test_what_cannot_be_asked(hermes: Server, fields: dict[str, Any], said: str,
     assert error["error"]["type"] == "invalid_request_error" and said in error["error"]["message"]
 
 
+def test_a_prompt_beyond_the_context_is_told_as_clients_know_it(client: anthropic.Anthropic, hermes: Server) -> None:
+    """Claude Code makes its conversation shorter when it reads these words."""
+    long: Any = {"model": "m", "messages": [{"role": "user", "content": "a " * 9000}]}
+    tokens = client.messages.count_tokens(**long).input_tokens
+    longest = httpx.post(f"{hermes.url}/tokenize", json={"prompt": "a"}).json()["max_model_len"]
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        client.messages.create(**long, max_tokens=1)
+    error = caught.value.body["error"]  # type: ignore[index]
+    assert error["type"] == "invalid_request_error" and error["message"].endswith("[prompt_too_long]")
+    assert error["message"].startswith(f"prompt is too long: {tokens} tokens > {longest - 1} maximum.")
+
+
 def test_models_are_as_the_client_reads_them(client: anthropic.Anthropic, hermes: Server) -> None:
     (model,) = client.models.list()
     assert (model.id, model.display_name, model.type, model.lifecycle) == ("m", "m", "model", "active")
