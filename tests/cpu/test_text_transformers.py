@@ -338,6 +338,62 @@ def test_continue_final_message_as_in_transformers(name: str, qwen: Tokenizer) -
         assert got[0] == theirs(TEMPLATES[name], messages, continue_final_message=True)
 
 
+BRIEF, KIND = {"role": "developer", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}
+SYSTEM = {"role": "system", "content": "You are Ada."}
+ONE_SYSTEM = """\
+{%- for message in messages %}
+    {%- if message.role == "system" and not loop.first %}{{- raise_exception("System message must be at the beginning.") }}{%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+"""
+HARMONY = """\
+{%- set first, rest = "", messages %}
+{%- if messages[0].role == "developer" or messages[0].role == "system" %}{%- set first, rest = messages[0].content, messages[1:] %}{%- endif %}
+{{- "<|im_start|>developer " + first + "<|im_end|>" }}
+{%- for message in rest if message.role in ["user", "assistant"] %}{{- message.role + " " + message.content }}{%- endfor %}
+"""
+
+
+def told(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools given"])
+def test_a_developer_is_the_system_to_a_template_that_knows_none(qwen: Tokenizer, tools: Any) -> None:
+    user, brief = TALK[1], told("Be brief.")
+    for given_, expected in (
+        ([BRIEF, user], [brief, user]),
+        ([SYSTEM, BRIEF, user], [SYSTEM, brief, user]),
+        ([user, BRIEF, TALK[2], user], [user, brief, TALK[2], user]),
+    ):
+        for source in (QWEN3, LLAMA3):
+            assert ours(source, given_, qwen, tools=tools) == ours(source, expected, qwen, tools=tools)
+            got = ours(source, given_, qwen, tools=tools)
+            assert got is not None and got[0] == theirs(source, expected, tools=tools, add_generation_prompt=True)
+            assert "Be brief." in got[0] and "developer" not in got[0]
+
+
+def test_what_is_told_at_the_start_is_one_message_where_the_template_reads_no_second(qwen: Tokenizer) -> None:
+    user, both = TALK[1], told("You are Ada.\n\nBe brief.\n\nBe kind.")
+    for source in (MISTRAL, ONE_SYSTEM):
+        assert ours(source, [BRIEF, user], qwen) == ours(source, [told("Be brief."), user], qwen)
+        got = ours(source, [SYSTEM, BRIEF, KIND, user], qwen)
+        assert got is not None and got[0] == theirs(source, [both, user])
+        assert ours(source, [user, BRIEF, user], qwen) is None, "in the middle it is the template's to refuse"
+        assert ours(source, [SYSTEM, SYSTEM, user], qwen) is None, "without a developer nothing is changed"
+
+
+def test_a_template_that_knows_developers_gets_them(qwen: Tokenizer) -> None:
+    user = TALK[1]
+    source = "{% for m in messages %}{{ m.role if m.role == 'developer' else '-' }} {{ m.content }}\n{% endfor %}"
+    got = ours(source, [SYSTEM, BRIEF, user], qwen)
+    assert got is not None and got[0] == theirs(source, [SYSTEM, BRIEF, user])
+    alone = ours(HARMONY, [BRIEF, user], qwen)
+    assert alone is not None and alone[0] == theirs(HARMONY, [BRIEF, user])
+    got = ours(HARMONY, [SYSTEM, BRIEF, user], qwen)
+    assert got is not None and got[0] == theirs(HARMONY, [told("You are Ada.\n\nBe brief."), user])
+
+
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80), special=st.booleans())
 @settings(max_examples=3 * settings.default.max_examples)
 def test_texts_are_encoded_as_in_transformers(

@@ -114,7 +114,10 @@ def test_a_prompt_that_never_fits_is_told_so_also_while_there_is_no_room(llm: As
             return await client.post("/v1/completions", json=body)
 
     longest = llm.engine.config.max_model_len
-    for prompt, expected in (([5] * longest, (400, "prompt_too_long")), ([5] * (longest - 1), (503, "queue_full"))):
+    for prompt, expected in (
+        ([5] * longest, (400, "context_length_exceeded")),
+        ([5] * (longest - 1), (503, "queue_full")),
+    ):
         answer = asyncio.run(ask(prompt=prompt))
         assert (answer.status_code, answer.json()["error"]["code"]) == expected
 

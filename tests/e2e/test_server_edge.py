@@ -150,8 +150,9 @@ def test_values_that_ask_for_nothing_are_accepted(server: Server) -> None:
 def test_prompts_that_cannot_be_served(server: Server) -> None:
     aborted = server.metric("penstock_samples_finished_total", 'reason="abort"')
     for prompt, code in (
-        ([5] * 512, "prompt_too_long"), (PROMPT * 200, "prompt_too_long"), ([512], "token_out_of_range"),
-        ([-1], "token_out_of_range"), ([10**30], "token_out_of_range"), ([[]], "empty_prompt"),
+        ([5] * 512, "context_length_exceeded"), (PROMPT * 200, "context_length_exceeded"),
+        ([512], "token_out_of_range"), ([-1], "token_out_of_range"), ([10**30], "token_out_of_range"),
+        ([[]], "empty_prompt"),
     ):  # fmt: skip
         for stream in (False, True):  # before the first token a stream fails like any other request
             assert error_of(post(server, COMPLETIONS, prompt=prompt, stream=stream), 400)["code"] == code
@@ -160,6 +161,18 @@ def test_prompts_that_cannot_be_served(server: Server) -> None:
     assert error_of(too_many, 400)["code"] == "too_many_choices"
     error = error_of(post(server, COMPLETIONS, prompt=PROMPT, model="gpt-4"), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+def test_a_prompt_beyond_the_context_is_told_as_clients_know_it(server: Server) -> None:
+    """LiteLLM and LangChain look for the code or for these very words."""
+    for prompt, told in (([5] * 600, "600 tokens"), ("a" * (2 << 20), f"{2 << 20} characters")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            server.client.completions.create(model=MODEL, prompt=prompt, max_tokens=1)
+        error = caught.value
+        assert (error.code, error.type) == ("context_length_exceeded", "invalid_request_error")
+        text = error.body["message"]  # type: ignore[index]
+        assert "this model's maximum context length is 512 tokens" in text and told in text
+        assert text.endswith("[prompt_too_long]")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +198,7 @@ def test_bodies_have_a_limit(server: Server) -> None:
         )
 
     for chunked in (False, True):
-        assert error_of(send(MAX_BODY_BYTES, chunked), 400)["code"] == "prompt_too_long"
+        assert error_of(send(MAX_BODY_BYTES, chunked), 400)["code"] == "context_length_exceeded"
         assert error_of(send(MAX_BODY_BYTES + 1, chunked), 413)["code"] == "body_too_large"
 
 

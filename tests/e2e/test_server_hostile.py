@@ -246,7 +246,7 @@ def test_hostile_grammars_of_tools_are_refused_at_once(server: Server, syntax: s
     grammar = {"type": "grammar", "syntax": syntax, "definition": definition}
     tool = {"type": "custom", "name": "f", "format": grammar}
     response = CLIENT.post(f"{server.url}/v1/responses", json={"input": "a", "tools": [tool], "max_output_tokens": 1})
-    codes = ("grammar_too_large", "invalid_grammar", "invalid_regex", "prompt_too_long", "tools_too_large")
+    codes = ("grammar_too_large", "invalid_grammar", "invalid_regex", "context_length_exceeded", "tools_too_large")
     assert response.status_code == 400 and response.json()["error"]["code"] in codes, response.text
     assert memory(server) - before < 200 << 20 and time.monotonic() - began < 20
 

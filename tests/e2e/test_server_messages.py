@@ -176,6 +176,42 @@ def test_a_budget_that_cannot_be_kept_is_left_out(say: Any) -> None:
         say("x", tools=TOOLS, tool_choice={"type": "any"}, extra_body={"thinking_budget": 9, **marks})
 
 
+@pytest.mark.parametrize("begun", ["The weather is", [{"type": "text", "text": "The weather is"}]])
+def test_a_last_turn_of_the_assistant_s_goes_on(client: anthropic.Anthropic, hermes: Server, begun: Any) -> None:
+    history: Any = [USER, {"role": "assistant", "content": begun}]
+    asked: dict[str, Any] = {"model": "m", "messages": history, "max_tokens": 12}
+    cold = {"temperature": 0}
+    answer = client.messages.create(**asked, extra_body=cold)
+    with client.messages.stream(**asked, extra_body=cold) as stream:
+        streamed = "".join(stream.text_stream)
+    same = hermes.client.chat.completions.create(**asked, extra_body=cold | {"continue_final_message": True})
+    assert answer.content[0].text == streamed == same.choices[0].message.content != ""  # type: ignore[union-attr]
+    counted = client.messages.count_tokens(model="m", messages=history).input_tokens
+    usage = answer.usage
+    assert counted == same.usage.prompt_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+
+def test_a_turn_that_goes_on_thinks_only_if_it_was_thinking(say: Any) -> None:
+    for begun, says, kinds in (
+        ("It", " is rainy.", [("text", " is rainy.")]),
+        ("<think>Hm</think>It", " is.", [("text", " is.")]),
+        ("<think>Hm", ", so.</think>Rain.", [("thinking", ", so."), ("text", "Rain.")]),
+    ):
+        answer = say(says, messages=[USER, {"role": "assistant", "content": begun}])
+        assert [(block.type, getattr(block, block.type)) for block in answer.content] == kinds
+    made = say(f"Well. {CALL}", tools=TOOLS, messages=[USER, {"role": "assistant", "content": "It"}]).content
+    assert [block.type for block in made] == ["text", "tool_use"]
+
+
+def test_a_turn_that_called_something_does_not_go_on(client: anthropic.Anthropic, hermes: Server, say: Any) -> None:
+    [call] = say(CALL, tools=TOOLS).content
+    history: Any = [USER, {"role": "assistant", "content": [{"type": "text", "text": "It"}, call.model_dump()]}]
+    made = {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.input)}}
+    told = {"messages": [USER, {"role": "assistant", "content": "It", "tool_calls": [made]}]}
+    tokens = httpx.post(f"{hermes.url}/tokenize", json=told).json()["count"]
+    assert client.messages.count_tokens(model="m", messages=history).input_tokens == tokens
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -204,6 +240,18 @@ def test_what_cannot_be_asked(hermes: Server, fields: dict[str, Any], said: str,
     error = response.json()
     assert response.status_code == 400 and error["type"] == "error", error
     assert error["error"]["type"] == "invalid_request_error" and said in error["error"]["message"]
+
+
+def test_a_prompt_beyond_the_context_is_told_as_clients_know_it(client: anthropic.Anthropic, hermes: Server) -> None:
+    """Claude Code makes its conversation shorter when it reads these words."""
+    long: Any = {"model": "m", "messages": [{"role": "user", "content": "a " * 9000}]}
+    tokens = client.messages.count_tokens(**long).input_tokens
+    longest = httpx.post(f"{hermes.url}/tokenize", json={"prompt": "a"}).json()["max_model_len"]
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        client.messages.create(**long, max_tokens=1)
+    error = caught.value.body["error"]  # type: ignore[index]
+    assert error["type"] == "invalid_request_error" and error["message"].endswith("[prompt_too_long]")
+    assert error["message"].startswith(f"prompt is too long: {tokens} tokens > {longest - 1} maximum.")
 
 
 def test_models_are_as_the_client_reads_them(client: anthropic.Anthropic, hermes: Server) -> None:

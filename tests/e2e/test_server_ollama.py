@@ -104,6 +104,21 @@ def test_a_call_and_its_result_go_back(client: Make) -> None:
     assert answer.prompt_eval_count > alone.prompt_eval_count + 20
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_last_turn_of_the_assistant_s_goes_on(client: Make, hermes: Server, stream: bool) -> None:
+    history = [USER, {"role": "assistant", "content": "The weather is"}]
+    body = {"continue_final_message": True, "temperature": 0}
+    asked: dict[str, Any] = {"model": "m", "messages": history, "max_tokens": 8}
+    same = hermes.client.chat.completions.create(**asked, extra_body=body)
+    answer = client().chat("m", history, options=GREEDY, stream=stream)
+    pieces = list(answer) if stream else [answer]
+    assert "".join(piece.message.content or "" for piece in pieces) == same.choices[0].message.content != ""
+    assert pieces[-1].prompt_eval_count == same.usage.prompt_tokens  # type: ignore[union-attr]
+    first = client(CALL).chat("m", [USER], tools=TOOLS, options={"temperature": 0}).message
+    called = client("x").chat("m", [USER, first], tools=TOOLS)
+    assert called.message.content == "x" and not called.message.thinking
+
+
 def test_forms(client: Make) -> None:
     options = {"temperature": 1.2, "seed": 3, "num_predict": 60}
     schema = {

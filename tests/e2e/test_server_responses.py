@@ -339,12 +339,12 @@ def test_what_breaks_off_is_incomplete(respond: Any) -> None:
         ({"text": {"format": {"type": "xml"}}}, "unsupported_parameter", "text"),
         ({"background": True}, "unsupported_parameter", "background"),
         ({"truncation": "some"}, "invalid_parameter", "truncation"),
-        ({"truncation": "auto", "input": "a " * 9000}, "prompt_too_long", None),
+        ({"truncation": "auto", "input": "a " * 9000}, "context_length_exceeded", None),
         ({"text": {"verbosity": "loud"}}, "unsupported_parameter", "text"),
         ({"include": ["output"]}, "unsupported_parameter", "include"),
         ({"top_logprobs": 1}, "invalid_parameter", "top_logprobs"),
         ({"n": 2}, "invalid_parameter", "n"),
-        ({"input": "a " * 9000}, "prompt_too_long", None),
+        ({"input": "a " * 9000}, "context_length_exceeded", None),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])

@@ -288,7 +288,7 @@ def test_tools_at_their_limits(hermes: Server) -> None:
     body = {"messages": [USER], "max_tokens": 60, "tools": most, "tool_choice": tool("f77")}
     answer = httpx.post(f"{hermes.url}/v1/chat/completions", json=body, timeout=60).json()
     # the prompt is longer than the context, but the tools were read
-    assert answer["error"]["code"] == "prompt_too_long", answer
+    assert answer["error"]["code"] == "context_length_exceeded", answer
 
 
 # -- every format, in this process -----------------------------------------------------------------------------------

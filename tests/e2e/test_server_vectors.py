@@ -80,7 +80,7 @@ def test_dimensions_and_vllm_s_fields(server: Server, llm: LLM) -> None:
         ("input", [], "invalid_parameter"), ("input", ["a"] * (MAX_TEXTS + 1), "invalid_parameter"),
         ("input", ["a", 1], "invalid_parameter"), ("input", None, "invalid_parameter"), ("input", "", "empty_prompt"),
         ("input", ["a", ""], "empty_prompt"), ("input", [10**6], "token_out_of_range"),
-        ("input", "word " * 3000, "prompt_too_long"), ("dimensions", 0, "invalid_parameter"),
+        ("input", "word " * 3000, "context_length_exceeded"), ("dimensions", 0, "invalid_parameter"),
         ("dimensions", 65, "invalid_parameter"), ("encoding_format", "int8", "invalid_parameter"),
         ("messages", [{}], "unsupported_parameter"), ("model", "other", "model_not_found"),
     ],

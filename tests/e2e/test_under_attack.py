@@ -319,7 +319,7 @@ ATTACKS: dict[Callable[[Server], Seen], set[str]] = {
     slow_readers: {"read nothing"},
     resets: {"reset"},
     uploads: {"503 uploads_full"},
-    long_prompts: {"400 prompt_too_long", "400 invalid_parameter", "503 queue_full"},
+    long_prompts: {"400 context_length_exceeded", "400 invalid_parameter", "503 queue_full"},
 }  # fmt: skip
 
 

@@ -73,8 +73,9 @@ HEAD = """# Error codes
 
 Every error says what failed, why with numbers, and what to do, and carries a code that never changes. In Python it is a
 `penstock.PenstockError` with `.code`, `.what`, `.why` and `.fix`; over HTTP the code is `error.code` in OpenAI's error
-shape. The command line prints all four and ends with 2 for a bad request, 3 for a model or configuration that cannot
-run, and 1 for anything else.
+shape, but for `prompt_too_long`: clients of OpenAI's API look for `context_length_exceeded`, and those of Anthropic's
+for "prompt is too long" in the text. The command line prints all four and ends with 2 for a bad request, 3 for a model
+or configuration that cannot run, and 1 for anything else.
 
 This page is generated from the code (`make docs`). "…" stands for what the message fills in.
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.base import InvalidRequest, PenstockError
+from penstock.base import ContextOverflow, InvalidRequest, PenstockError
 from penstock.core.service import Counters, Status, Submission, Update
 from penstock.core.trace import PoolTrace, RequestTrace, StepTrace, Trace
 from penstock.spec import EngineConfig, SamplingParams, StructuredOutputs, Timing, TokenLogprobs
@@ -228,6 +228,16 @@ def test_news_arrive_as_they_were(message: News | Ready | Seen) -> None:
 def test_an_error_arrives_with_its_kind_and_words(error: PenstockError) -> None:
     arrived = decode_from_engine(encode(Refused(error)))
     assert isinstance(arrived, Refused) and words(arrived.error) == words(error)
+
+
+def test_a_prompt_beyond_the_context_arrives_with_its_numbers() -> None:
+    for tokens in (600, None):
+        error = ContextOverflow(
+            "prompt_too_long", "The prompt has 600 tokens", fix="shorten it", tokens=tokens, most=511
+        )
+        arrived = decode_from_engine(encode(Refused(error)))
+        assert isinstance(arrived, Refused) and isinstance(arrived.error, ContextOverflow)
+        assert words(arrived.error) == words(error) and (arrived.error.tokens, arrived.error.most) == (tokens, 511)
 
 
 def test_an_error_of_a_narrower_kind_arrives_as_the_wider_one() -> None:

@@ -2,6 +2,7 @@
 
 from penstock.base.errors import (
     ConfigError,
+    ContextOverflow,
     EngineError,
     InvalidRequest,
     ModelFormatError,
@@ -15,6 +16,7 @@ from penstock.base.units import parse_size, parse_span
 
 __all__ = [
     "ConfigError",
+    "ContextOverflow",
     "EngineError",
     "InvalidRequest",
     "ModelFormatError",

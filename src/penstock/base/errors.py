@@ -2,6 +2,7 @@
 
 PenstockError
 ├── InvalidRequest    the caller asked for something that cannot be served (HTTP 400)
+│   └── ContextOverflow  a prompt that is longer than the context
 ├── NotFound          a model, adapter or file that does not exist (HTTP 404)
 ├── Unavailable       it could be served, but not now (HTTP 503)
 │   └── OverLimit     this caller has had its share for the moment (HTTP 429)
@@ -40,6 +41,19 @@ class PenstockError(Exception):
 
 class InvalidRequest(PenstockError):
     status = 400
+
+
+class ContextOverflow(InvalidRequest):
+    """Attributes:
+    tokens: of the prompt; None where they were not counted.
+    most: that a prompt may have.
+    """
+
+    def __init__(
+        self, code: str, what: str, *, why: str = "", fix: str = "", tokens: int | None = None, most: int = 0
+    ) -> None:
+        super().__init__(code, what, why=why, fix=fix)
+        self.tokens, self.most = tokens, most
 
 
 class NotFound(PenstockError):

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from penstock.base import InvalidRequest
+from penstock.base import ContextOverflow, InvalidRequest
 from penstock.core.kv.groups import KVCache
 from penstock.core.service import MAX_PRIORITY, Submission, Task
 from penstock.spec import Vocabulary
@@ -42,22 +42,27 @@ class Limits:
         return min(self.max_model_len, self.max_batch_tokens) if self.whole else self.max_model_len
 
     def check_length(self, tokens: int, task: Task = "generate") -> None:
-        """Of a prompt. Raises InvalidRequest: (empty_prompt, prompt_too_long)."""
+        """Of a prompt. Raises InvalidRequest: (empty_prompt), ContextOverflow: (prompt_too_long)."""
         if not tokens:
             raise InvalidRequest("empty_prompt", "The prompt has no tokens", fix="send at least one token")
         if task != "generate" and tokens > self.longest_prompt:
-            raise InvalidRequest(
+            raise ContextOverflow(
                 "prompt_too_long",
                 f"The text has {tokens} tokens",
-                why=f"at most {self.longest_prompt} can be embedded",
+                why=f"this model's maximum context length is {self.longest_prompt} tokens",
                 fix="shorten it, or cut it with truncate_prompt_tokens",
+                tokens=tokens,
+                most=self.longest_prompt,
             )
         if task == "generate" and tokens >= self.max_model_len:
-            raise InvalidRequest(
+            raise ContextOverflow(
                 "prompt_too_long",
                 f"The prompt has {tokens} tokens",
-                why=f"the context holds {self.max_model_len}, of which at least one is for the completion",
+                why=f"this model's maximum context length is {self.max_model_len} tokens, of which at least one is for "
+                "the completion",
                 fix="shorten the prompt or raise max_model_len",
+                tokens=tokens,
+                most=self.max_model_len - 1,
             )
 
 

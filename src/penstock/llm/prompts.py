@@ -8,7 +8,7 @@ from operator import index as as_int
 from typing import Any, NotRequired, TypedDict
 
 from penstock.assemble import Assembled, Face
-from penstock.base import InvalidRequest
+from penstock.base import ContextOverflow, InvalidRequest
 from penstock.text import ChatTemplate
 from penstock.text.parsers.described import described
 
@@ -45,17 +45,25 @@ class Prompts:
 
     def __init__(self, face: Face | Assembled, longest: int) -> None:
         self.face = face
-        self._max_chars = max(1 << 20, 64 * longest)
+        self._longest, self._max_chars = longest, max(1 << 20, 64 * longest)
 
     def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True, parse_special: bool = True) -> TokensPrompt:
-        """Raises InvalidRequest: invalid_prompt, and what ``Tokenizer.encode`` raises."""
+        """Raises InvalidRequest: invalid_prompt, and what ``Tokenizer.encode`` raises. ContextOverflow:
+        (prompt_too_long) it need not even be tokenized.
+        """
         text, ids = _parts(prompt)
+        if ids is None and len(text or "") > self._max_chars:
+            raise ContextOverflow(
+                "prompt_too_long",
+                f"The text has {len(text or '')} characters",
+                why=f"this model's maximum context length is {self._longest} tokens, and at most {self._max_chars} "
+                "characters are tried",
+                fix="shorten it",
+                most=self._longest,
+            )
         if ids is None:
             ids = self.face.tokenizer.encode(
-                text or "",
-                add_special_tokens=add_special_tokens,
-                parse_special=parse_special,
-                max_chars=self._max_chars,
+                text or "", add_special_tokens=add_special_tokens, parse_special=parse_special
             )
         return TokensPrompt(prompt_token_ids=ids, prompt=text)
 

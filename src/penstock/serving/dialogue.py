@@ -135,6 +135,13 @@ class Dialogue:
         return usage
 
 
+def answer_begun(messages: Sequence[Message]) -> bool:
+    """The last message is how the answer begins, where an API has a last turn of the assistant's go on: it has text,
+    and calls nothing."""
+    last = messages[-1]
+    return last["role"] == "assistant" and bool(last.get("content")) and not last.get("tool_calls")
+
+
 def template_variables(
     template: ChatTemplate | None,
     given: Mapping[str, Any] | None,

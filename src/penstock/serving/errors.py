@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from penstock.base import InvalidRequest, PenstockError, Unavailable
+from penstock.base import ContextOverflow, InvalidRequest, PenstockError, Unavailable
 from penstock.serving.limits import MAX_ERROR_CHARS
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "overloaded_error"}
@@ -102,13 +102,19 @@ def body_of(error: PenstockError) -> ErrorBody:
     if len(message) > MAX_ERROR_CHARS:
         message = message[: MAX_ERROR_CHARS // 2] + " ... " + message[-MAX_ERROR_CHARS // 2 :]
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    return ErrorBody(Fault(message, kind, param_of(error), error.code))
+    code = "context_length_exceeded" if isinstance(error, ContextOverflow) else error.code  # as clients look for it
+    return ErrorBody(Fault(message, kind, param_of(error), code))
 
 
 def anthropic_body(error: PenstockError) -> AnthropicErrorBody:
-    """As Anthropic's clients expect it; the code stays at the end of the message."""
+    """As Anthropic's clients expect it; the code stays at the end of the message. Of a prompt that is too long they
+    look for these words, to make the conversation shorter.
+    """
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    fault: AnthropicFault = {"type": kind, "message": body_of(error).error.message}
+    message = body_of(error).error.message
+    if isinstance(error, ContextOverflow) and error.tokens is not None:
+        message = f"prompt is too long: {error.tokens} tokens > {error.most} maximum. {message}"
+    fault: AnthropicFault = {"type": kind, "message": message}
     return {"type": "error", "error": fault, "request_id": request_id.get()}
 
 
@@ -121,7 +127,7 @@ def shape_of_errors(path: str) -> type:
 
 def plain_body(error: PenstockError) -> PlainErrorBody:
     fault = body_of(error).error
-    return {"error": fault.message, "code": fault.code, "param": fault.param}
+    return {"error": fault.message, "code": error.code, "param": fault.param}
 
 
 _BODIES: dict[type, Callable[[PenstockError], Any]] = {AnthropicErrorBody: anthropic_body, PlainErrorBody: plain_body}

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.serving.context import Context
-from penstock.serving.dialogue import Dialogue, template_variables
+from penstock.serving.dialogue import Dialogue, answer_begun, template_variables
 from penstock.serving.errors import anthropic_body, invalid, unsupported
 from penstock.serving.limits import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from penstock.serving.schemas import GenerationRequest, Harmless, ModelRequest, Stop
@@ -253,16 +253,20 @@ async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
     switch = next((name for name in ("enable_thinking", "thinking") if name in reads), None)
     variables: dict[str, Any] | None = {switch: thoughts["type"] != "disabled"} if switch and thoughts else None
     effort = (request.output_config or {}).get("effort") if "reasoning_effort" in reads else None
+    messages = await asyncio.to_thread(messages_from, request.messages, request.system)
+    going_on = answer_begun(messages)
     return await Dialogue.prepare(
         context,
         f"msg_{uuid.uuid4().hex}",
-        await asyncio.to_thread(messages_from, request.messages, request.system),
+        messages,
         request.params(dict(engine.recommended), max_tokens=request.max_tokens),
         await asyncio.to_thread(_offer, request),
         priority=request.priority or 0,
         variables=template_variables(
             engine.chat, variables, "xhigh" if effort == "max" else effort, "output_config.effort"
         ),
+        add_generation_prompt=not going_on,
+        continue_final_message=going_on,
         budget=budget if request.thinking_budget is None else None,  # this server's own field is kept, or refused
     )
 

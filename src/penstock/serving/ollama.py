@@ -18,7 +18,7 @@ import msgspec
 from penstock.serving.chat import message_of
 from penstock.serving.completions import with_gap
 from penstock.serving.context import Context, Generation
-from penstock.serving.dialogue import Dialogue, Said
+from penstock.serving.dialogue import Dialogue, Said, answer_begun
 from penstock.serving.errors import plain_body, unsupported
 from penstock.serving.gate import current
 from penstock.serving.logprobs import chat_logprobs
@@ -83,6 +83,7 @@ class OllamaTask:
 
     @classmethod
     async def _dialogue(cls, request: OllamaRequest, context: Context, messages: list[Body], offer: Any) -> OllamaTask:
+        going_on = answer_begun(messages)
         dialogue = await Dialogue.prepare(
             context,
             _identifier(),
@@ -91,6 +92,8 @@ class OllamaTask:
             offer,
             priority=request.priority or 0,
             variables=request.variables(context),
+            add_generation_prompt=not going_on,
+            continue_final_message=going_on,
         )
         return cls(request, context, dialogue.generation, dialogue.said)
 

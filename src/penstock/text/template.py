@@ -12,6 +12,7 @@ from typing import Any
 from penstock.base import ConfigError, InvalidRequest, ModelFormatError
 from penstock.formats import read_gguf, read_json_object
 from penstock.text.added import special_token_texts
+from penstock.text.instructions import instructed, shows_all
 from penstock.text.metering import Budget, BudgetExceeded
 from penstock.text.sandbox import SandboxedTemplate, TemplateRefusal
 from penstock.text.tokenizer import Tokenizer, any_of, spare_mark
@@ -56,6 +57,7 @@ class ChatTemplate:
         self._plain = _compile(source)
         self._tool_use = self._plain if tool_use is None else _compile(tool_use)
         self._controls: tuple[Tokenizer, re.Pattern[str]] | None = None
+        self._read: dict[tuple[bool, tuple[str, ...]], bool] = {}
         self.source = source + (tool_use or "")
         read = self._plain.variables | self._tool_use.variables
         self.variables, self.reads_tools = read - _RESERVED - self.special_tokens.keys(), "tools" in read
@@ -82,7 +84,8 @@ class ChatTemplate:
 
         Args:
             messages: dicts with ``role`` and ``content``, a string or a list of {"type": "text", "text": ...} parts;
-                other keys are passed on to the template.
+                other keys are passed on to the template. A ``developer`` is ``system`` to a template that does not
+                name that role, and one message with what is before it where the template reads no second one.
             add_generation_prompt: end with the start of an assistant message.
             continue_final_message: leave the last message open, so that the model goes on with it.
             tools: JSON schemas of functions the model may call.
@@ -101,7 +104,7 @@ class ChatTemplate:
             raise InvalidRequest("invalid_parameter", f"A template variable cannot be named {reserved[0]!r}")
         template = self._tool_use if tools else self._plain
         given = {
-            "messages": _checked(messages),
+            "messages": self._instructed(_checked(messages), bool(tools)),
             "tools": list(tools) if tools else None,
             **{name: value for name, value in variables.items() if name in template.variables},
         }
@@ -123,6 +126,23 @@ class ChatTemplate:
             text = _cut_at(text, end)
         ids = tokenizer.encode(text, add_special_tokens=False, barrier=barrier)
         return RenderedChat(text if barrier is None else text.replace(barrier, ""), ids)
+
+    def _instructed(self, messages: list[dict[str, Any]], tools: bool) -> list[dict[str, Any]]:
+        template = self._tool_use if tools else self._plain
+
+        def render(some: Sequence[Mapping[str, Any]]) -> str:
+            given = {"messages": some, "tools": None, "documents": None, "add_generation_prompt": True}
+            return _render(template, given | self.special_tokens, 0)
+
+        def reads(roles: tuple[str, ...]) -> bool:
+            if (tools, roles) not in self._read:
+                try:
+                    self._read[tools, roles] = shows_all(roles, render)
+                except InvalidRequest:
+                    self._read[tools, roles] = False
+            return self._read[tools, roles]
+
+        return instructed(messages, knows_developer="developer" in template.literals, reads=reads)
 
     def _control_tokens(self, tokenizer: Tokenizer) -> re.Pattern[str]:
         """Special tokens, and added tokens that the templates write but never look for in a message.

@@ -102,7 +102,6 @@ class Tokenizer:
         add_special_tokens: bool = True,
         parse_special: bool = True,
         barrier: str | None = None,
-        max_chars: int | None = None,
     ) -> list[int]:
         """Token ids of a text.
 
@@ -112,18 +111,13 @@ class Tokenizer:
                 and only ordinary ids come out of it.
             barrier: a character that is not part of the text: it is removed, and no added token is recognised across
                 it or directly after it.
-            max_chars: longest text to try.
 
         Raises:
-            InvalidRequest: prompt_too_long (longer than ``max_chars``), invalid_text (not Unicode text, such as a
-                lone surrogate), token_out_of_range (the model has no such id).
+            InvalidRequest: invalid_text (not Unicode text, such as a lone surrogate), token_out_of_range (the model
+                has no such id).
         """
         if not isinstance(text, str):
             raise InvalidRequest("invalid_text", f"A text was expected, not {type(text).__name__}", fix="pass a str")
-        if max_chars is not None and len(text) > max_chars:
-            raise InvalidRequest(
-                "prompt_too_long", f"The text has {len(text)} characters", why=f"at most {max_chars} are accepted"
-            )
         if parse_special and (barrier is None or barrier not in text):
             with _backend_errors(text):
                 ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids

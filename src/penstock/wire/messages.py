@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from penstock.base import (
     ConfigError,
+    ContextOverflow,
     EngineError,
     InvalidRequest,
     ModelFormatError,
@@ -235,7 +236,16 @@ def _plain(params: SamplingParams) -> dict[str, Any]:
     return asked
 
 
-KINDS = (InvalidRequest, NotFound, Unavailable, ModelFormatError, ConfigError, EngineError, PenstockError)
+KINDS = (
+    ContextOverflow,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+    ModelFormatError,
+    ConfigError,
+    EngineError,
+    PenstockError,
+)
 _KINDS = {kind.__name__: kind for kind in KINDS}
 
 
@@ -243,15 +253,18 @@ def _to_plain(value: object) -> object:
     if isinstance(value, PenstockError):
         kind = next(kind for kind in KINDS if isinstance(value, kind))
         words = (value.code, value.what, value.why, value.fix)
-        return [kind.__name__, *(word.encode("utf-8", "replace").decode() for word in words)]
+        numbers = (value.tokens, value.most) if isinstance(value, ContextOverflow) else ()
+        return [kind.__name__, *(word.encode("utf-8", "replace").decode() for word in words), *numbers]
     raise TypeError(f"a {type(value).__name__} does not cross")
 
 
 def _from_plain(kind: type, value: object) -> object:
-    if kind is PenstockError and isinstance(value, list) and len(value) == 5 and all(type(v) is str for v in value):
-        name, code, what, why, fix = value
-        if name in _KINDS:
-            return _KINDS[name](code, what, why=why, fix=fix)
+    if kind is PenstockError:
+        match value:
+            case ["ContextOverflow", str(code), str(what), str(why), str(fix), int() | None as tokens, int(most)]:
+                return ContextOverflow(code, what, why=why, fix=fix, tokens=tokens, most=most)
+            case [str(name), str(code), str(what), str(why), str(fix)] if name in _KINDS:
+                return _KINDS[name](code, what, why=why, fix=fix)
     raise ValueError("it is no error")
 
 

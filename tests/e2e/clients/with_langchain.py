@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 from common import PARIS, USER, given, run
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
@@ -106,6 +107,12 @@ def embeddings() -> None:
 
 
 def errors() -> None:
+    try:
+        model("plain").invoke("a " * 9000)
+    except ContextOverflowError as error:
+        assert "maximum context length is" in str(error)
+    else:
+        raise AssertionError("more than the context holds")
     for wrong, kind in (({"temperature": 9e9}, openai.BadRequestError), ({"model": "other"}, openai.NotFoundError)):
         try:
             ChatOpenAI(**SERVER | wrong).invoke([USER])

@@ -108,12 +108,12 @@ def errors() -> None:
     for wrong, kind in (
         ({"temperature": -1}, litellm.BadRequestError),
         ({"model": "openai/other"}, litellm.NotFoundError),
-        ({"messages": [{"role": "user", "content": "a " * 9000}]}, litellm.BadRequestError),
+        ({"messages": [{"role": "user", "content": "a " * 9000}]}, litellm.ContextWindowExceededError),
     ):
         try:
             litellm.completion(**asked("plain", **wrong))
         except kind as error:
-            assert error.status_code == {litellm.BadRequestError: 400}.get(kind, 404)
+            assert error.status_code == (404 if kind is litellm.NotFoundError else 400)
         else:
             raise AssertionError(wrong)
     keyed = {"api_base": f"{GIVEN['keyed']['url']}/v1", "api_key": "wrong", "extra_body": {}}
