@@ -42,10 +42,10 @@ class Batching:
     def __init__(self, client: httpx.AsyncClient, context: Context) -> None:
         self.client, self.context = client, context
 
-    async def upload(self, lines: list[Body], url: str = COMPLETIONS) -> str:
+    async def upload(self, lines: list[Body], url: str = COMPLETIONS, **more: str) -> str:
         named = ({"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(lines))
         data = b"".join(json.dumps(line).encode() + b"\n" for line in named)
-        answer = await self.client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("x", data)})
+        answer = await self.client.post("/v1/files", data={"purpose": "batch"} | more, files={"file": ("x", data)})
         return str(answer.json()["id"])
 
     async def begin(self, file: str, url: str = COMPLETIONS) -> str:
@@ -150,6 +150,46 @@ def test_a_batch_whose_first_model_is_gone_goes_on(llm: AsyncLLM, tmp_path: Path
 
     over(first, tmp_path, begun)
     over(llm, tmp_path, ended)
+
+
+def test_what_has_expired_goes_unless_a_batch_reads_it(
+    llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr(batch_run, "LOOK_SECONDS", 0.05)
+    line = {"prompt": "A", "max_tokens": 200, "ignore_eos": True}
+
+    async def work(batching: Batching) -> None:
+        client, store = batching.client, await batching.context.batches.store()
+        stay = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+
+        async def gone(id: str) -> None:
+            async with asyncio.timeout(60):
+                while (await client.get(f"/v1/files/{id}")).status_code == 200:
+                    await asyncio.sleep(0.01)
+            assert not store.path(id).exists() and (await client.get(f"/v1/files/{kept}")).status_code == 200
+
+        kept = await batching.upload([line], **stay)
+        idle, read, other = [await batching.upload([line] * 200 + [{"prompt": str(i)}], **stay) for i in range(3)]
+
+        def expire(*ids: str) -> None:
+            with store.database.transaction() as db:
+                db.executemany("update expiry set expires_at = 1 where id = ?", [(id,) for id in ids])
+
+        expire(idle)
+        await gone(idle)
+        id = await batching.begin(read)
+        await batching.until(id, "in_progress")
+        expire(read, other)
+        await gone(other)
+        assert (await client.get(f"/v1/batches/{id}")).json()["status"] == "in_progress"
+        assert store.path(read).exists()
+        await client.post(f"/v1/batches/{id}/cancel")
+        await batching.until(id, "cancelled")
+        await gone(read)
+        assert store.database.all("select id from expiry", ()) == [{"id": kept}]
+
+    over(llm, tmp_path, work)
 
 
 def test_lines_for_other_models_do_not_wait(llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

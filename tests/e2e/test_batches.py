@@ -117,6 +117,31 @@ def test_files_come_and_go(begin: Callable[[], Server]) -> None:
     assert caught.value.code == "file_not_found"
 
 
+def test_files_stay_for_as_long_as_they_were_told(shared: Server) -> None:
+    """What is uploaded, and what a batch leaves."""
+    client = shared.client
+    data, stay = jsonl([request(1), request(2, temperature=-1)]), {"anchor": "created_at", "seconds": 2_592_000}
+    files: Any = client.files
+    made = files.create(file=("x", data), purpose="batch", expires_after=stay)
+    assert made.expires_at == made.created_at + 2_592_000 and files.retrieve(made.id) == made
+    assert made in list(files.list()) and files.retrieve(upload(client, data)).expires_at is None
+    short = {"output_expires_after": stay | {"seconds": 3600}}
+    for more, lasts in ((short, 3600), ({}, None)):
+        batch = ended(client, submit(client, data, **more))
+        for id in (batch.output_file_id, batch.error_file_id):
+            left = files.retrieve(id)
+            assert left.expires_at == (None if lasts is None else left.created_at + lasts)
+    file = upload(client, data)
+    for wrong in (3599, 2_592_001):
+        with pytest.raises(openai.BadRequestError, match="output_expires_after"):
+            client.batches.create(
+                input_file_id=file,
+                endpoint=COMPLETIONS,
+                completion_window="24h",
+                output_expires_after={"anchor": "created_at", "seconds": wrong},
+            )
+
+
 def test_a_batch_of_each_endpoint(begin: Callable[[], Server]) -> None:
     client = begin().client
     bodies = {
@@ -244,6 +269,19 @@ def test_a_file_that_is_no_batch(shared: Server, data: bytes, code: str) -> None
             "invalid_parameter",
         ),
         ({"content": b"x", "headers": {"content-type": FORM}}, 400, "invalid_form"),
+        *(
+            ({"data": BATCH | stay, "files": {"file": b"x"}}, 400, "invalid_parameter")
+            for stay in (
+                {"expires_after": '{"anchor": "created_at", "seconds": 3600}'},
+                {"expires_after[seconds]": "3600"},
+                {"expires_after[anchor]": "created_at"},
+                {"expires_after[anchor]": "last_used", "expires_after[seconds]": "3600"},
+                *(
+                    {"expires_after[anchor]": "created_at", "expires_after[seconds]": n}
+                    for n in ("3599", "2592001", "x")
+                ),
+            )
+        ),
         ({"data": BATCH, "files": [("file", b"x"), ("file", b"y")]}, 400, "invalid_form"),
     ],
 )
@@ -261,9 +299,11 @@ def test_an_id_is_no_path(shared: Server, id: str) -> None:
 
 
 def test_lists_refuse_what_they_cannot_do(shared: Server) -> None:
-    for query in ("limit=0", "limit=101", "limit=x", "limit=99999999999999999999", "order=up", "after=nothing"):
-        answer = httpx.get(f"{shared.url}/v1/files?{query}")
-        assert answer.json()["error"]["code"] == "invalid_parameter", query
+    for most, path in ((10_000, "files"), (100, "batches")):
+        assert httpx.get(f"{shared.url}/v1/{path}?limit={most}").status_code == 200
+        for query in ("limit=0", f"limit={most + 1}", "limit=x", f"limit={'9' * 20}", "order=up", "after=nothing"):
+            answer = httpx.get(f"{shared.url}/v1/{path}?{query}")
+            assert answer.json()["error"]["code"] == "invalid_parameter", query
 
 
 def test_one_store_has_one_server(begin: Callable[[], Server], tmp_path: Path, capfd: Any) -> None:

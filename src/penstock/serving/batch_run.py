@@ -289,7 +289,8 @@ class Run:
         self.batch = self.store.batches.finish(self.batch.id, ended, made.values())
 
     def _output(self, kind: str, results: Iterator[bytes]) -> StoredFile:
-        return write(self.store, self.batch.tenant, f"{self.batch.id}_{kind}.jsonl", "batch_output", results)
+        name, stay = f"{self.batch.id}_{kind}.jsonl", self.batch.outputs_stay
+        return write(self.store, self.batch.tenant, name, "batch_output", results, stay)
 
 
 def read_lines(path: Path, endpoint: str) -> tuple[list[Line], list[Complaint]]:

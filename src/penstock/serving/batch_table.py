@@ -33,6 +33,7 @@ class Batch:
 
     Attributes:
         model: of lines that name none: the server's first when it came, whether or not it is served now.
+        outputs_stay: seconds after which its output files are deleted; None for never.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Batch:
     expires_at: int
     status: Status = "validating"
     metadata: dict[str, str] | None = None
+    outputs_stay: int | None = None
     errors: tuple[Complaint, ...] = ()
     output_file_id: str | None = None
     error_file_id: str | None = None

@@ -21,10 +21,13 @@ from penstock.serving.batch_table import LIVE, Batch, Complaint
 from penstock.serving.context import Context
 from penstock.serving.database import Once
 from penstock.serving.errors import HTTPError
+from penstock.serving.files import ExpiresAfter
 from penstock.serving.schemas import Metadata
 from penstock.serving.store import Store
 
 DAY = 86_400
+SWEEP_SECONDS = 60.0
+"""How often, at least, it is looked whether files have expired."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class BatchRequest(msgspec.Struct, kw_only=True):
     endpoint: Annotated[str, Meta(max_length=64)]
     completion_window: Literal["24h"]
     metadata: Metadata | None = None
-    output_expires_after: None = None
+    output_expires_after: ExpiresAfter | None = None
 
 
 class Complaints(msgspec.Struct):
@@ -163,6 +166,7 @@ class Batches:
             created_at=now,
             expires_at=now + DAY,
             metadata=asked.metadata,
+            outputs_stay=None if asked.output_expires_after is None else asked.output_expires_after.seconds,
         )
         once = None if key is None else Once(tenant, key, f"batch {sha256(msgspec.json.encode(asked)).hexdigest()}")
         id = await asyncio.to_thread(store.batches.begin, batch, once)
@@ -200,7 +204,7 @@ class Batches:
                 rests = {batch.id: self._rest(batch) for batch in batches}
                 if not (ready := [batch for batch in batches if rests[batch.id] <= 0]):
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._wake.wait(), min(rests.values(), default=None))
+                        await asyncio.wait_for(self._wake.wait(), min([SWEEP_SECONDS, *rests.values()]))
                     continue
                 batch = min(ready, key=self._last_turn)
                 self._turns[batch.tenant] = self._turns[batch.id] = max(self._turns.values(), default=0) + 1
@@ -210,6 +214,7 @@ class Batches:
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _in_line(self, store: Store) -> list[Batch]:
+        await asyncio.to_thread(store.delete_expired)
         return await asyncio.to_thread(store.batches.unfinished)
 
     async def _go_on(self, store: Store, batch: Batch) -> None:

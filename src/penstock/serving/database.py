@@ -68,8 +68,18 @@ create table if not exists share (
     kind text not null, tenant text not null, count integer not null, bytes integer not null,
     primary key (kind, tenant)
 ) strict, without rowid;
+create table if not exists expiry (
+    id text primary key references file (id) on delete cascade, expires_at integer not null
+) strict, without rowid;
+create index if not exists expiry_by_time on expiry (expires_at);
 """
 """What came after version 1 and changes none of it, so that either build opens what the other made."""
+
+COLUMNS = {
+    "batch": "*",
+    "file": "*, (select expires_at from expiry where expiry.id = file.id) as expires_at",
+}
+"""What there is to say of each."""
 
 REMEMBERED = 86_400
 """Seconds that an Idempotency-Key is known for."""
@@ -112,7 +122,7 @@ class Once:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFile:
-    """A file of a tenant. Attributes: sha256: of its bytes, in hex."""
+    """A file of a tenant. Attributes: sha256: of its bytes, in hex. expires_at: None: it stays until it is deleted."""
 
     id: str
     tenant: str
@@ -121,6 +131,7 @@ class StoredFile:
     bytes: int
     created_at: int
     sha256: str
+    expires_at: int | None = None
 
 
 class Database:
@@ -198,7 +209,7 @@ class Database:
             values.append(part.after)
         order = "asc" if part.ascending else "desc"
         rows = self.all(
-            f"select * from {kind} where {' and '.join(where)} "
+            f"select {COLUMNS[kind]} from {kind} where {' and '.join(where)} "
             f"order by created_at {order}, rowid {order} limit {part.limit + 1:d}",
             tuple(values),
         )
@@ -274,6 +285,8 @@ def unwritable(error: Exception) -> PenstockError:
 
 
 def insert_file(db: sqlite3.Connection, file: StoredFile) -> None:
-    names = [one.name for one in fields(StoredFile)]
+    names = [one.name for one in fields(StoredFile) if one.name != "expires_at"]
     marks = ", ".join("?" * len(names))
     db.execute(f"insert into file ({', '.join(names)}) values ({marks})", [getattr(file, name) for name in names])
+    if file.expires_at is not None:
+        db.execute("insert into expiry values (?, ?)", (file.id, file.expires_at))

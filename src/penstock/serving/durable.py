@@ -17,6 +17,7 @@ from penstock.serving.database import Part
 from penstock.serving.edge import as_json, body_of, off_loop, parse
 from penstock.serving.errors import invalid
 from penstock.serving.gate import current
+from penstock.serving.limits import MAX_FILES_LISTED
 from penstock.serving.operations import IDEMPOTENCY_KEY, KEY, operation
 from penstock.serving.store import Store
 
@@ -54,9 +55,8 @@ async def files_of_all(request: Request) -> Response:
     asked = await _asked(request)
     if request.method == "POST":
         return as_json(await files.upload(request, asked.store, asked.tenant, _key(request)))
-    part, purpose = files.part_of(request.query_params), request.query_params.get("purpose")
-    found = await asyncio.to_thread(asked.store.files, asked.tenant, part, purpose)
-    return as_json(files.page(found, files.shown))
+    part, purpose = files.part_of(request.query_params, most=MAX_FILES_LISTED), request.query_params.get("purpose")
+    return await asyncio.to_thread(_files, asked, part, purpose)
 
 
 @operation("Describe a file.", gives=files.FileObject)
@@ -97,6 +97,10 @@ async def one_batch(request: Request) -> Response:
 async def cancel_batch(request: Request) -> Response:
     asked = await _asked(request)
     return as_json(await asked.batches.cancel(asked.tenant, asked.id))
+
+
+def _files(asked: Asked, part: Part, purpose: str | None) -> Response:
+    return as_json(files.page(asked.store.files(asked.tenant, part, purpose), files.shown))
 
 
 def _batches(asked: Asked, part: Part) -> Response:

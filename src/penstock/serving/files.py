@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
@@ -24,11 +25,21 @@ from penstock.base import Unavailable
 from penstock.serving.database import Once, Part, StoredFile, not_found, unwritable
 from penstock.serving.errors import HTTPError, invalid
 from penstock.serving.gate import Gate, current
-from penstock.serving.limits import FILE_SECONDS, MAX_FILE_BYTES, MAX_FILE_NAME, MAX_LISTED, MAX_SPOOLED_BYTES
+from penstock.serving.limits import (
+    FILE_SECONDS,
+    MAX_FILE_BYTES,
+    MAX_FILE_NAME,
+    MAX_FILES_LISTED,
+    MAX_LISTED,
+    MAX_SPOOLED_BYTES,
+    MAX_STAY_SECONDS,
+    MIN_STAY_SECONDS,
+)
 from penstock.serving.store import Store
 
 PURPOSES = ("batch", "batch_output")
 PIECE = 1 << 20
+ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 T = TypeVar("T")
 I = TypeVar("I", bound="Item")
 
@@ -40,12 +51,25 @@ class PageQuery(msgspec.Struct, kw_only=True):
 
 
 class FileQuery(PageQuery, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=MAX_FILES_LISTED)] | None = None
     purpose: str | None = None
+
+
+Stay = Annotated[int, Meta(ge=MIN_STAY_SECONDS, le=MAX_STAY_SECONDS)]
+
+
+class ExpiresAfter(msgspec.Struct, kw_only=True):
+    """When a file is deleted: so many seconds after it was made."""
+
+    anchor: Literal["created_at"]
+    seconds: Stay
 
 
 class UploadForm(msgspec.Struct, kw_only=True):
     purpose: Literal["batch"]
     file: bytes
+    anchor: Literal["created_at"] | None = msgspec.field(name=ANCHOR, default=None)
+    seconds: Stay | None = msgspec.field(name=SECONDS, default=None)
 
 
 class FileObject(msgspec.Struct, kw_only=True):
@@ -58,7 +82,7 @@ class FileObject(msgspec.Struct, kw_only=True):
     purpose: str
     object: str = "file"
     status: str = "processed"
-    expires_at: None = None
+    expires_at: int | None = None
 
 
 class Item(Protocol):
@@ -82,13 +106,12 @@ class Deleted(msgspec.Struct):
 
 
 def shown(file: StoredFile) -> FileObject:
-    return FileObject(
-        id=file.id, bytes=file.bytes, created_at=file.created_at, filename=file.filename, purpose=file.purpose
-    )
+    own = (name for name in FileObject.__struct_fields__ if hasattr(file, name))
+    return FileObject(**{name: getattr(file, name) for name in own})
 
 
 async def upload(request: Request, store: Store, tenant: str, key: str | None = None) -> FileObject:
-    """POST /v1/files: a form with ``purpose`` and ``file``. ``key``: the client's own, under which it may ask again.
+    """POST /v1/files: a form as of ``UploadForm``. ``key``: the client's own, under which it may ask again.
 
     Raises:
         HTTPError: 415, 413, 409, 408, 400.
@@ -107,7 +130,7 @@ async def upload(request: Request, store: Store, tenant: str, key: str | None = 
             if not isinstance(file, UploadFile):
                 raise HTTPError("invalid_parameter", "file is required", param="file")
             name = Path(file.filename or "upload.jsonl").name[:MAX_FILE_NAME]
-            return shown(await asyncio.to_thread(_keep, store, tenant, name, file.file, key))
+            return shown(await asyncio.to_thread(_keep, store, tenant, name, file.file, key, _stay(form)))
     except TimeoutError:
         why, fix = f"waited {FILE_SECONDS:g} s", "send it again, or split it into several batches"
         raise HTTPError("request_timeout", "The file did not arrive in time", why=why, fix=fix, status=408) from None
@@ -120,21 +143,50 @@ async def upload(request: Request, store: Store, tenant: str, key: str | None = 
         spool.close()
 
 
-def _keep(store: Store, tenant: str, name: str, source: Any, key: str | None) -> StoredFile:
+def _stay(form: FormData) -> int | None:
+    """Seconds after which the file is deleted. Raises HTTPError: (invalid_parameter)."""
+    named = [name for name in form if name.startswith("expires_after")]
+    if not named:
+        return None
+    if sorted(named) != [ANCHOR, SECONDS]:
+        raise invalid("expires_after", f"a form says it in two fields, {ANCHOR} and {SECONDS}")
+    anchor, seconds = form[ANCHOR], form[SECONDS]
+    if anchor != "created_at":
+        raise invalid(ANCHOR, 'it must be "created_at"')
+    if not (isinstance(seconds, str) and re.fullmatch("[0-9]{1,9}", seconds)):
+        raise invalid(SECONDS, "it must be a whole number")
+    if not MIN_STAY_SECONDS <= int(seconds) <= MAX_STAY_SECONDS:
+        raise invalid(SECONDS, f"it must be {MIN_STAY_SECONDS} to {MAX_STAY_SECONDS}")
+    return int(seconds)
+
+
+def _keep(store: Store, tenant: str, name: str, source: Any, key: str | None, stay: int | None) -> StoredFile:
     pieces = iter(lambda: source.read(PIECE), b"")
-    return keep(store, tenant, name, "batch", pieces, key)
+    return keep(store, tenant, name, "batch", pieces, key, stay)
 
 
-def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any, key: str | None = None) -> StoredFile:
+def keep(
+    store: Store,
+    tenant: str,
+    name: str,
+    purpose: str,
+    pieces: Any,
+    key: str | None = None,
+    stay: int | None = None,
+) -> StoredFile:
     """Writes a file and makes it known, unless the same was sent with this key before: then it is that one.
+
+    Args:
+        stay: seconds after which it is deleted; None for never.
 
     Raises:
         HTTPError: (storage_full), (idempotency_key_reused).
         Unavailable: (store_unwritable)
     """
-    file = write(store, tenant, name, purpose, pieces)
+    file = write(store, tenant, name, purpose, pieces, stay)
     try:
-        once = None if key is None else Once(tenant, key, f"file {file.sha256} {purpose} {name}")
+        lasting = "" if stay is None else f"{stay} s "
+        once = None if key is None else Once(tenant, key, f"file {file.sha256} {purpose} {lasting}{name}")
         id = store.add(file, once)
     except BaseException:
         store.path(file.id).unlink()
@@ -144,7 +196,7 @@ def keep(store: Store, tenant: str, name: str, purpose: str, pieces: Any, key: s
     return store.file(tenant, id)
 
 
-def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> StoredFile:
+def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any, stay: int | None = None) -> StoredFile:
     """A file whose bytes outlive a loss of power; nobody knows of it yet. Raises Unavailable: (store_unwritable)."""
     id, digest, size = store.new_id("file"), hashlib.sha256(), 0
     try:
@@ -161,14 +213,16 @@ def write(store: Store, tenant: str, name: str, purpose: str, pieces: Any) -> St
         if isinstance(error, OSError):
             raise unwritable(error) from error
         raise
+    now = int(time.time())
     return StoredFile(
         id=id,
         tenant=tenant,
         filename=name,
         purpose=purpose,
         bytes=size,
-        created_at=int(time.time()),
+        created_at=now,
         sha256=digest.hexdigest(),
+        expires_at=None if stay is None else now + stay,
     )
 
 
@@ -190,14 +244,14 @@ async def content(store: Store, tenant: str, id: str) -> Response:
     return FileResponse(path, headers=headers, media_type="application/octet-stream")
 
 
-def part_of(query: Mapping[str, str], shown: int = MAX_LISTED) -> Part:
+def part_of(query: Mapping[str, str], shown: int = MAX_LISTED, most: int = MAX_LISTED) -> Part:
     """What ``limit``, ``after`` and ``order`` ask for; ``shown`` items at a time where they do not say.
 
     Raises HTTPError: (invalid_parameter).
     """
     limit, after, order = (query.get(name) for name in ("limit", "after", "order"))
-    if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_LISTED):
-        raise invalid("limit", f"it must be 1 to {MAX_LISTED}")
+    if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= most):
+        raise invalid("limit", f"it must be 1 to {most}")
     if order not in (None, "asc", "desc"):
         raise invalid("order", 'it must be "asc" or "desc"')
     return Part(shown if limit is None else int(limit), after, order == "asc")

@@ -176,3 +176,9 @@ MAX_METADATA = 16
 
 MAX_LISTED = 100
 """Items on a page of a list."""
+
+MAX_FILES_LISTED = 10_000
+"""On a page of files, as OpenAI's API allows."""
+
+MIN_STAY_SECONDS, MAX_STAY_SECONDS = 3600, 30 * 86_400
+"""A file that does not stay for ever stays for so long, as by OpenAI."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from penstock.serving.batch_table import BatchTable
 from penstock.serving.conversation_table import ConversationTable
-from penstock.serving.database import ID, Database, Kind, Once, Part, StoredFile, insert_file, not_found
+from penstock.serving.database import COLUMNS, ID, Database, Kind, Once, Part, StoredFile, insert_file, not_found
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_STORED_BYTES
 from penstock.serving.response_table import ResponseTable
@@ -71,7 +72,7 @@ class Store:
 
     def file(self, tenant: str, id: str) -> StoredFile:
         """Raises HTTPError: (file_not_found) the tenant has no such file."""
-        row = self.database.one("select * from file where id = ? and tenant = ?", (id, tenant))
+        row = self.database.one(f"select {COLUMNS['file']} from file where id = ? and tenant = ?", (id, tenant))
         if row is None:
             raise not_found("file", id)
         return StoredFile(**row)
@@ -91,6 +92,17 @@ class Store:
                 raise HTTPError("file_in_use", "A batch that has not ended reads this file", fix=fix, status=409)
             db.execute("delete from file where id = ?", (id,))
         self.path(id).unlink(missing_ok=True)
+
+    def delete_expired(self) -> None:
+        """Of all tenants; what a batch reads that has not ended stays until then."""
+        due = self.database.all("select id from expiry where expires_at <= ?", (int(time.time()),))
+        if not due:  # which is nearly always so
+            return
+        with self.database.transaction() as db:
+            gone = [row["id"] for row in due if not self.batches.reads(db, row["id"])]
+            db.executemany("delete from file where id = ?", [(id,) for id in gone])
+        for id in gone:
+            self.path(id).unlink(missing_ok=True)
 
 
 def stored_bytes(db: sqlite3.Connection, tenant: str) -> int:
