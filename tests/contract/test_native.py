@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opsuite import CPU, DTYPES, EPS, SHAPES, Sequence, Shape, agree, mixed, packed, paged, run_attention
-from penstock.kernels import SEGMENT, GroupedWeight, Ops, make_ops, native
+from penstock.kernels import SEGMENT, Batch, GroupBatch, GroupedWeight, Ops, make_ops, native
 from penstock.quant import quantize
 from test_ops import ROW_OPS, row_inputs, run
 
@@ -115,6 +115,74 @@ def test_ids_that_a_table_does_not_have(bits: int, ops: Ops) -> None:
         if bits == 0 or ids_T.dtype == torch.int32:
             with pytest.raises(TypeError):
                 ops.embed(ids_T, weight, dtype)
+
+
+def changes(batch: Batch) -> dict[str, Batch]:
+    """Batches that are not of the rows, requests, contexts or blocks of this one."""
+    (group,) = batch.groups
+    slots_T, tables_RM = group.slots_T, group.tables_RM
+    return {
+        "a position less": replace(batch, positions_T=batch.positions_T[1:]),
+        "a slot less": replace(batch, groups=[GroupBatch(slots_T[1:], tables_RM)]),
+        "a slot more": replace(batch, groups=[GroupBatch(torch.cat((slots_T, slots_T[:1])), tables_RM)]),
+        "a start less": replace(batch, row_starts_R1=batch.row_starts_R1[1:]),
+        "a context less": replace(batch, contexts_R=batch.contexts_R[1:]),
+        "a context of more than its blocks": replace(batch, contexts=[batch.contexts[0] + 999, *batch.contexts[1:]]),
+        "a table less": replace(batch, groups=[GroupBatch(slots_T, tables_RM[1:])]),
+        "a column less": replace(batch, groups=[GroupBatch(slots_T, tables_RM[:, :-1].contiguous())]),
+        "a row less": replace(batch, row_starts=[*batch.row_starts[:-1], batch.row_starts[-1] - 1]),
+        "other blocks": replace(batch, block_size=2 * batch.block_size),
+    }
+
+
+CHANGES = ["", *(f"a {thing} less" for thing in ("position", "slot", "start", "context", "table", "column", "row"))]
+CHANGES += ["a slot more", "a context of more than its blocks", "other blocks"]
+WRITES = ["a position less", "a slot less", "a slot more", "other blocks"]
+"""What matters where K and V are written."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_batch_of_another_step_is_refused(change: str) -> None:
+    """No kernel reads past the end of a vector or a table, or strides through a pool of other blocks."""
+    ops, shape = make_ops("cpu"), SHAPES["stories260k"]
+    sequences = mixed(shape, torch.float32)
+    batch, kv = paged(ops, sequences, 16, None, CPU)
+    if change:
+        batch = changes(batch)[change]
+    q_TNd = torch.cat([sequence.q_TNd for sequence in sequences])
+
+    def attend() -> Tensor:
+        return ops.attention(q_TNd, kv, batch, 0, None, 0.3)
+
+    def write() -> Tensor:
+        rope_Pd, qkv_TC = torch.zeros(max(batch.contexts), shape.head_dim), torch.randn(len(q_TNd), shape.qkv)
+        return ops.qk_norm_rope_write(qkv_TC, None, EPS, rope_Pd, kv, batch, 0)
+
+    for run_op, refused in ((attend, bool(change)), (write, change in WRITES)):
+        if refused:
+            with pytest.raises(ValueError):
+                run_op()
+        else:
+            assert run_op().isfinite().all()
+
+
+def test_heads_and_rope_tables_of_another_model_are_refused() -> None:
+    ops, shape = make_ops("cpu"), SHAPES["stories260k"]  # 8 heads of 8 beside 4
+    sequences = mixed(shape, torch.float32)
+    batch, kv = paged(ops, sequences, 16, None, CPU)
+    rows, longest = len(batch.positions_T), max(batch.contexts)
+    for heads, head_dim in ((8, 4), (8, 16), (7, 8), (3, 8), (0, 8)):
+        with pytest.raises(ValueError):
+            ops.attention(torch.randn(rows, heads, head_dim), kv, batch, 0, None, 0.3)
+    for width in (16 * 8 - 1, 16 * 8 + 1, 15 * 8, 8 * 8, 8):
+        with pytest.raises(ValueError):
+            ops.qk_norm_rope_write(torch.randn(rows, width), None, EPS, None, kv, batch, 0)
+    for positions, rotated in ((longest - 1, 8), (longest, 10), (longest, 16)):
+        rope_Pd = torch.zeros(positions, rotated)
+        with pytest.raises(ValueError):
+            ops.qk_norm_rope_write(torch.randn(rows, 16 * 8), None, EPS, rope_Pd, kv, batch, 0)
+    with pytest.raises(ValueError):
+        ops.attention(torch.randn(rows, 8, 8), replace(kv, v_PBHd=kv.v_PBHd[1:]), batch, 0, None, 0.3)
 
 
 def test_vectors_of_another_length_are_refused() -> None:

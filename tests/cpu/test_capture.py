@@ -15,7 +15,7 @@ from torch import Tensor
 
 from families import FAMILIES
 from oracle import PagedDriver, build_reference
-from penstock.kernels import Batch, Ops, make_ops, native
+from penstock.kernels import Batch, GroupBatch, Ops, make_ops, native
 from penstock.layers import Packing, Placement
 from penstock.models import Decoder, load_decoder
 
@@ -109,6 +109,41 @@ def test_what_torch_computes_is_not_recorded(tmp_path: Path) -> None:
     captured = driver.forward = Captured(doubled)
     driver.step([(driver.request(), [1, 2, 3])])
     assert isinstance(captured, Captured) and not captured.can_record and captured.recording is None
+
+
+def test_a_replay_of_another_step_is_refused(tmp_path: Path) -> None:
+    """A tape has addresses alone, and calls that were recorded with one size of blocks and number of groups."""
+    decoder, ops = build("llama", tmp_path)
+    driver = PagedDriver(decoder, ops, blocks=400, block_size=8, rng=random.Random(0))
+    captured, seen = Captured(driver.forward), list[tuple[Tensor, Batch]]()
+    request = driver.request()
+
+    def noted(ids_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        seen.append((ids_T, batch))
+        return captured(ids_T, batch)
+
+    driver.forward = noted
+    driver.step([(request, [1, 2, 3])])
+    driver.step([(request, [4, 5])])
+    (ids_T, batch), ((group,), one) = seen[1], (seen[1][1].groups, torch.ones(1, dtype=torch.int64))
+    assert captured.replayed
+    others = [
+        replace(batch, positions_T=batch.positions_T[:1]),
+        replace(batch, row_starts_R1=one),
+        replace(batch, row_starts=[0, 1]),
+        replace(batch, contexts_R=batch.contexts_R[:0]),
+        replace(batch, contexts=[999]),
+        replace(batch, block_size=16),
+        replace(batch, groups=[]),
+        replace(batch, groups=[group, group]),
+        replace(batch, groups=[GroupBatch(group.slots_T[:1], group.tables_RM)]),
+        replace(batch, groups=[GroupBatch(group.slots_T, group.tables_RM[:0])]),
+        replace(batch, groups=[GroupBatch(group.slots_T, group.tables_RM[:, :0])]),
+    ]
+    for other in others:
+        with pytest.raises(ValueError):
+            captured(ids_T, other)
+    captured(ids_T, batch)
 
 
 def test_a_recording_that_fails_is_made_anew(tmp_path: Path) -> None:

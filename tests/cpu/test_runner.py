@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import NO_BLOCK, BlockCopy, NewRequest, StepFailed, StepPlan, StepResult, TableWrite
 from penstock.kernels import make_ops
 from penstock.layers import Placement
@@ -37,6 +38,7 @@ SPEC = ModelSpec(
     dtype="float32",
 )
 SIZE, BLOCKS, MAX_LEN = 4, 64, 64
+POOLS = [PoolSpec(BLOCKS, group.window) for group in SPEC.kv_groups()]
 STEPS = 12
 
 Answer = list[tuple[int, TokenLogprobs | None]]
@@ -56,13 +58,13 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     return load_decoder(folder, SPEC, make_ops("ref"), Placement(torch.float32, CPU))
 
 
-def make_runner(decoder: Decoder, rows: int = 6) -> Runner:
+def make_runner(decoder: Decoder, rows: int = 6, positions: int = MAX_LEN) -> Runner:
     ops = make_ops("ref")
     kv = [
         ops.allocate_kv(len(g.layers), BLOCKS, SIZE, g.kv_heads, g.head_dim, torch.float32, CPU)
         for g in SPEC.kv_groups()
     ]
-    return Runner(decoder, ops, kv, max_num_seqs=rows, max_model_len=MAX_LEN, block_size=SIZE, device=CPU)
+    return Runner(decoder, ops, kv, max_num_seqs=rows, max_model_len=positions, block_size=SIZE, device=CPU)
 
 
 @dataclass
@@ -253,25 +255,75 @@ def test_blocks_behind_the_window_may_be_gone(decoder: Decoder, alone: list[Answ
     assert ask.answer == alone[2]
 
 
-def test_positions_without_a_block_are_not_written(decoder: Decoder) -> None:
-    inputs = Inputs(2, MAX_LEN, SIZE, 2, CPU)
-    ask = asks()[2]
-    inputs.place(
-        NewRequest(
-            id=1,
-            tokens=tuple(ask.tokens),
-            prompt_len=13,
-            tables=((5, 6, 7, 8), (NO_BLOCK, NO_BLOCK, 3, 4)),
-            params=ask.params,
-            seed=0,
-            sample=0,
-            stop_ids=(),
-            limit=MAX_LEN,
-        )
-    )
-    full, windowed = inputs.build([(1, 6, 5)]).batch.groups
-    assert full.slots_T.tolist() == [26, 27, 28, 29, 30]
-    assert windowed.slots_T.tolist() == [-1, -1, 12, 13, 14]
+def placed(full: tuple[int, ...], windowed: tuple[int, ...]) -> Inputs:
+    """One request of 13 tokens, of id 1."""
+    inputs, ask = Inputs(2, MAX_LEN, SIZE, POOLS, CPU), asks()[2]
+    new = replace(ask.new(), id=1, tokens=tuple(range(13)), prompt_len=13, tables=(full, windowed))
+    inputs.place(new)
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("windowed", "start", "count", "bad"),
+    [
+        ((9, 9, 3, 4), 6, 7, False),
+        ((NO_BLOCK, 9, 3, 4), 9, 4, False),  # of the window of 6 positions, 4 is the first
+        ((NO_BLOCK, 9, 3, 4), 8, 4, True),
+        ((9, NO_BLOCK, 3, 4), 9, 4, True),
+        ((NO_BLOCK, NO_BLOCK, 3, 4), 6, 5, True),
+        ((NO_BLOCK, 9, 3), 9, 3, False),
+        ((NO_BLOCK, 9, 3, NO_BLOCK), 9, 4, True),
+        ((NO_BLOCK, 9, 3), 9, 4, True),
+    ],
+)
+def test_no_step_reads_or_writes_where_there_is_no_block(
+    windowed: tuple[int, ...], start: int, count: int, bad: bool
+) -> None:
+    inputs = placed((5, 6, 7, 8), windowed)
+    if bad:
+        with pytest.raises(ValueError, match="no block for a position"):
+            inputs.build([(1, start, count)])
+        return
+    groups = inputs.build([(1, start, count)]).batch.groups
+    for group, table in zip(groups, ((5, 6, 7, 8), windowed), strict=True):
+        at = range(start, start + count)
+        assert group.slots_T.tolist() == [table[p // SIZE] * SIZE + p % SIZE for p in at]
+
+
+def test_blocks_that_a_pool_does_not_have_come_into_no_table() -> None:
+    placed((5, 6, 7, BLOCKS - 1), (0, 9, 3, 4))
+    for bad in (BLOCKS, -2, 2**31 - 1):
+        for tables in (((5, bad), (3, 4)), ((5, 6), (bad, 4))):
+            with pytest.raises(ValueError, match=f"in a pool of {BLOCKS}"):
+                placed(*tables)
+        for group in (0, 1):
+            with pytest.raises(ValueError, match=f"in a pool of {BLOCKS}"):
+                placed((5, 6), (3, 4)).write(TableWrite(1, group, 1, (7, bad)))
+
+
+def test_nobody_has_the_blocks_of_who_had_the_row_before() -> None:
+    """A change of a table that does not come, by a fault of the scheduler's, is an error and no read of other KV."""
+    inputs, two = placed((5, 6, 7, 8), (1, 2, 3, 4)), replace(asks()[2].new(), id=2, tables=((9,), (9,)))
+    inputs.place(two)
+    inputs.forget(1)
+    inputs.place(replace(two, id=3))
+    for request in (2, 3):
+        with pytest.raises(ValueError, match="no block for a position"):
+            inputs.build([(request, 4, 1)])
+    inputs.write(TableWrite(3, 0, 1, (10,)))
+    inputs.write(TableWrite(3, 1, 1, (10,)))
+    assert inputs.build([(3, 4, 1)]).batch.groups[0].slots_T.tolist() == [40]
+
+
+@pytest.mark.parametrize("span", [(-1, 2), (3, 0), (3, -1)])
+def test_slices_are_of_positions_that_there_are(span: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="slices"):
+        placed((5, 6, 7, 8), (0, 9, 3, 4)).build([(1, 0, 4), (1, *span)])
+
+
+def test_a_runner_has_no_more_positions_than_its_rope_tables(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="65"):
+        make_runner(decoder, positions=MAX_LEN + 1)
 
 
 def test_a_shared_block_is_copied_before_it_is_written(decoder: Decoder, alone: list[Answer]) -> None:
@@ -480,7 +532,7 @@ def test_a_step_without_a_draw(decoder: Decoder) -> None:
 
 
 def test_rows_are_reused_and_their_number_is_a_limit(decoder: Decoder) -> None:
-    inputs = Inputs(2, MAX_LEN, SIZE, 2, CPU)
+    inputs = Inputs(2, MAX_LEN, SIZE, POOLS, CPU)
     one, two, three = (ask.new() for ask in asks()[:3])
     rows = {inputs.place(one), inputs.place(two)}
     assert inputs.place(one) in rows

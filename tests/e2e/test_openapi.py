@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +99,59 @@ def test_every_field_of_a_request_has_bounds(name: str) -> None:
     assert found == [] and seen >= 3
     wide = {"type": "object", "properties": {"n": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}}}
     assert len(list(loose(made, wide, "wide", set()))) == 2
+
+
+MACHINE = re.compile(
+    r"(?<![a-z])(shm|shared|memory|mem|sockets?|device|devices|cuda|gpu|slots?|kv|blocks?|fd|descriptor|handle|pointer"
+    r"|address|offset|region|pid|path|host|port|url|uri)(?![a-z])"
+)
+"""What the fields of requests that name a place of the machine are called elsewhere."""
+
+
+def names(document: dict[str, Any], schema: dict[str, Any], known: set[str]) -> Iterator[str]:
+    """Of all fields below a schema."""
+    if "$ref" in schema:
+        where = schema["$ref"].rpartition("/")[2]
+        if where in known:
+            return
+        known.add(where)
+        schema = resolved(document, schema)
+    for field, inner in schema.get("properties", {}).items():
+        yield field
+        yield from names(document, inner, known)
+    for inner in (
+        *schema.get("anyOf", ()),
+        *schema.get("oneOf", ()),
+        schema.get("items"),
+        schema.get("additionalProperties"),
+    ):
+        if isinstance(inner, dict):
+            yield from names(document, inner, known)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_field_of_a_request_names_a_place_of_the_machine(name: str) -> None:
+    """Shared memory, sockets, devices, slots and KV blocks are not a client's to name."""
+    made, known, found = document(TABLES[name], keys=True), set[str](), set[str]()
+    for path, item in made["paths"].items():
+        found |= set(re.findall(r"{(\w+)}", path))
+        for each in (operation for method, operation in item.items() if method != "parameters"):
+            found |= {query["name"] for query in each.get("parameters", ())}
+            for content in each.get("requestBody", {}).get("content", {}).values():
+                found |= set(names(made, content["schema"], known))
+    assert [field for field in found if MACHINE.search(field)] == [] and len(found) > 3
+    assert MACHINE.search("shared_memory_region") and MACHINE.search("kv_block") and not MACHINE.search("reports")
+
+
+def test_shared_memory_of_triton_s_extension_is_not_there(hermes: Server) -> None:
+    region = {"shared_memory_region": "r", "shared_memory_byte_size": 8, "shared_memory_offset": 0}
+    tensor = {"name": "text_input", "shape": [1], "datatype": "BYTES", "parameters": region}
+    without = httpx.post(f"{hermes.url}/v2/models/m/infer", json={"inputs": [tensor]})
+    assert (without.status_code, without.json()["param"]) == (400, "inputs[0].data")
+    for kind in ("system", "cuda"):
+        for verb in ("register", "unregister", "status"):
+            path = f"{hermes.url}/v2/{kind}sharedmemory/region/r/{verb}"
+            assert httpx.post(path, json={"key": "/r", "offset": 0, "byte_size": 8}).status_code == 404
 
 
 @pytest.mark.parametrize(

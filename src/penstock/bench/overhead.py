@@ -74,7 +74,11 @@ class _Lane:
         limits = state.setup.limits
         self.state = state
         self.inputs = Inputs(
-            limits.max_batch_requests, limits.max_model_len, state.setup.block_size, 1, torch.device("cpu")
+            limits.max_batch_requests,
+            limits.max_model_len,
+            state.setup.block_size,
+            state.setup.pools,
+            torch.device("cpu"),
         )
         self.scheduler_ms: list[float] = []
         self.inputs_ms: list[float] = []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from penstock.base import EngineError
+from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import NO_BLOCK, NewRequest, Slice, TableWrite
 from penstock.kernels import Batch, GroupBatch
 
@@ -47,16 +48,21 @@ class Inputs:
 
     Args:
         rows: most requests known at a time.
-        groups: number of KV groups.
+        pools: of each KV group. Kernels follow block tables wherever they lead, so that no block goes into one that
+            its pool does not have, and none is missing where a step reads or writes.
     """
 
-    def __init__(self, rows: int, max_model_len: int, block_size: int, groups: int, device: torch.device) -> None:
-        self.block_size, self.device = block_size, device
+    def __init__(
+        self, rows: int, max_model_len: int, block_size: int, pools: Sequence[PoolSpec], device: torch.device
+    ) -> None:
+        self.block_size, self.pools, self.device = block_size, tuple(pools), device
         self.row_of: dict[int, int] = {}
         self.free = list(range(rows - 1, -1, -1))
         self.known = np.zeros(rows, np.int64)
         self.generates = np.zeros(rows, bool)
-        self.tables = [np.full((rows, -(-max_model_len // block_size)), NO_BLOCK, np.int32) for _ in range(groups)]
+        self.tables = [np.full((rows, -(-max_model_len // block_size)), NO_BLOCK, np.int32) for _ in pools]
+        self.held_G2S = np.zeros((len(pools), 2, rows), np.int64)  # from where to where positions all have blocks
+        self.back_G1 = np.array([[max_model_len if pool.window is None else pool.window - 1] for pool in pools])
         self.tokens_SL = torch.zeros(rows, max_model_len, dtype=torch.int64, device=device)
 
     def forget(self, request: int) -> None:
@@ -65,7 +71,11 @@ class Inputs:
             self.free.append(row)
 
     def place(self, request: NewRequest) -> int:
-        """Takes a request in, or replaces what was known of it; returns its row."""
+        """Takes a request in, or replaces what was known of it; returns its row.
+
+        Raises:
+            ValueError: a block is none of its pool's, or more tokens or blocks are given than a row holds.
+        """
         row = self.row_of.get(request.id)
         if row is None:
             if not self.free:
@@ -79,22 +89,25 @@ class Inputs:
         count = len(request.tokens)
         self.known[row], self.generates[row] = count, request.task == "generate"
         self.tokens_SL[row, :count] = self._put(np.array(request.tokens, np.int64))
-        for table, blocks in zip(self.tables, request.tables, strict=True):
-            table[row, : len(blocks)] = blocks
+        for group, blocks in zip(range(len(self.pools)), request.tables, strict=True):
+            self._hold(group, row, 0, blocks)
         return row
 
     def write(self, change: TableWrite) -> None:
         request, group, first, blocks = change
-        self.tables[group][self.row_of[request], first : first + len(blocks)] = blocks
+        self._hold(group, self.row_of[request], first, blocks)
 
     def build(self, slices: Sequence[Slice]) -> StepInputs:
         """The step's batch; rows of a slice are in order of position.
 
         Raises:
             EngineError: (token_unknown) a slice goes past the last known token, as after a failed step.
+            ValueError: a slice is empty or begins before 0, or a position that it reads or writes has no block.
         """
         count, row_of = len(slices), self.row_of
         requests, *spans = zip(*slices, strict=True)
+        if min(spans[0]) < 0 or min(spans[1]) < 1:
+            raise ValueError(f"slices {list(slices)}")
         starts, counts = np.array(spans, np.int64)
         rows = np.array([row_of[request] for request in requests], np.int64)
         ends, known = starts + counts, self.known[rows]
@@ -122,7 +135,7 @@ class Inputs:
             contexts=ends.tolist(),
             contexts_R=self._put(ends),
             block_size=self.block_size,
-            groups=self._groups(rows, rows_T, positions_T, int(ends.max())),
+            groups=self._groups(rows, rows_T, positions_T, starts, ends),
         )
         ids_T = self.tokens_SL[self._put(rows_T), batch.positions_T]
         out_rows_R = self._put(row_starts[1:][draws] - 1)
@@ -133,16 +146,30 @@ class Inputs:
         self.tokens_SL[self._put(step.rows), self._put(step.positions)] = tokens_R
         self.known[step.rows] += 1
 
-    def _groups(self, rows: Ints, rows_T: Ints, positions_T: Ints, longest: int) -> list[GroupBatch]:
+    def _hold(self, group: int, row: int, first: int, blocks: Sequence[int]) -> None:
+        """The end of a row's table, from a block index on; nothing is left of who had the row before."""
+        if blocks and not NO_BLOCK <= min(blocks) <= max(blocks) < self.pools[group].blocks:
+            raise ValueError(f"blocks {min(blocks)} to {max(blocks)} in a pool of {self.pools[group].blocks}")
+        table_M, stop = self.tables[group][row], first + len(blocks)
+        table_M[first:stop] = blocks
+        table_M[stop:] = NO_BLOCK
+        missing = np.flatnonzero(table_M[:stop] == NO_BLOCK)
+        start = int(missing[-1]) + 1 if len(missing) else 0
+        self.held_G2S[group, :, row] = start * self.block_size, stop * self.block_size
+
+    def _groups(self, rows: Ints, rows_T: Ints, positions_T: Ints, starts: Ints, ends: Ints) -> list[GroupBatch]:
         size = self.block_size
         block_T, offset_T = np.divmod(positions_T, size)
+        columns = -(-int(ends.max()) // size)
+        held_G2R = self.held_G2S[:, :, rows]
+        if ((held_G2R[:, 0] > np.maximum(starts - self.back_G1, 0)) | (held_G2R[:, 1] < ends)).any():
+            raise ValueError(f"no block for a position of {starts} to {ends}; from where to where they are: {held_G2R}")
         groups = []
         for table in self.tables:
             slots_T = table[rows_T, block_T].astype(np.int64)
             slots_T *= size
             slots_T += offset_T
-            np.maximum(slots_T, -1, out=slots_T)  # below 0 where there is NO_BLOCK: nothing is written
-            groups.append(GroupBatch(self._put(slots_T), self._put(table[rows, : -(-longest // size)])))
+            groups.append(GroupBatch(self._put(slots_T), self._put(table[rows, :columns])))
         return groups
 
     def _put(self, array: npt.NDArray[np.generic]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from penstock.base import PenstockError
+from penstock.core.kv.groups import PoolSpec
 from penstock.core.plan import BlockCopy, StepPlan, StepResult
 from penstock.kernels import Batch, KVLayer, Ops
 from penstock.models import Decoder
@@ -91,7 +92,13 @@ class Runner:
             return decoder.forward(ids_T, batch, layers)
 
         self.forward = forward if eager or ops.captured is None else ops.captured(forward)
-        self.inputs = Inputs(max_num_seqs, max_model_len, block_size, len(self.pools), device)
+        if max_model_len > decoder.spec.max_positions:  # those of which rope tables have rows
+            raise ValueError(f"max_model_len {max_model_len} of a model of {decoder.spec.max_positions} positions")
+        pools = [
+            PoolSpec(len(pool[0].k_PBHd), group.window)
+            for group, pool in zip(decoder.spec.kv_groups(), self.pools, strict=True)
+        ]
+        self.inputs = Inputs(max_num_seqs, max_model_len, block_size, pools, device)
         self.sampler = Sampler(max_num_seqs, decoder.spec.vocab_size, device, working_set(device), kit, ops.draw)
         self.reporter = Reporter(decoder.logits, decoder.spec.vocab_size, working_set(device))
 

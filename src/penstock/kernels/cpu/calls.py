@@ -7,7 +7,7 @@ from torch import Tensor
 
 from penstock.kernels import _native
 from penstock.kernels.ops import Activation
-from penstock.kernels.types import Batch, KVLayer, PackedWeight, Weight, plain
+from penstock.kernels.types import Batch, GroupBatch, KVLayer, PackedWeight, Weight, plain
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_clamped": 4}
@@ -40,8 +40,34 @@ def counted(count: int, *vectors: Tensor | None) -> None:
             raise ValueError(f"{list(vector.shape)} where {count} numbers are read")
 
 
-def pools(kv: KVLayer, x: Tensor) -> tuple[int, int, int, int]:
-    """Addresses of K, V and their scales, which are of ``allocate_kv`` and go with rows like x."""
+def laid_out(batch: Batch, rows: int, *groups: GroupBatch) -> None:
+    """Nor whether vectors and block tables are those of so many rows, of the batch's requests and of their contexts.
+    What blocks the tables name is for who makes them to check."""
+    requests, longest = len(batch.contexts), max(batch.contexts, default=0)
+    counted(rows, batch.positions_T, *(group.slots_T for group in groups))
+    counted(requests, batch.contexts_R)
+    counted(requests + 1, batch.row_starts_R1)
+    if batch.row_starts[-1] != rows:
+        raise ValueError(f"{rows} rows where requests end with row {batch.row_starts[-1]}")
+    for group in groups:
+        count, columns = group.tables_RM.shape
+        if count != requests or columns * batch.block_size < longest:
+            raise ValueError(
+                f"block tables {[count, columns]} of {batch.block_size} positions a block for {requests} contexts,"
+                f" the longest of {longest}"
+            )
+
+
+def pools(kv: KVLayer, x: Tensor, batch: Batch, heads: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Addresses of K, V and their scales, which are of ``allocate_kv`` and go with rows like x and query heads."""
+    blocks, block_size, kv_heads, width = kv.k_PBHd.shape
+    if batch.block_size != block_size or head_dim != width or heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"{heads} heads of {head_dim} and blocks of {batch.block_size} positions beside a pool of blocks of"
+            f" {block_size}, {kv_heads} heads of {width}"
+        )
+    counted(kv.k_PBHd.numel(), kv.v_PBHd)
+    counted(blocks * block_size * kv_heads, kv.k_scales_PBH, kv.v_scales_PBH)
     k_PHdB, v_PHBd = kv.k_PBHd.permute(0, 2, 3, 1), kv.v_PBHd.transpose(1, 2)
     same(x, x.dtype if kv.k_scales_PBH is None else torch.int8, k_PHdB, v_PHBd)
     scales = [None if s is None else s.transpose(1, 2) for s in (kv.k_scales_PBH, kv.v_scales_PBH)]
@@ -146,10 +172,11 @@ def attention(
     same(q_TNd, torch.int64, batch.row_starts_R1, batch.contexts_R)
     same(q_TNd, torch.float32, sinks_N, slopes_N)
     counted(heads, sinks_N, slopes_N)
+    laid_out(batch, rows, batch.groups[group])
     out_TC = q_TNd.new_empty(rows, heads * head_dim)
     _native.attention(
         q_TNd.data_ptr(),
-        *pools(kv, q_TNd),
+        *pools(kv, q_TNd, batch, heads, head_dim),
         out_TC.data_ptr(),
         tables_RM.data_ptr(),
         tables_RM.shape[1],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from penstock.kernels import _native
-from penstock.kernels.cpu.calls import same, share_threads
+from penstock.kernels.cpu.calls import laid_out, same, share_threads
 from penstock.kernels.ops import Forward
 from penstock.kernels.types import Batch
 
@@ -50,14 +50,15 @@ class Captured:
         places = tape.lay_out(then, MOST_ROWS, addresses) if watch.only_memory else []
         self.can_record = bool(places)
         if places:
-            self.recording = Recording(tape, places, results)
+            self.recording = Recording(tape, places, results, batch)
         return results
 
 
 class Recording:
-    def __init__(self, tape: _native.Tape, places: Sequence[int], results: Sequence[Tensor]) -> None:
+    def __init__(self, tape: _native.Tape, places: Sequence[int], results: Sequence[Tensor], batch: Batch) -> None:
         *starts, size = places
         self.tape, self.memory = tape, torch.empty(size, dtype=torch.uint8)
+        self.laid_out = (batch.block_size, len(batch.groups))
         tape.bind(self.memory.data_ptr())
         self.results = []
         for start, result_TD in zip(starts, results, strict=True):
@@ -66,6 +67,11 @@ class Recording:
 
     def replay(self, ids_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         share_threads()
+        if (batch.block_size, len(batch.groups)) != self.laid_out:
+            raise ValueError(
+                f"recorded with {self.laid_out} as block size and KV groups, not {batch.block_size} and"
+                f" {len(batch.groups)}"
+            )
         self.tape.replay(_step(ids_T, batch))
         residual_TD, delta_TD = self.results
         return residual_TD[: len(ids_T)], delta_TD[: len(ids_T)]
@@ -87,6 +93,7 @@ def _step(ids_T: Tensor, batch: Batch) -> _native.Step:
     same(ids_T, torch.int64, ids_T, batch.positions_T, batch.row_starts_R1, batch.contexts_R)
     same(ids_T, torch.int64, *(group.slots_T for group in batch.groups))
     same(ids_T, torch.int32, *(group.tables_RM for group in batch.groups))
+    laid_out(batch, len(ids_T), *batch.groups)
     return _native.step(
         len(ids_T),
         len(batch.contexts_R),

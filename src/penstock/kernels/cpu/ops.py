@@ -114,7 +114,6 @@ class CpuOps:
         kv_heads, head_dim = kv.k_PBHd.shape[2:]
         heads = qkv_TC.shape[1] // head_dim - 2 * kv_heads
         qkv_TC = qkv_TC.contiguous()
-        q_TNd = qkv_TC.new_empty(len(qkv_TC), heads, head_dim)
         q_weight, k_weight = norms or (None, None)
         wide = q_weight is not None and q_weight.dtype == torch.float32
         whole_row = q_weight is not None and q_weight.numel() != head_dim
@@ -124,6 +123,12 @@ class CpuOps:
         same(qkv_TC, torch.int64, batch.positions_T, slots_T)
         counted(heads * head_dim if whole_row else head_dim, q_weight)
         counted(kv_heads * head_dim if whole_row else head_dim, k_weight)
+        counted(len(qkv_TC), batch.positions_T, slots_T)
+        counted(len(qkv_TC) * (heads + 2 * kv_heads) * head_dim, qkv_TC)
+        if rope_Pd is not None and (rope_Pd.shape[1] > head_dim or len(rope_Pd) < max(batch.contexts, default=0)):
+            raise ValueError(f"rope table {list(rope_Pd.shape)} for heads of {head_dim}, contexts {batch.contexts}")
+        places = pools(kv, qkv_TC, batch, heads, head_dim)
+        q_TNd = qkv_TC.new_empty(len(qkv_TC), heads, head_dim)
         _native.heads(
             qkv_TC.data_ptr(),
             address(q_weight),
@@ -135,7 +140,7 @@ class CpuOps:
             batch.positions_T.data_ptr(),
             slots_T.data_ptr(),
             q_TNd.data_ptr(),
-            *pools(kv, qkv_TC),
+            *places,
             len(qkv_TC),
             heads,
             kv_heads,
