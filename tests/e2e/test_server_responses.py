@@ -11,9 +11,10 @@ import httpx
 import openai
 import pytest
 
+from penstock.serving.custom_tools import InputText, arguments_of
 from penstock.serving.response_inputs import fitting
 from penstock.serving.response_items import messages_from
-from penstock.serving.response_tools import InputText, arguments_of, tools_from
+from penstock.serving.response_tools import tools_from
 from penstock.text import Tokenizer
 from scripted import saying
 from servers import Server
@@ -184,7 +185,7 @@ def test_the_text_of_a_call_comes_in_pieces(arguments: str, text: str, size: int
 
 def test_what_openai_would_run_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     remote = ["web_search", "web_search_preview_2025_03_11", "file_search", "code_interpreter", "image_generation",
-              "computer_use_preview", "mcp", "local_shell", "shell"]  # fmt: skip
+              "computer_use_preview", "mcp", "local_shell", "shell", "apply_patch"]  # fmt: skip
     tools = [{"type": kind} for kind in remote]
     for _ in range(2):
         found = [tool.function for tool in tools_from([*tools, *TOOLS, PATCH])]

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from penstock import AsyncLLM
 from penstock.serving import build_app
+from penstock.serving.custom_tools import arguments_of
 from penstock.serving.limits import MAX_TOOL_CHARS, MAX_TOOL_DEPTH, MAX_TOOLS
 from penstock.spec import EngineConfig
 from penstock.text import ChatTemplate, Tokenizer
@@ -243,6 +244,58 @@ def test_what_templates_read_can_be_set(chat: Any) -> None:
     assert chat("a b c d e f", max_completion_tokens=2).usage.completion_tokens == 2
 
 
+NOTE = {"type": "custom", "custom": {"name": "note", "description": "Write down."}}
+EDIT = 'Say "no"\n\t\\ é 日 🙂'
+NAMED = {"type": "custom", "custom": {"name": "note"}}
+
+
+def test_a_custom_tool_is_called_with_a_text(chat: Any) -> None:
+    says = "Well. " + call("note", arguments_of(EDIT))
+    [choice] = chat(says, tools=[*TOOLS, NOTE]).choices
+    [made] = choice.message.tool_calls
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Well.")
+    assert (made.type, made.custom.name, made.custom.input) == ("custom", "note", EDIT)
+    assert made.id.startswith("call_") and set(made.model_dump(exclude_unset=True)) == {"id", "type", "custom"}
+    chunks = list(chat(says, tools=[*TOOLS, NOTE], stream=True))
+    pieces = [p.model_dump(exclude_unset=True) for c in chunks for p in c.choices[0].delta.tool_calls or ()]
+    assert pieces[0].pop("id") and pieces[0] == {
+        "index": 0, "type": "custom", "custom": {"name": "note", "input": ""}
+    }  # fmt: skip
+    assert len(pieces) > 5 and all(set(p) == {"index", "custom"} and set(p["custom"]) == {"input"} for p in pieces[1:])
+    assert "".join(p["custom"]["input"] for p in pieces) == EDIT
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    both = chat(call("now", "{}") + "\n" + call("note", '{"input": "a"}'), tools=[*TOOLS, NOTE]).choices[0].message
+    assert [made.type for made in both.tool_calls] == ["function", "custom"]
+
+
+def test_a_custom_call_and_its_result_go_back(chat: Any, tokenizer: Tokenizer) -> None:
+    tools = [*TOOLS, NOTE]
+    made = chat(call("note", arguments_of(EDIT)), tools=tools).choices[0].message
+    result = {"role": "tool", "tool_call_id": made.tool_calls[0].id, "content": "done"}
+    again = chat("Well.", messages=[USER, made.model_dump(exclude_none=True), result], tools=tools)
+    text = f"<|im_start|>assistant\n\n{call('note', arguments_of(EDIT))}<|im_end|>\n<|im_start|>tool\ndone<|im_end|>\n"
+    added = len(tokenizer.encode(text, add_special_tokens=False))
+    assert again.usage.prompt_tokens - chat("Well.", tools=tools).usage.prompt_tokens == added
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_custom_call_that_must_come_follows_its_grammar(chat: Any, stream: bool) -> None:
+    """Nothing is scripted here: the bundled model has never seen a tool."""
+    form = {"type": "grammar", "grammar": {"syntax": "regex", "definition": r"[1-9]\d{0,3}"}}
+    tools = [*TOOLS, {"type": "custom", "custom": {"name": "note", "format": form}}]
+    only = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}
+    for seed, choice in enumerate((NAMED, only)):
+        asked = {"tools": tools, "tool_choice": choice, "temperature": 1.2, "seed": seed, "parallel_tool_calls": False}
+        answer = chat(**asked, stream=stream)
+        if stream:
+            pieces = [p for c in answer for p in c.choices[0].delta.tool_calls or ()]
+            text = "".join(p.model_dump()["custom"]["input"] for p in pieces)
+        else:
+            [made] = answer.choices[0].message.tool_calls
+            text = made.custom.input
+        assert re.fullmatch(r"[1-9]\d{0,3}", text), text
+
+
 DEEP = {"type": "object", "properties": {"a": {}}}
 for _ in range(MAX_TOOL_DEPTH // 2):
     DEEP = {"type": "object", "properties": {"a": DEEP}}
@@ -263,7 +316,19 @@ def tool(name: str = "f", **rest: Any) -> dict[str, Any]:
         ({"tools": [tool(), tool()]}, "invalid_parameter", "tools"),
         ({"tools": [tool(parameters={"type": "array"})]}, "invalid_parameter", "tools[0].function.parameters"),
         ({"tools": [{"type": "function"}]}, "invalid_parameter", "tools[0].function"),
-        ({"tools": [{"type": "custom", "custom": {}}]}, "unsupported_parameter", "tools[0].type"),
+        ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
+        ({"tools": [{"type": "custom"}]}, "invalid_parameter", "tools[0].custom"),
+        ({"tools": [{"type": "custom", "custom": {"name": "a b"}}]}, "invalid_parameter", "tools[0].custom.name"),
+        ({"tools": [{"type": "custom", "custom": {"name": "a", "format": {"type": "xml"}}}]}, "invalid_parameter",
+         "tools[0].custom.format"),
+        ({"tools": [tool()], "tool_choice": {"type": "custom", "custom": {"name": "g"}}}, "invalid_parameter",
+         "tool_choice"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "type": "custom"}]}]}, "invalid_parameter",
+         "messages[0].tool_calls[0].custom"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "invalid_parameter",
+         "messages[0].tool_calls[0].function"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "type": "mcp"}]}]}, "unsupported_parameter",
+         "messages[0].tool_calls[0].type"),
         ({"tool_choice": "required"}, "invalid_parameter", "tool_choice"),
         ({"tools": [tool()], "tool_choice": "any"}, "invalid_parameter", "tool_choice"),
         ({"tools": [tool()], "tool_choice": tool("g")}, "invalid_parameter", "tool_choice"),

@@ -14,10 +14,16 @@ class FunctionPiece(msgspec.Struct, omit_defaults=True):
     name: str | None = None
 
 
+class CustomPiece(msgspec.Struct, omit_defaults=True):
+    input: str = msgspec.field(default_factory=str)
+    name: str | None = None
+
+
 class CallPiece(msgspec.Struct, omit_defaults=True):
     """A call, or what is new of it: index, id, type and name come once, with its first piece."""
 
-    function: FunctionPiece
+    function: FunctionPiece | msgspec.UnsetType = msgspec.UNSET
+    custom: CustomPiece | msgspec.UnsetType = msgspec.UNSET
     index: int | msgspec.UnsetType = msgspec.UNSET
     id: str | None = None
     type: str | None = None

@@ -132,6 +132,7 @@ class OllamaTask:
                     del self._calls[i]
                 case CallEnd(i):
                     [made] = message_of(self._calls.pop(i)).tool_calls or []
+                    assert made.function is not msgspec.UNSET  # its tools are functions
                     given = msgspec.Raw(made.function.arguments.encode())  # a number may be too long for Python
                     calls.append(
                         {"id": made.id, "function": {"index": i, "name": made.function.name, "arguments": given}}

@@ -8,9 +8,9 @@ from typing import Any, TypedDict
 
 import msgspec
 
+from penstock.serving.custom_tools import arguments_of
 from penstock.serving.errors import invalid, unsupported
 from penstock.serving.limits import MAX_MESSAGES
-from penstock.serving.response_tools import arguments_of
 from penstock.serving.schemas import ROLES
 
 Item = dict[str, Any]

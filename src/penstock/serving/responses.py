@@ -9,6 +9,7 @@ from copy import deepcopy
 from typing import Any
 
 from penstock.serving.context import Context
+from penstock.serving.custom_tools import InputText
 from penstock.serving.dialogue import Dialogue
 from penstock.serving.kept import Turn
 from penstock.serving.logprobs import chat_logprobs
@@ -16,7 +17,7 @@ from penstock.serving.response_inputs import Prompted, prompted
 from penstock.serving.response_items import Item, ResponseObject, format_from
 from penstock.serving.response_schemas import InputTokens, InputTokensRequest, ResponsesRequest, conversation_of
 from penstock.serving.response_table import Stored
-from penstock.serving.response_tools import InputText, custom_names
+from penstock.serving.response_tools import custom_names
 from penstock.serving.schemas import TokenLogprob
 from penstock.text.parsers import Arguments, CallDropped, CallEnd, CallStart, Content, Event, Reasoning
 

@@ -262,9 +262,15 @@ class CalledFunction(msgspec.Struct, kw_only=True):
     arguments: Annotated[str, Meta(max_length=MAX_ARGUMENT_CHARS)] = "{}"
 
 
+class CalledCustom(msgspec.Struct, kw_only=True):
+    name: Name
+    input: Annotated[str, Meta(max_length=MAX_ARGUMENT_CHARS)] = ""
+
+
 class PastCall(msgspec.Struct, kw_only=True):
     id: Name
-    function: CalledFunction
+    function: CalledFunction | None = None
+    custom: CalledCustom | None = None
     type: str = "function"
 
 

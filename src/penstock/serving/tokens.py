@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from penstock.serving.chat import plain_message
 from penstock.serving.context import Context
+from penstock.serving.custom_tools import as_functions
 from penstock.serving.dialogue import template_variables
 from penstock.serving.edge import off_loop
 from penstock.serving.errors import HTTPError
@@ -94,7 +95,7 @@ async def tokenize(request: TokenizeRequest, context: Context) -> Response:
 
 def _conversation(request: TokenizeRequest) -> tuple[list[dict[str, Any]], Offer]:
     messages = [plain_message(message, f"messages[{i}]") for i, message in enumerate(request.messages or ())]
-    return messages, offer_of(request.tools, request.tool_choice, None)
+    return messages, offer_of(as_functions(request.tools), request.tool_choice, None)
 
 
 async def detokenize(request: DetokenizeRequest, context: Context) -> Response:

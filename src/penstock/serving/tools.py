@@ -33,9 +33,18 @@ class CustomSpec(FunctionSpec, kw_only=True):
     text: tuple[str, str] | None = None
 
 
+class CustomTool(msgspec.Struct, kw_only=True):
+    """A tool whose input is any text, or one of a grammar."""
+
+    name: str
+    description: str | None = None
+    format: dict[str, Any] | None = None
+
+
 class ToolSpec(msgspec.Struct, kw_only=True):
     type: str
     function: FunctionSpec | None = None
+    custom: CustomTool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,28 +194,29 @@ def _choice(choice: Any) -> tuple[str, list[str] | None]:
             return "auto", None
         case "none" | "auto" | "required":
             return str(choice), None
-        case {"type": "function", "function": {"name": str(name)}}:
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "custom", "custom": {"name": str(name)}}:
             return "named", [name]
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(tools)}}:
             return mode, [_allowed(tool) for tool in tools]
-    raise invalid("tool_choice", "it must be none, auto, required, or name a function")
+    raise invalid("tool_choice", "it must be none, auto, required, or name a tool")
 
 
 def _allowed(tool: Any) -> str:
     match tool:
-        case {"type": "function", "function": {"name": str(name)}}:
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "custom", "custom": {"name": str(name)}}:
             return name
-    raise invalid("tool_choice", "allowed tools must be functions")
+    raise invalid("tool_choice", "allowed tools must be functions or custom")
 
 
 def _function(tool: ToolSpec, place: str) -> FunctionSpec:
     if tool.type != "function":
-        raise unsupported(f"{place}.type", what="Only tools of type function are supported by this server")
+        raise unsupported(f"{place}.type", what=f"Tools of type {tool.type[:64]!r} are not supported here")
     if tool.function is None:
         raise invalid(f"{place}.function", "it is missing")
     function = tool.function
     if not _NAME.fullmatch(function.name):
-        raise invalid(f"{place}.function.name", "it must be 1 to 128 letters, digits, _ and -")
+        kind = "custom" if isinstance(function, CustomSpec) else "function"
+        raise invalid(f"{place}.{kind}.name", "it must be 1 to 128 letters, digits, _ and -")
     kind = (function.parameters or {}).get("type", "object")
     if kind != "object":
         raise invalid(f"{place}.function.parameters", 'arguments are an object, so its type must be "object"')
