@@ -100,7 +100,7 @@ def test_a_developer_reaches_templates_that_know_none(llm: AsyncLLM, template: s
 @pytest.mark.parametrize("path", ["/v1/messages", "/api/chat"])
 def test_an_answer_that_goes_on_is_not_thought_although_the_model_always_thinks(llm: AsyncLLM, path: str) -> None:
     engine = llm.engine
-    formats = formats_of(engine.chat, engine.tokenizer, thoughts="deepseek_r1")
+    formats = formats_of(engine.chat, engine.tokenizer.added_tokens, thoughts="deepseek_r1")
     other = AsyncLLM(replace(engine, chat=ChatTemplate(HERMES), formats=formats))
     begun = {"messages": [USER, {"role": "assistant", "content": "It"}], "max_tokens": 20, "stream": False}
     answer = ask(other, path, **begun, **saying(" is rainy.", engine.tokenizer)).json()

@@ -15,7 +15,8 @@ Every kind of request below is compared, bit for bit, with itself alone in the p
 run beside it: texts, tokens, logprobs, prompt logprobs, scores and vectors
 ([why, and how](../explanation/one-answer.md)).
 
-`make test` runs engines in which every pair of two values of the circumstances, arithmetics and models occurs.
+`make test` runs engines in which every pair of two values of the circumstances, arithmetics and models occurs (of
+`ref`, which is slow, one engine).
 `make test-all` runs, for each model and arithmetic, every pair of two circumstances, and for the trained model and two
 others all combinations of them; threads, faults, lost engines and replay are drawn for each, and where nobody else asks
 few blocks and priorities are left out. There 8-bit KV stands with 8-bit weights alone; its pairs are with all.

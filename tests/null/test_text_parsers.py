@@ -595,7 +595,7 @@ def test_marks_that_are_special_tokens_are_shown() -> None:
 def test_a_format_by_name() -> None:
     tokenizer = toytext.byte_level()
     assert formats_of(None, tokenizer.added_tokens).thoughts == THOUGHT_FORMATS.get("think")  # it has the token
-    found = formats_of(None, tokenizer, calls="none", thoughts="none")
+    found = formats_of(None, tokenizer.added_tokens, calls="none", thoughts="none")
     assert found == Formats() and read(lambda: found.parser(TOOLS), ["a<tool_call>"]) == [Content("a<tool_call>")]
     with pytest.raises(ConfigError, match="no tool parser named 'hermess'"):
-        formats_of(None, tokenizer, calls="hermess")
+        formats_of(None, tokenizer.added_tokens, calls="hermess")
