@@ -55,7 +55,7 @@ def arrays() -> dict[str, tuple[World, Cell, bool]]:
     quick.sort(key=lambda each: [worlds[axis].index(each[axis]) for axis in worlds])
     for index, each in enumerate(quick):
         world, cell = World(each["model"], each["arithmetic"]), {axis: each[axis] for axis in AXES}
-        cells[label(world, cell)] = world, cell, 0 < index and ARITHMETICS[each["arithmetic"]]["backend"] == "ref"
+        cells[label(world, cell)] = world, cell, index > 0 and ARITHMETICS[each["arithmetic"]]["backend"] == "ref"
     return cells
 
 
