@@ -65,25 +65,34 @@ def test_it_is_valid(name: str, keys: bool) -> None:
                 assert bool(each["security"]) == (keys and each["x-access"] != "public")
 
 
-def loose(document: dict[str, Any], schema: dict[str, Any], where: str, known: set[str]) -> Iterator[str]:
-    """Fields below a schema that may be as large, or as many, as their sender likes."""
+def parts(
+    document: dict[str, Any], schema: dict[str, Any], where: str, known: set[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A schema and all below it, each with where it stands; one that has a name comes once."""
     if "$ref" in schema:
         where = schema["$ref"].rpartition("/")[2]
         if where in known:
             return
         known.add(where)
         schema = resolved(document, schema)
-    kind = schema.get("type")
-    ends = {"integer": "minimum maximum", "number": "minimum maximum", "string": "maxLength", "array": "maxItems"}
-    wanted = (ends | {"object": "maxProperties"}).get(kind, "").split()
-    if schema.keys().isdisjoint(("enum", "const", "properties")) and schema.get("format") != "binary":
-        had = {each.replace("exclusiveM", "m") for each in schema}
-        yield from (f"{where}: {kind} without {each}" for each in wanted if each not in had)
+    yield where, schema
     for field, inner in schema.get("properties", {}).items():
-        yield from loose(document, inner, f"{where}.{field}", known)
-    for inner in (*schema.get("anyOf", ()), schema.get("items"), schema.get("additionalProperties")):
+        yield from parts(document, inner, f"{where}.{field}", known)
+    several = (*schema.get("anyOf", ()), *schema.get("oneOf", ()))
+    for inner in (*several, schema.get("items"), schema.get("additionalProperties")):
         if isinstance(inner, dict):
-            yield from loose(document, inner, f"{where}[]", known)
+            yield from parts(document, inner, f"{where}[]", known)
+
+
+def loose(document: dict[str, Any], schema: dict[str, Any], where: str, known: set[str]) -> Iterator[str]:
+    """Fields below a schema that may be as large, or as many, as their sender likes."""
+    ends = {"integer": "minimum maximum", "number": "minimum maximum", "string": "maxLength", "array": "maxItems"}
+    for place, part in parts(document, schema, where, known):
+        kind = part.get("type")
+        wanted = (ends | {"object": "maxProperties"}).get(kind, "").split()
+        if part.keys().isdisjoint(("enum", "const", "properties")) and part.get("format") != "binary":
+            had = {each.replace("exclusiveM", "m") for each in part}
+            yield from (f"{place}: {kind} without {each}" for each in wanted if each not in had)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -108,27 +117,6 @@ MACHINE = re.compile(
 """What the fields of requests that name a place of the machine are called elsewhere."""
 
 
-def names(document: dict[str, Any], schema: dict[str, Any], known: set[str]) -> Iterator[str]:
-    """Of all fields below a schema."""
-    if "$ref" in schema:
-        where = schema["$ref"].rpartition("/")[2]
-        if where in known:
-            return
-        known.add(where)
-        schema = resolved(document, schema)
-    for field, inner in schema.get("properties", {}).items():
-        yield field
-        yield from names(document, inner, known)
-    for inner in (
-        *schema.get("anyOf", ()),
-        *schema.get("oneOf", ()),
-        schema.get("items"),
-        schema.get("additionalProperties"),
-    ):
-        if isinstance(inner, dict):
-            yield from names(document, inner, known)
-
-
 @pytest.mark.parametrize("name", TABLES)
 def test_no_field_of_a_request_names_a_place_of_the_machine(name: str) -> None:
     """Shared memory, sockets, devices, slots and KV blocks are not a client's to name."""
@@ -138,7 +126,8 @@ def test_no_field_of_a_request_names_a_place_of_the_machine(name: str) -> None:
         for each in (operation for method, operation in item.items() if method != "parameters"):
             found |= {query["name"] for query in each.get("parameters", ())}
             for content in each.get("requestBody", {}).get("content", {}).values():
-                found |= set(names(made, content["schema"], known))
+                for _, part in parts(made, content["schema"], path, known):
+                    found |= part.get("properties", {}).keys()
     assert [field for field in found if MACHINE.search(field)] == [] and len(found) > 3
     assert MACHINE.search("shared_memory_region") and MACHINE.search("kv_block") and not MACHINE.search("reports")
 
