@@ -251,7 +251,7 @@ def test_a_prompt_beyond_the_context_is_told_as_clients_know_it(client: anthropi
         client.messages.create(**long, max_tokens=1)
     error = caught.value.body["error"]  # type: ignore[index]
     assert error["type"] == "invalid_request_error" and error["message"].endswith("[prompt_too_long]")
-    assert error["message"].startswith(f"prompt is too long: {tokens} tokens > {longest - 1} maximum.")
+    assert error["message"].startswith(f"prompt is too long: {tokens} tokens > {longest - 1} maximum: ")
 
 
 def test_models_are_as_the_client_reads_them(client: anthropic.Anthropic, hermes: Server) -> None:

@@ -48,7 +48,7 @@ class Limits:
         if task != "generate" and tokens > self.longest_prompt:
             raise ContextOverflow(
                 "prompt_too_long",
-                f"The text has {tokens} tokens",
+                f"The prompt is too long: {tokens} tokens",
                 why=f"this model's maximum context length is {self.longest_prompt} tokens",
                 fix="shorten it, or cut it with truncate_prompt_tokens",
                 tokens=tokens,
@@ -57,7 +57,7 @@ class Limits:
         if task == "generate" and tokens >= self.max_model_len:
             raise ContextOverflow(
                 "prompt_too_long",
-                f"The prompt has {tokens} tokens",
+                f"The prompt is too long: {tokens} tokens",
                 why=f"this model's maximum context length is {self.max_model_len} tokens, of which at least one is for "
                 "the completion",
                 fix="shorten the prompt or raise max_model_len",

@@ -55,7 +55,7 @@ class Prompts:
         if ids is None and len(text or "") > self._max_chars:
             raise ContextOverflow(
                 "prompt_too_long",
-                f"The text has {len(text or '')} characters",
+                f"The prompt is too long: {len(text or '')} characters",
                 why=f"this model's maximum context length is {self._longest} tokens, and at most {self._max_chars} "
                 "characters are tried",
                 fix="shorten it",

@@ -113,7 +113,8 @@ def anthropic_body(error: PenstockError) -> AnthropicErrorBody:
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     message = body_of(error).error.message
     if isinstance(error, ContextOverflow) and error.tokens is not None:
-        message = f"prompt is too long: {error.tokens} tokens > {error.most} maximum. {message}"
+        found = f"prompt is too long: {error.tokens} tokens > {error.most} maximum"
+        message = found + message.removeprefix(error.what)
     fault: AnthropicFault = {"type": kind, "message": message}
     return {"type": "error", "error": fault, "request_id": request_id.get()}
 
