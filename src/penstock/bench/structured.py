@@ -84,7 +84,7 @@ def measure_structured(
         NotFound: (file_not_found) there is no such file.
     """
     started = time.perf_counter()
-    llm, report = LLM(model, backend="torch"), StructuredReport()
+    llm, report = LLM(model), StructuredReport()
     cases = _compile(_read(file, limit), llm, report)
     for case in cases:
         _judge(case, report)

@@ -90,7 +90,7 @@ def number_of(query: Mapping[str, str], name: str, default: float, most: float, 
 
 
 class Since(msgspec.Struct, kw_only=True):
-    after: Annotated[int, msgspec.Meta(ge=0, le=2**53)] | None = None
+    after: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)] | None = None
     seconds: Seconds = 10.0
     model: str | None = None
 
@@ -103,7 +103,7 @@ async def engine_view(request: Request) -> Response:
     What was computed again is known as such if it was computed first within the ``seconds``.
     """
     query = request.query_params
-    after = int(number_of(query, "after", -1.0, 2.0**53, whole=True))
+    after = int(number_of(query, "after", -1.0, 2.0**53 - 1, whole=True))
     seconds = number_of(query, "seconds", 10.0, MAX_LIVE_SECONDS)
     trace = await look(in_memory(context_of(request), query.get("model")), seconds, MAX_BLOCKS_SHOWN)
     return await asyncio.to_thread(functools.partial(_told, trace, after))
