@@ -25,7 +25,7 @@ from penstock.core.trace import RequestTrace
 from penstock.fleet import Admission
 from penstock.serving.gate import Gate
 from penstock.serving.presence import Presence, began, present, servers
-from penstock.serving.status import phase_of
+from penstock.serving.status import by_answer, phase_of
 from servers import PROMPT, Server, start
 
 
@@ -247,7 +247,13 @@ def test_phases() -> None:
     caller.admitted = 1.0
     assert phase_of(caller, []) == "prompt", "a vector's: nobody knows which are its own"
     caller.answer = "cmpl-a"
-    assert phase_of(caller, []) == phase_of(caller, [sample("cmpl-ab-0", 0.1, "running")]) == "queue"
+    own, other, strange = (sample(id, 0.1, "running") for id in ("cmpl-a-0-1", "cmpl-ab-0", "x"))
+    assert by_answer({"cmpl-a", "cmpl-ab"}, [own, other, strange]) == {
+        "cmpl-a": [own],
+        "cmpl-ab": [other],
+        "": [strange],
+    }
+    assert phase_of(caller, []) == "queue"
     assert phase_of(caller, [sample("cmpl-a-0", None, "running")]) == "queue", "it has been in no step"
     assert phase_of(caller, [sample("cmpl-a-0", 0.1, "running")]) == "prompt"
     caller.first_token = 2.0

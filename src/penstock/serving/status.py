@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -79,7 +79,10 @@ async def status(request: Request) -> Response:
             alive=any(map(models.may_come, models.all.values())),
             models=[told(models, model) for model in models.all.values()],
             queue=Queue(requests=admission.running, tokens=admission.held, tokens_limit=admission.budget),
-            requests=[_progress(c, under_way) for c in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]],
+            requests=[
+                _progress(caller, under_way.get(caller.answer or "", ()))
+                for caller in sorted(context.gate.live, key=_arrival)[:MAX_SHOWN]
+            ],
             tenants={name or "-": count for name, count in admission.held_by().items() if count},
             engine=EngineStatus(
                 running=engine.running,
@@ -100,9 +103,12 @@ def _arrival(caller: Caller) -> float:
     return caller.arrived
 
 
-async def _under_way(context: Context) -> list[RequestTrace]:
-    """What the engines have of requests that generate; nothing of an engine that does not tell in time."""
-    names = {caller.model for caller in context.gate.live if caller.answer is not None}
+async def _under_way(context: Context) -> dict[str, list[RequestTrace]]:
+    """By the answer that they are for, what the engines have of requests that generate; nothing of an engine that does
+    not tell in time.
+    """
+    answers = {caller.answer: caller.model for caller in context.gate.live if caller.answer is not None}
+    names = set(answers.values())
     engines = [model.llm.engine for name, model in context.models.all.items() if name in names and model.llm]
 
     async def seen(engine: Assembled) -> Sequence[RequestTrace]:
@@ -110,10 +116,22 @@ async def _under_way(context: Context) -> list[RequestTrace]:
             return (await asyncio.wait_for(asyncio.wrap_future(engine.service.look(0.0)), ENGINE_SECONDS)).requests
         return ()
 
-    return [request for each in await asyncio.gather(*map(seen, engines)) for request in each if request.ended is None]
+    told = [request for each in await asyncio.gather(*map(seen, engines)) for request in each if request.ended is None]
+    return by_answer(answers, told)
 
 
-def phase_of(caller: Caller, under_way: Iterable[RequestTrace]) -> str:
+def by_answer(answers: Collection[str], requests: Iterable[RequestTrace]) -> dict[str, list[RequestTrace]]:
+    """An answer's requests have its id and what tells them apart, after dashes."""
+    found: dict[str, list[RequestTrace]] = {}
+    for request in requests:
+        name = request.id
+        while name and name not in answers:
+            name = name.rpartition("-")[0]
+        found.setdefault(name, []).append(request)
+    return found
+
+
+def phase_of(caller: Caller, own: Iterable[RequestTrace]) -> str:
     """By the names of docs/how-to/dashboard.md. What no engine tells of has not come to it; of vectors, whose requests
     are not known by name, it is not told whether they are in line or being computed.
     """
@@ -124,19 +142,18 @@ def phase_of(caller: Caller, under_way: Iterable[RequestTrace]) -> str:
     phase = "prompt" if caller.first_token is None else "decode"
     if caller.answer is None:
         return phase
-    own = [request for request in under_way if request.id.startswith(f"{caller.answer}-")]
     begun = [request for request in own if request.queued is not None]
     if not begun:
         return phase if caller.first_token is not None else "queue"
     return phase if any(request.state == "running" for request in begun) else "memory"
 
 
-def _progress(caller: Caller, under_way: Iterable[RequestTrace]) -> Progress:
+def _progress(caller: Caller, own: Iterable[RequestTrace]) -> Progress:
     return Progress(
         id=caller.id,
         tenant=caller.tenant or None,
         model=caller.model,
-        phase=phase_of(caller, under_way),
+        phase=phase_of(caller, own),
         seconds=round(time.monotonic() - caller.arrived, 3),
         prompt_tokens=caller.prompt_tokens,
         completion_tokens=caller.completion_tokens,
