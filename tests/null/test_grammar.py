@@ -135,6 +135,16 @@ def test_random_walks_end_in_instances(name: str, room: int) -> None:
         assert check.accepts(text_of(tokens).encode()), text_of(tokens)
 
 
+def test_a_string_that_must_hold_a_pattern_somewhere_is_ended_in_time() -> None:
+    """Seen from inside of the string nothing tells which bytes begin the pattern: anything may come there."""
+    date = {"type": "string", "pattern": r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}.\d{6}"}
+    schema = {"type": "object", "properties": {"a": date, "b": {"type": "string"}, "c": date}, "required": ["a", "c"]}
+    for seed in range(6):
+        tokens = walk(start(200, json=schema), Random(seed))
+        assert tokens[-1] in (END, OTHER_END), text_of(tokens)
+        assert InstanceCheck(schema).accepts(text_of(tokens).encode())
+
+
 @pytest.mark.parametrize(
     "wanted", [{"json": SCHEMAS["unique"]}, {"json": SCHEMAS["object"]}, {"regex": r"(ab|c)*[0-9]{3}"}]
 )

@@ -40,6 +40,7 @@ class StructuredReport:
     finished_valid, finished: completions that ended by themselves, and those that jsonschema finds valid.
     broken: ids of schemas whose finished completion is not valid.
     unfinished: ids of schemas whose completion did not end by itself.
+    too_long: those of them whose shortest known instance has more tokens than a completion may have.
     tokens: generated in all.
     mask_us: median and 99th percentile of the time the grammar takes for a token (mask, looking ahead, advancing).
     first_mask_ms: median and 99th percentile of what a known grammar adds to the time to the first token.
@@ -60,6 +61,7 @@ class StructuredReport:
     finished: int = 0
     broken: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
+    too_long: list[str] = field(default_factory=list)
     tokens: int = 0
     mask_us: tuple[float, ...] = ()
     first_mask_ms: tuple[float, ...] = ()
@@ -170,6 +172,8 @@ def _time_masks(
         started = time.perf_counter()
         matcher = grammars.matcher(case.wanted, room, end_ids)
         matcher.mask(vocabulary.size)
+        if output.finish_reason == "length" and (matcher.least or room) > room:
+            report.too_long.append(case.id)
         first.append(1e3 * (time.perf_counter() - started))
         for token in output.token_ids:
             started = time.perf_counter()

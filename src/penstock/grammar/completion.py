@@ -146,6 +146,8 @@ def _dive(state: _State, is_json: bool, meter: Meter, wander: _Wander | None = N
         meter.left -= 1
         if state.matcher.is_accepting():
             return state.text
+        if meter.left <= 0:
+            return None
         step = state.matcher.compute_ff_bytes()
         if not step:
             choice = bits(state.matcher)

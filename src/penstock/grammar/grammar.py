@@ -8,7 +8,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from penstock.grammar.completion import Lexer, Meter, completions
+from penstock.grammar.completion import Lexer, Meter, bits, completions
 from penstock.grammar.instances import written
 from penstock.grammar.tokens import LIMITS, TokenTable
 from penstock.grammar.validation import InstanceCheck
@@ -17,8 +17,16 @@ BYTES = TokenTable.bytes_only()
 STEPS_FIRST, STEPS = 6_000, 1_000
 """What is spent to find a valid completion of the empty text, and of one that has begun: about 100 and 10 ms."""
 
+STEPS_MORE = 200
+"""What is spent to find a shorter one than the rest of one that is known."""
+
 SHORT, ENOUGH = 64, 4
 """Bytes of a completion that is taken at once; else the shortest of so many is."""
+
+PEEK = 16
+"""Bytes of a known completion's rest that are tried before all of it."""
+
+ASCII = (1 << 128) - 1
 
 
 class Grammar:
@@ -74,12 +82,38 @@ class Grammar:
 
     def _search(self, matcher: LLMatcher, text: bytes, lexer: Lexer, meter: Meter) -> bytes | None:
         found: list[bytes] = []
+        if (rest := self._rest_of_closing(matcher, text)) is not None:
+            found.append(rest)
+            meter.left = min(meter.left, STEPS_MORE)
         for rest in completions(matcher, lexer, meter, is_json=self.is_json, hints=self._hints):
             if self.check is None or self.check.accepts(text + rest):
                 found.append(rest)
                 if len(rest) <= SHORT or len(found) == ENOUGH:
                     break
         return min(found, key=len, default=None)
+
+    def _rest_of_closing(self, matcher: LLMatcher, text: bytes) -> bytes | None:
+        """The shortest part of the known completion of the empty text that completes this one.
+
+        What a text may be ended with is mostly what was needed from the start: a string that must hold a pattern is
+        hard to find from inside of it, and stands in ``closing``.
+        """
+        matcher, begun = matcher.deep_copy(), b""
+        while (possible := bits(matcher)) and not possible & ASCII and len(begun) < 3:  # the rest of a character
+            begun += bytes([(possible & -possible).bit_length() - 1])
+            matcher.consume_tokens(list(begun[-1:]))
+        closing = self.closing or b""
+        for start in range(len(closing) - 1, 0, -1):
+            inside_a_word = closing[start - 1 : start + 1].isalnum()
+            if inside_a_word or not possible >> closing[start] & 1:
+                continue
+            peek, rest = list(closing[start : start + PEEK]), list(closing[start:])
+            if matcher.validate_tokens(peek) == len(peek) and matcher.validate_tokens(rest) == len(rest):
+                ended = matcher.deep_copy()
+                ended.consume_tokens(rest)
+                if ended.is_accepting() and (self.check is None or self.check.accepts(text + begun + bytes(rest))):
+                    return begun + bytes(rest)
+        return None
 
     def accepts(self, value: Any) -> bool:
         """Whether a JSON value is what was asked for, in some order of its objects' names."""

@@ -53,6 +53,11 @@ class Matcher:
         check = self.grammar.check
         return self._tokens.is_accepting() and (check is None or check.accepts(self._text))
 
+    @property
+    def least(self) -> int | None:
+        """Tokens of the known ending, the end token included; None where none is known."""
+        return self._length
+
     def mask(self, size: int) -> Mask:
         """Which of ``size`` tokens may come next; none if the grammar has come to a dead end."""
         allowed = np.zeros(size, np.bool_)
