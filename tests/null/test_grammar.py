@@ -145,6 +145,14 @@ def test_a_string_that_must_hold_a_pattern_somewhere_is_ended_in_time() -> None:
         assert InstanceCheck(schema).accepts(text_of(tokens).encode())
 
 
+def test_looking_for_an_end_of_what_has_ended() -> None:
+    """After this text only the end may come, which is no byte."""
+    grammar = GRAMMARS.compile(StructuredOutputs(json={"type": "array", "items": {"type": "integer"}}))
+    assert grammar.bytes is not None
+    at_end = grammar.bytes.deep_copy()
+    assert at_end.consume_tokens(list(b"[7]")) and grammar.completion(at_end, b"[7]", (False, False)) == b""
+
+
 @pytest.mark.parametrize(
     "wanted", [{"json": SCHEMAS["unique"]}, {"json": SCHEMAS["object"]}, {"regex": r"(ab|c)*[0-9]{3}"}]
 )

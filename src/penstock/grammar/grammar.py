@@ -26,7 +26,7 @@ SHORT, ENOUGH = 64, 4
 PEEK = 16
 """Bytes of a known completion's rest that are tried before all of it."""
 
-ASCII = (1 << 128) - 1
+BYTES_SET, ASCII_SET = (1 << 256) - 1, (1 << 128) - 1
 
 
 class Grammar:
@@ -99,7 +99,8 @@ class Grammar:
         hard to find from inside of it, and stands in ``closing``.
         """
         matcher, begun = matcher.deep_copy(), b""
-        while (possible := bits(matcher)) and not possible & ASCII and len(begun) < 3:  # the rest of a character
+        while (possible := bits(matcher) & BYTES_SET) and not possible & ASCII_SET and len(begun) < 3:
+            # the rest of a character
             begun += bytes([(possible & -possible).bit_length() - 1])
             matcher.consume_tokens(list(begun[-1:]))
         closing = self.closing or b""
