@@ -42,9 +42,10 @@ def label(world: World, cell: Cell) -> str:
 def arrays() -> dict[str, tuple[World, Cell, bool]]:
     """By its label, each cell of the pairs, and whether it is too slow for `make test`.
 
-    Every pair of values of two axes, the model and the arithmetic being two of them; of ``ref``, whose engines take
-    ten times as long, one engine is not slow. And slow, for each arithmetic and model every pair of values. Worlds stay
-    together, so that a process of the tests meets few of them and makes few baselines.
+    Every pair of values of two axes, the model and the arithmetic being two of them, and of two circumstances for each
+    form of the weights; of ``ref``, whose engines take ten times as long, one engine is not slow. And slow, for each
+    arithmetic and model every pair of values. Worlds stay together, so that a process of the tests meets few of them
+    and makes few baselines.
     """
     cells = {}
     for seed, (name, model) in enumerate(itertools.product(ARITHMETICS, MODELS)):
@@ -52,11 +53,27 @@ def arrays() -> dict[str, tuple[World, Cell, bool]]:
             cells[label(World(model, name), cell)] = World(model, name), cell, True
     worlds = {"arithmetic": tuple(ARITHMETICS), "model": tuple(MODELS)}
     quick = covering_array(values_of() | worlds, seed=4)
+    for seed, names in enumerate(weights_forms().values()):
+        have = [{axis: cell[axis] for axis in AXES} for cell in quick if cell["arithmetic"] in names]
+        more = covering_array(values_of(), seed, have)
+        quick += [
+            cell | {"arithmetic": names[i % len(names)], "model": worlds["model"][(i + seed) % len(MODELS)]}
+            for i, cell in enumerate(more)
+        ]
     quick.sort(key=lambda each: [worlds[axis].index(each[axis]) for axis in worlds])
     for index, each in enumerate(quick):
         world, cell = World(each["model"], each["arithmetic"]), {axis: each[axis] for axis in AXES}
         cells[label(world, cell)] = world, cell, index > 0 and ARITHMETICS[each["arithmetic"]]["backend"] == "ref"
     return cells
+
+
+def weights_forms() -> dict[str, list[str]]:
+    """Arithmetics of the native kernels, by what the weights are in."""
+    forms = dict[str, list[str]]()
+    for name, options in ARITHMETICS.items():
+        if options["backend"] == "cpu":
+            forms.setdefault(options.get("quant", options["dtype"]), []).append(name)
+    return forms
 
 
 def product(world: World, sliced: tuple[Any, ...]) -> Iterator[Cell]:
@@ -69,12 +86,12 @@ def product(world: World, sliced: tuple[Any, ...]) -> Iterator[Cell]:
         yield cell | {name: rng.choice(AXES[name].values) for name in DRAWN}
 
 
-def covering_array(axes: Mapping[str, tuple[Any, ...]], seed: int = 0) -> list[Cell]:
-    """Cells in which every pair of values of two axes occurs; greedy over random candidates."""
+def covering_array(axes: Mapping[str, tuple[Any, ...]], seed: int = 0, have: Iterable[Cell] = ()) -> list[Cell]:
+    """Cells that, beside those there are, make every pair of values of two axes occur; greedy over random ones."""
     rng, names = random.Random(seed), list(axes)
     missing = {
         frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
-    }
+    }.difference(*map(pairs, have))
     cells = []
     while missing:
         candidates = [{name: rng.choice(values) for name, values in axes.items()} for _ in range(100)]

@@ -9,6 +9,7 @@ A run that was cut off goes on with ``--last-failed`` or ``-k`` and the same fol
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -76,6 +77,7 @@ def about_the_run() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
+        "kernels": kernels_digest(),
         "commit": git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain", "-uno") else ""),
         "processor": names[0] if names else platform.machine(),
         "isa": _native.chosen(),
@@ -86,24 +88,35 @@ def about_the_run() -> dict[str, str]:
     }
 
 
+@cache
+def kernels_digest() -> str:
+    """Of the sources of the native kernels, whose bits the record is of."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
+        whole.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return whole.hexdigest()[:16]
+
+
 def git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def read(folder: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The run, and its cells. Raises ValueError: there were several runs."""
-    runs, cells = [], dict[str, dict[str, Any]]()
+    """The run, and its cells; it may go on at later commits. Raises ValueError: of other kernels, or elsewhere."""
+    runs, cells = list[dict[str, str]](), dict[str, dict[str, Any]]()
+    commits = dict[str, None]()
     for file in sorted(folder.glob("*.jsonl")):
         for line in map(json.loads, file.read_text().splitlines()):
             if "cell" not in line:
+                commits[line.pop("commit")] = None
                 runs += [line] if line not in runs else []
                 continue
             one = cells.setdefault(line["cell"], line)
             if differing(line) > differing(one):  # what was seen once is not forgotten
                 cells[line["cell"]] = line
     if len(runs) != 1:
-        raise ValueError(f"{folder} must hold the records of one commit on one machine, and holds {runs}")
-    return runs[0], list(cells.values())
+        raise ValueError(f"{folder} must hold the records of the same kernels on one machine, and holds {runs}")
+    return runs[0] | {"commit": ", ".join(commits)}, list(cells.values())
 
 
 def differing(line: dict[str, Any]) -> int:
@@ -129,7 +142,8 @@ def added_up(run: dict[str, str], cells: list[dict[str, Any]]) -> dict[str, Any]
             into = pairs.setdefault(f"{one[0]}, {other[0]}", {}).setdefault(f"{one[1]}, {other[1]}", [0] * 4)
             for place, more in enumerate((1, *told)):
                 into[place] += more
-    return {"run": run | {"date": datetime.now(UTC).date().isoformat()}, "figures": FIGURES, "pairs": pairs}
+    told = run | {"date": datetime.now(UTC).date().isoformat(), "cells": str(len(cells))}
+    return {"run": told, "figures": FIGURES, "pairs": pairs}
 
 
 def written(table: dict[str, Any]) -> Iterator[str]:
@@ -146,6 +160,7 @@ def main(folder: str) -> None:
     run, cells = read(Path(folder))
     if missing := expected_cells() - {line["cell"] for line in cells}:
         sys.exit(f"{len(missing)} of {len(expected_cells())} cells have not run, such as {min(missing)}")
+    cells = [line for line in cells if line["cell"] in expected_cells()]  # others are of an array of before
     TABLE.write_text("".join(written(added_up(run, cells))), "utf-8")
 
 

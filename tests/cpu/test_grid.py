@@ -280,8 +280,8 @@ def test_a_run_leaves_a_record(tmp_path: Path, worlds: Worlds) -> None:
     assert pairs["chunk, request"]["512, n = 3"][:2] == [2, 3 * 24] and pairs["chunk, block"]["512, 16"][0] == 2
     assert pairs["mates, chunk"]["all, 512"][1] == 2 * sum(tokens.values())
     assert pairs["chunk, request"]["512, greedy"][3] == 1 and pairs["chunk, request"]["512, echo"][3] == 0
-    (tmp_path / "2.jsonl").write_text('{"commit": "another"}\n')
-    with pytest.raises(ValueError, match="of one commit"):
+    (tmp_path / "2.jsonl").write_text('{"commit": "another", "kernels": "others"}\n')
+    with pytest.raises(ValueError, match="the same kernels"):
         read(tmp_path)
 
 

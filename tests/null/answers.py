@@ -15,8 +15,8 @@ Every kind of request below is compared, bit for bit, with itself alone in the p
 run beside it: texts, tokens, logprobs, prompt logprobs, scores and vectors
 ([why, and how](../explanation/one-answer.md)).
 
-`make test` runs engines in which every pair of two values of the circumstances, arithmetics and models occurs (of
-`ref`, which is slow, one engine).
+`make test` runs engines in which every pair of two values of the circumstances, arithmetics and models occurs, and
+for each form of the weights every pair of two circumstances (of `ref`, which is slow, one engine).
 `make test-all` runs, for each model and arithmetic, every pair of two circumstances, and for the trained model and two
 others all combinations of them; threads, faults, lost engines and replay are drawn for each, and where nobody else asks
 few blocks and priorities are left out. There 8-bit KV stands with 8-bit weights alone; its pairs are with all.
@@ -27,7 +27,7 @@ RUN = """
 ## The last full run
 
 {date}, commit {commit}: {engines:,} engines answered with {tokens:,} tokens and {logprobs:,} logprobs and other
-numbers, {compared}. {processor}, instruction set {isa}; Penstock {penstock}, Python {python}, torch
+numbers, {compared}{since}. {processor}, instruction set {isa}; Penstock {penstock}, Python {python}, torch
 {torch}, {system}.
 
     GRID_RECORD=/tmp/record OMP_NUM_THREADS=1 python -m pytest -q -n 2 --timeout=0 --all tests/cpu/test_grid.py
@@ -100,10 +100,13 @@ def figures(told: Told | None, axis: str, value: object) -> list[str]:
 
 
 def run(told: Told, values: Mapping[str, tuple[Any, ...]]) -> str:
+    import gridrecord
+
     whole = [sum(column) for column in zip(*told["pairs"]["model, arithmetic"].values(), strict=True)]
     engines, tokens, logprobs, differ = whole
     compared = f"and **{differ:,} answers differed**" if differ else "and none differed"
-    head = RUN.format(engines=engines, tokens=tokens, logprobs=logprobs, compared=compared, **told["run"])
+    since = "" if told["run"].get("kernels") == gridrecord.kernels_digest() else "; **the kernels have changed since**"
+    head = RUN.format(engines=engines, tokens=tokens, logprobs=logprobs, compared=compared, since=since, **told["run"])
     rows = [
         (one, *(rarest(told["pairs"].get(f"{other}, {one}", {}), values[other], values[one]) for other in before))
         for place, one in enumerate(values)
