@@ -181,7 +181,9 @@ def test_verdict_scales_the_reference_by_the_limits() -> None:
     prefill, slow = replace(result, cell="prefill512"), replace(REFERENCE_LIMITS, int8=850e9)
     assert verdict(prefill, 814 * 850 / 1750, slow) == "valid: 100 % of its reference"
     assert verdict(replace(result, cell="load"), 1.0, REFERENCE_LIMITS) == "no reference"
-    assert verdict(replace(result, machine="AuthenticAMD family 25"), 1.0, LIMITS) == "no reference for this processor"
+    elsewhere = replace(result, machine="AuthenticAMD family 25")
+    assert verdict(elsewhere, 30.0, REFERENCE_LIMITS) == "invalid: 65 % of its reference"  # memory is memory
+    assert verdict(replace(elsewhere, cell="batch8"), 1.0, LIMITS) == "no reference for this processor"
 
 
 def test_every_setting_has_a_form_and_every_cell_a_job() -> None:
