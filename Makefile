@@ -21,7 +21,7 @@ test: $(VENV)/.test  ## every test but the slow ones
 	$(PYTEST) -n 2 $(ARGS)
 
 test-all: $(VENV)/.test  ## every test, with more examples of each property
-	$(PYTEST) -n 2 --all $(ARGS)
+	$(PYTEST) -n 2 --all --timeout=1200 $(ARGS)
 
 check: $(VENV)/.test  ## lint, format, types, house rules
 	$(BIN)/ruff check
