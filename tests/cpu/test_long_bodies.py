@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.serving.decoding import decode
+from penstock.serving.decoding import decode, in_batches
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import INLINE_BYTES, MAX_FIELDS_NOTED, MAX_JSON_VALUES, MAX_PROMPTS, NOTED_SECONDS
 from penstock.serving.long_ids import VALUES, told
-from penstock.serving.schemas import CompletionRequest
+from penstock.serving.schemas import CompletionRequest, GenerationRequest
 from penstock.serving.tokens import DetokenizeRequest
 from penstock.serving.unread_fields import NotedFields
 from penstock.serving.vectors import EmbeddingRequest
+from penstock.spec import StructuredOutputs
 
 IDS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50)
 GAPS = st.sampled_from([(",", ":"), (", ", ": "), (" ,\n\t", ":")])
@@ -79,6 +80,20 @@ def test_many_other_values_are_refused(fields: dict[str, Any], code: str) -> Non
     with pytest.raises(HTTPError) as refused:
         decode(json.dumps(fields).encode(), CompletionRequest)
     assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "guided_json": {}}),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema": {}}}}),
+    ],
+)
+def test_the_form_of_a_line_of_a_batch_is_made_where_its_body_is_decoded(path: str, fields: dict[str, Any]) -> None:
+    asked = in_batches()[path].decode(json.dumps(fields).encode())
+    assert isinstance(asked, GenerationRequest)
+    assert asked.params({}).structured_outputs is asked.structured_outputs == StructuredOutputs(json={})  # type: ignore[comparison-overlap]
 
 
 def test_a_text_may_have_any_number_of_commas() -> None:

@@ -359,6 +359,6 @@ ROUTES: Routes = {
     "/requests/{id}": ("inference", texts_of),
     "/debug/engine": ("admin", engine_view),
     "/debug/trace": ("admin", trace_file),
-    **other_apis(_generate, _vectors),
+    **other_apis(_generate, _vectors, _read),
     **PAGES,
 }

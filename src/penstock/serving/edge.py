@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
@@ -328,17 +328,29 @@ def parse(body: bytes, shape: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=shape)
     except msgspec.ValidationError as error:
-        found = _PATH.match(str(error))
-        text, path = (found["text"], found["path"].lstrip(".")) if found else (str(error), "")
-        if missing := _MISSING.fullmatch(text):
-            path = f"{path}.{missing[1]}".lstrip(".")
-            raise HTTPError("invalid_parameter", f"{path} is required", param=path) from None
-        plain = _PLAIN.fullmatch(text)
-        raise HTTPError(
-            "invalid_parameter",
-            f"{path or 'The body'} has the wrong type or is out of range",
-            why=plain[0].replace("`", "") if plain else "",
-            param=path or None,
-        ) from None
+        raise _misfit(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise HTTPError("invalid_json", "The body is not valid JSON", fix="check quotes, commas and UTF-8") from None
+
+
+def shaped(fields: Mapping[str, object], shape: type[T]) -> T:
+    """As ``parse``, of what was parsed already. Raises HTTPError: (invalid_parameter)."""
+    try:
+        return msgspec.convert(fields, shape, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _misfit(error) from None
+
+
+def _misfit(error: msgspec.ValidationError) -> HTTPError:
+    found = _PATH.match(str(error))
+    text, path = (found["text"], found["path"].lstrip(".")) if found else (str(error), "")
+    if missing := _MISSING.fullmatch(text):
+        path = f"{path}.{missing[1]}".lstrip(".")
+        return HTTPError("invalid_parameter", f"{path} is required", param=path)
+    plain = _PLAIN.fullmatch(text)
+    return HTTPError(
+        "invalid_parameter",
+        f"{path or 'The body'} has the wrong type or is out of range",
+        why=plain[0].replace("`", "") if plain else "",
+        param=path or None,
+    )

@@ -7,9 +7,10 @@ vectors gives ``embedding``.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from importlib import metadata
 from itertools import chain
 from math import prod
@@ -23,11 +24,12 @@ from starlette.responses import Response
 
 from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of
-from penstock.serving.edge import as_json, parse
+from penstock.serving.edge import as_json, nested_too_deeply, shaped
 from penstock.serving.errors import HTTPError, invalid, plain_body, unsupported
 from penstock.serving.gate import current
 from penstock.serving.health import check_welcome
 from penstock.serving.limits import MAX_TEXTS
+from penstock.serving.long_ids import refuse_many_values
 from penstock.serving.model_routes import check_model_ready, in_memory
 from penstock.serving.operations import operation
 from penstock.serving.priorities import rank
@@ -118,7 +120,8 @@ class GenerateTask:
     @classmethod
     async def prepare(cls, request: GenerateRequest, context: Context) -> GenerateTask:
         """Raises HTTPError and InvalidRequest before anything is computed."""
-        return cls(await CompletionTask.prepare(request.completion(), context), request.id)
+        asked = await asyncio.to_thread(request.completion)
+        return cls(await CompletionTask.prepare(asked, context), request.id)
 
     async def whole(self) -> Body:
         answer = await self._task.whole()
@@ -137,6 +140,20 @@ class GenerateTask:
 
 async def infer(request: InferRequest, context: Context) -> Body:
     """Raises HTTPError and InvalidRequest before anything is computed."""
+    asked, wanted = await asyncio.to_thread(_asked, request, context.llm.engine.generates)
+    if isinstance(asked, EmbeddingRequest):
+        outputs = await _embedded(asked, context)
+    else:
+        choices = (await (await CompletionTask.prepare(asked, context)).whole()).choices
+        reasons = [choice.finish_reason for choice in choices]
+        outputs = [_bytes("text_output", [choice.text for choice in choices]), _bytes("finish_reason", reasons)]
+        outputs = [output for output in outputs if output["name"] in (wanted or {"text_output"})]
+    named = {} if request.id is None else {"id": request.id}
+    return {**named, "model_name": context.name, "model_version": VERSION, "outputs": outputs}
+
+
+def _asked(request: InferRequest, generates: bool) -> tuple[CompletionRequest | EmbeddingRequest, set[str]]:
+    """As a request of OpenAI's API, and the names of the outputs. Raises HTTPError and InvalidRequest."""
     inputs = {tensor.name: _flat(tensor) for tensor in request.inputs}
     if len(inputs) < len(request.inputs):
         raise invalid("inputs", "two have the same name")
@@ -149,37 +166,29 @@ async def infer(request: InferRequest, context: Context) -> Body:
         raise unsupported(STREAM, what="an inference has one answer; streams are at generate_stream")
     excluded = any(_flag(EXCLUDE, flag) for flag in [*inputs.get(EXCLUDE, ()), fields.pop(EXCLUDE, None)])
     wanted = {output.name for output in request.outputs or ()}
-    known = {"embedding"} if not context.llm.engine.generates else {"embedding", "text_output", "finish_reason"}
+    known = {"embedding"} if not generates else {"embedding", "text_output", "finish_reason"}
     if strange := sorted(wanted - known):
         raise invalid("outputs", f"there is no output {strange[0][:64]!r}, but {', '.join(sorted(known))}")
     if "embedding" in wanted and len(wanted) > 1:
         raise invalid("outputs", "embedding comes alone")
-    if not context.llm.engine.generates or "embedding" in wanted:
-        outputs = await _embedded(texts, fields, context)
-    else:
-        completion = _completion(texts, {"echo": not excluded, **fields})
-        choices = (await (await CompletionTask.prepare(completion, context)).whole()).choices
-        reasons = [choice.finish_reason for choice in choices]
-        outputs = [_bytes("text_output", [choice.text for choice in choices]), _bytes("finish_reason", reasons)]
-        outputs = [output for output in outputs if output["name"] in (wanted or {"text_output"})]
-    named = {} if request.id is None else {"id": request.id}
-    return {**named, "model_name": context.name, "model_version": VERSION, "outputs": outputs}
-
-
-async def _embedded(texts: list[str], fields: Body, context: Context) -> list[Body]:
-    asked = parse(msgspec.json.encode({**fields, "input": texts}), EmbeddingRequest)
+    if generates and "embedding" not in wanted:
+        return _completion(texts, {"echo": not excluded, **fields}), wanted
+    asked = shaped({**fields, "input": texts}, EmbeddingRequest)
     rank(asked, current.get().least_priority)
+    return asked, wanted
+
+
+async def _embedded(asked: EmbeddingRequest, context: Context) -> list[Body]:
     rows = [output.outputs.embedding for output in await embedded(asked, context)]
     data = [number for row in rows for number in row]
     return [{"name": "embedding", "datatype": "FP32", "shape": [len(rows), len(data) // len(rows)], "data": data}]
 
 
 def _completion(texts: list[str], fields: Body) -> CompletionRequest:
-    """Raises HTTPError: (invalid_parameter, unsupported_parameter)."""
-    body = msgspec.json.encode({**fields, "prompt": texts})
-    asked = parse(body, CompletionRequest)
+    """Raises HTTPError: (invalid_parameter, unsupported_parameter); InvalidRequest."""
+    asked = shaped({**fields, "prompt": texts}, CompletionRequest)
     asked.check()
-    refuse_unsupported(parse(body, dict[str, msgspec.Raw]), CompletionRequest)
+    refuse_unsupported(fields, CompletionRequest)
     rank(asked, current.get().least_priority)
     return asked
 
@@ -211,10 +220,12 @@ def _flag(name: str, value: object) -> bool:
 
 
 def _object(text: str, name: str) -> Body:
-    try:
-        value = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
-        value = None
+    body, value = text.encode(), None
+    for sign in (b":", b","):
+        refuse_many_values(body, sign)
+    if not nested_too_deeply(body):
+        with suppress(msgspec.DecodeError):
+            value = msgspec.json.decode(body)
     if not isinstance(value, dict):
         raise invalid(name, "it must be the JSON text of an object")
     return value

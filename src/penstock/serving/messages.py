@@ -64,6 +64,10 @@ class MessagesRequest(GenerationRequest, kw_only=True):
     stop_sequences: Annotated[list[Stop], Meta(max_length=MAX_STOP)] | None = None
     metadata: Block | None = None
 
+    def check(self) -> None:
+        self.response_format = _form(self)
+        GenerationRequest.check(self)
+
 
 class CountRequest(ModelRequest, kw_only=True):
     """POST /v1/messages/count_tokens"""
@@ -110,9 +114,14 @@ class Counted(TypedDict):
 
 async def count_tokens(request: CountRequest, context: Context) -> Counted:
     """Raises HTTPError and InvalidRequest."""
-    fields = {name: getattr(request, name) for name in request.__struct_fields__}
-    dialogue = await _prepared(MessagesRequest(max_tokens=1, **fields), context)
+    dialogue = await _prepared(await asyncio.to_thread(_as_message, request), context)
     return {"input_tokens": len(dialogue.generation.prompts[0]["prompt_token_ids"])}
+
+
+def _as_message(request: CountRequest) -> MessagesRequest:
+    asked = MessagesRequest(max_tokens=1, **{name: getattr(request, name) for name in request.__struct_fields__})
+    asked.check()
+    return asked
 
 
 class MessagesTask:
@@ -237,7 +246,6 @@ async def _prepared(request: MessagesRequest, context: Context) -> Dialogue:
     if request.n not in (None, 1):
         raise invalid("n", "a message has one answer")
     request.stop = request.stop_sequences if request.stop_sequences is not None else request.stop
-    request.response_format = _form(request)
     thoughts = request.thinking or {}
     budget: int | None = None
     match thoughts:

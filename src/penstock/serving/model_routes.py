@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -15,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from penstock.base import Unavailable
 from penstock.core.service import engine_stopped
 from penstock.serving.context import Context, context_of, shutting_down
-from penstock.serving.edge import as_json, body_of, parse
+from penstock.serving.edge import as_json, body_of, off_loop, parse
 from penstock.serving.errors import invalid
 from penstock.serving.gate import Caller
 from penstock.serving.limits import MAX_MODEL_NAME
@@ -221,7 +222,7 @@ async def _chosen(request: Request) -> tuple[Models, Served]:
     """Raises HTTPError, as ``Context.admit``."""
     context = context_of(request)
     async with body_of(request) as body:
-        asked = parse(body, ModelChoice)
+        asked = await off_loop(len(body), partial(parse, body, ModelChoice))
     return context.models, context.admit(asked.model)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import blake2b, sha256
@@ -18,8 +18,7 @@ from starlette.responses import Response
 from penstock.assemble import Assembled, find_here
 from penstock.base import PenstockError
 from penstock.serving.context import context_of
-from penstock.serving.decoding import decode
-from penstock.serving.edge import as_json, body_of
+from penstock.serving.edge import as_json
 from penstock.serving.models import Models, Served
 from penstock.serving.ollama_schemas import LATEST, Body
 from penstock.serving.operations import operation
@@ -101,13 +100,13 @@ async def version(_: Request) -> Response:
     return as_json({"version": metadata.version("penstock")})
 
 
-@operation("Ollama: describe a model.", takes=ShowRequest, gives=dict[str, Any])
-async def show(request: Request) -> Response:
-    """Loads nothing: who looks at all models shall not have them all loaded. Raises HTTPError: as ``Context.admit``."""
-    context = context_of(request)
-    async with body_of(request) as body:
-        asked = decode(body, ShowRequest)
-    return as_json(_shown(await _about(context.admit(asked.model))))
+async def show(
+    request: Request, shape: type[ShowRequest], read: Callable[..., Awaitable[tuple[ShowRequest, int]]]
+) -> Response:
+    """Loads nothing: who looks at all models shall not have them all loaded. It is one of its tenant's requests all the
+    same. Raises HTTPError: as ``Context.admit``; Unavailable."""
+    asked, _ = await read(request, shape)
+    return as_json(_shown(await _about(context_of(request).admit(asked.model))))
 
 
 async def _about(model: Served) -> About:

@@ -82,7 +82,6 @@ class OllamaRequest(GenerationRequest, kw_only=True):
     def check(self) -> None:
         self.stream = self.stream is not False
         self.model = None if self.model is None else self.model.removesuffix(LATEST)
-        GenerationRequest.check(self)
         seconds_of(self.keep_alive)
         if self.n not in (None, 1):
             raise invalid("n", "there is one answer")
@@ -98,6 +97,7 @@ class OllamaRequest(GenerationRequest, kw_only=True):
             self.response_format = {"type": "json_schema", "json_schema": {"schema": self.format}}
         elif self.format:
             raise invalid("format", 'it must be "json" or a JSON schema')
+        GenerationRequest.check(self)
         if self.asks_nothing:
             self.params({"max_tokens": None}, max_tokens=self.max_tokens)
 

@@ -17,10 +17,12 @@ Generate = Callable[..., Awaitable[ASGIApp]]
 """(request, shape, prepare, dialect): answers with what the model generates, whole or in a stream."""
 Answer = Callable[..., Awaitable[ASGIApp]]
 """(request, shape, answer): answers with one value."""
+Read = Callable[..., Awaitable[tuple[Any, int]]]
+"""(request, shape): what is asked, and how many bytes its body had; the caller has entered."""
 Entry = tuple[Access, Endpoint] | tuple[Access, Endpoint, str]
 
 
-def other_apis(generate: Generate, answer: Answer) -> dict[str, Entry]:
+def other_apis(generate: Generate, answer: Answer, read: Read) -> dict[str, Entry]:
     """By path, as the table of routes has them."""
 
     def post(says: str, how: Callable[..., Awaitable[ASGIApp]], shape: type, *rest: Any, **said: Any) -> Entry:
@@ -38,7 +40,7 @@ def other_apis(generate: Generate, answer: Answer) -> dict[str, Entry]:
         "/api/generate": post("Ollama: complete.", generate, OllamaGenerate, task.generate, ollama.LINES, **lines),
         "/api/embed": post("Ollama: embed texts.", answer, OllamaEmbed, ollama.embed),
         "/api/embeddings": post("Ollama: embed a text.", answer, OllamaEmbedding, ollama.embedding),
-        "/api/show": ("inference", ollama_models.show, "POST"),
+        "/api/show": post("Ollama: describe a model.", ollama_models.show, ollama_models.ShowRequest, read),
         "/api/tags": ("inference", ollama_models.tags),
         "/api/ps": ("inference", ollama_models.running),
         "/api/version": ("inference", ollama_models.version),

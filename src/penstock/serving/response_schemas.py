@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from penstock.serving.errors import HTTPError, invalid, unsupported
 from penstock.serving.limits import MAX_INCLUDED, MAX_MESSAGES, MAX_TOOLS
-from penstock.serving.response_items import Item
+from penstock.serving.response_items import Item, format_from
 from penstock.serving.schemas import GenerationRequest, Harmless, Metadata, ModelRequest, Name
 from penstock.spec.ranges import MAX_ID
 
@@ -59,12 +59,13 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     user: Name | None = None
 
     def check(self) -> None:
-        GenerationRequest.check(self)
         _check_origin(self)
         if self.n not in (None, 1) or self.response_format is not None:
             param = "n" if self.response_format is None else "response_format"
             why = "a response has one answer" if param == "n" else "text.format says it here"
             raise HTTPError("invalid_parameter", f"{param} cannot be used", why=why, param=param)
+        self.response_format = format_from(self.text)
+        GenerationRequest.check(self)
         check_include(self.include or ())
         if self.top_logprobs and self.logprobs is None:
             raise invalid("top_logprobs", f"it needs {LOGPROBS} in include")

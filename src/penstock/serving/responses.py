@@ -61,7 +61,6 @@ class ResponseTask:
 
     @classmethod
     async def _prepared(cls, request: ResponsesRequest, context: Context, turn: Turn | None) -> ResponseTask:
-        request.response_format = format_from(request.text)
         if request.max_output_tokens is not None:
             request.max_tokens = request.max_output_tokens
         asked = await prompted(request, context, request.max_tokens or 1)

@@ -153,13 +153,17 @@ class GenerationRequest(ModelRequest, kw_only=True):
     add_special_tokens: bool | None = None
 
     def check(self) -> None:
+        """Makes the form of the answer too, which takes long of a large body: not in the event loop."""
         if self.stream_options is not None and not self.stream:
             raise _contradiction("stream_options", "stream")
+        form = wanted_form({name: getattr(self, name) for name in _FORMS})
+        for name in _FORMS:
+            setattr(self, name, None)
+        self.structured_outputs = cast("dict[str, Any] | None", form)
 
     def params(self, defaults: dict[str, Any], **own: int | None) -> SamplingParams:
-        """Of what all such requests share, and what each kind has of its ``own``; None leaves a field open."""
+        """Of what all such requests share and each kind has of its ``own``, once checked; None leaves a field open."""
         asked = {name: getattr(self, name) for name in _SHARED} | own
-        asked["structured_outputs"] = wanted_form({name: getattr(self, name) for name in _FORMS})
         return SamplingParams(**defaults | {name: value for name, value in asked.items() if value is not None})
 
     @property
@@ -323,7 +327,7 @@ _SHARED = (
     "n temperature top_p top_k min_p typical_p repetition_penalty presence_penalty frequency_penalty logit_bias seed "
     "dry_multiplier dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers stop stop_token_ids "
     "min_tokens ignore_eos skip_special_tokens include_stop_str_in_output logits_rules "
-    "thinking_budget thinking_start thinking_end thinking_close thinking_soft"
+    "thinking_budget thinking_start thinking_end thinking_close thinking_soft structured_outputs"
 ).split()
 
 _FORMS = "response_format structured_outputs guided_json guided_regex guided_choice guided_grammar".split()

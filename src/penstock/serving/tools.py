@@ -13,7 +13,7 @@ import msgspec
 from penstock.serving.errors import HTTPError, invalid, unsupported
 from penstock.serving.limits import MAX_TOOL_CHARS, MAX_TOOL_DEPTH, MAX_TOOLS
 from penstock.spec import StructuredOutputs
-from penstock.spec.structured import depth_of
+from penstock.spec.ranges import extent
 from penstock.spec.tools import CallShape, Tool
 from penstock.text.parsers import Formats, ThoughtTags
 
@@ -235,9 +235,9 @@ def _check_size(functions: Sequence[FunctionSpec]) -> None:
         raise HTTPError(
             "tools_too_large", "The tools of the request are too large", why=why, fix="leave some out", param="tools"
         )
-    for i, text in enumerate(texts):
-        if (depth := depth_of(text)) > MAX_TOOL_DEPTH:
-            why = f"it is nested {depth} deep, at most {MAX_TOOL_DEPTH} are allowed"
+    for i, function in enumerate(functions):
+        if 1 + extent(function.parameters, MAX_TOOL_CHARS)[0] > MAX_TOOL_DEPTH:
+            why = f"at most {MAX_TOOL_DEPTH} brackets within brackets are allowed"
             what = f"tools[{i}] is nested too deeply"
             raise HTTPError("tools_too_large", what, why=why, fix="make it flatter", param=f"tools[{i}]")
 

@@ -28,10 +28,11 @@ def unknown_fields(fields: Iterable[str], shape: type[ModelRequest]) -> list[str
     return sorted(set(fields) - set(shape.__struct_fields__) - set(shape.HARMLESS) - _IGNORED)
 
 
-def refuse_unsupported(fields: Mapping[str, msgspec.Raw], shape: type[ModelRequest]) -> None:
+def refuse_unsupported(fields: Mapping[str, object], shape: type[ModelRequest]) -> None:
     """Raises HTTPError(unsupported_parameter) rather than answering as if the field had not been sent."""
     for name, harmless in shape.HARMLESS.items():
-        value = msgspec.json.decode(fields[name]) if name in fields else None
+        value = fields.get(name)
+        value = msgspec.json.decode(value) if isinstance(value, msgspec.Raw) else value
         if value is not None and not any(value == one and _is_flag(value) == _is_flag(one) for one in harmless):
             raise unsupported(name)
 

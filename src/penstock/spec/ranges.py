@@ -6,6 +6,7 @@ import json
 import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from itertools import chain
 from typing import Any
 
 from penstock.base import InvalidRequest
@@ -79,8 +80,32 @@ def _check_ids(name: str, ids: Sequence[Any]) -> None:
         integer(name, token, 0, MAX_ID)
 
 
+def extent(value: object, longest: int, deepest: int | None = None) -> tuple[int, int]:
+    """(how deep lists and objects nest in it, characters that it has as JSON at the least), of what JSON can hold.
+
+    Level by level, and no further once one of the two is above its most: neither what is large nor a cycle is looked at
+    to its end, nor is any character.
+    """
+    depth = chars = 0
+    level = [value]
+    while level:
+        inner = [each for each in level if isinstance(each, (dict, list, tuple))]
+        depth += bool(inner)
+        chars += sum(map(len, inner)) + sum(len(each) for each in level if isinstance(each, str))
+        if chars > longest or (deepest is not None and depth > deepest):
+            break
+        level = list(chain.from_iterable(map(_parts, inner)))
+    return depth, chars
+
+
+def _parts(value: Any) -> Iterable[object]:
+    return chain(value, value.values()) if isinstance(value, dict) else value
+
+
 def as_json(name: str, value: object, longest: int) -> Any:
     """A copy made of what JSON knows alone; ``longest`` characters of it at most."""
+    if (chars := extent(value, longest)[1]) > longest:  # before all of it is written
+        raise invalid(name, value, f"it has {chars} characters as JSON or more, at most {longest} are allowed")
     try:
         text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

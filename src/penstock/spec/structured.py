@@ -9,6 +9,7 @@ from dataclasses import InitVar, dataclass, fields
 from typing import Any, Self
 
 from penstock.base import InvalidRequest
+from penstock.spec.ranges import extent
 
 MAX_GRAMMAR_CHARS = 1 << 20
 MAX_SCHEMA_DEPTH = 128
@@ -110,8 +111,17 @@ class StructuredOutputs:
 
 
 def _schema_text(schema: object, name: str = "json") -> str:
+    """Of what is small enough, which is looked at before it is read or written."""
     try:
+        _check_length(name, len(schema) if isinstance(schema, str) else 0)
         parsed = json.loads(schema) if isinstance(schema, str) else schema
+        depth, chars = extent(parsed, MAX_GRAMMAR_CHARS, MAX_SCHEMA_DEPTH)
+        if depth > MAX_SCHEMA_DEPTH:
+            why = f"at most {MAX_SCHEMA_DEPTH} brackets within brackets are allowed"
+            raise InvalidRequest(
+                "invalid_schema", f"structured_outputs.{name} is nested too deeply", why=why, fix="flatten it"
+            )
+        _check_length(name, chars)
         text = json.dumps(parsed, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (ValueError, TypeError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -123,12 +133,13 @@ def _schema_text(schema: object, name: str = "json") -> str:
         raise InvalidRequest(
             "invalid_schema", "A JSON schema must be an object, true or false", why=why, fix="send {} for any JSON"
         )
-    if (depth := depth_of(text)) > MAX_SCHEMA_DEPTH:
-        why = f"it is nested {depth} deep, at most {MAX_SCHEMA_DEPTH} are allowed"
-        raise InvalidRequest(
-            "invalid_schema", f"structured_outputs.{name} is nested too deeply", why=why, fix="flatten it"
-        )
     return text
+
+
+def _check_length(name: str, chars: int) -> None:
+    if chars > MAX_GRAMMAR_CHARS:
+        why = f"it has {chars:,} characters or more, at most {MAX_GRAMMAR_CHARS:,} are allowed"
+        raise InvalidRequest("invalid_parameter", f"structured_outputs.{name} is too long", why=why, fix="shorten it")
 
 
 def _tags_text(value: object) -> str:
@@ -158,23 +169,6 @@ def _tags_text(value: object) -> str:
     return text
 
 
-def depth_of(text: str) -> int:
-    """How deep brackets nest in JSON text."""
-    deepest = depth = 0
-    quoted = escaped = False
-    for char in text:
-        if quoted:
-            quoted, escaped = escaped or char != '"', not escaped and char == "\\"
-        elif char in "{[":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif char in "}]":
-            depth -= 1
-        else:
-            quoted = char == '"'
-    return deepest
-
-
 def _choices(choice: object) -> tuple[str, ...]:
     is_list = isinstance(choice, Iterable) and not isinstance(choice, (str, bytes, Mapping))
     _expect("choice", is_list, choice, "it must be a list of strings")
@@ -182,20 +176,21 @@ def _choices(choice: object) -> tuple[str, ...]:
     _expect("choice", 0 < len(entries) <= MAX_CHOICES, entries, f"it must have 1 to {MAX_CHOICES} entries")
     for entry in entries:
         _expect("choice", isinstance(entry, str) and bool(entry), entry, "each entry must be a string, and not empty")
+    _check_length("choice", sum(map(len, entries)))
+    for entry in entries:
         _check_text("choice", entry)
-    total = sum(map(len, entries))
-    limit = f"its strings have {total} characters, at most {MAX_GRAMMAR_CHARS} are allowed"
-    _expect("choice", total <= MAX_GRAMMAR_CHARS, entries, limit)
     return entries
 
 
 def _check_text(name: str, text: object) -> None:
     _expect(name, isinstance(text, str), text, "it must be a string")
     assert isinstance(text, str)
-    limit = f"it has {len(text)} characters, not 1 to {MAX_GRAMMAR_CHARS}"
-    _expect(name, 0 < len(text) <= MAX_GRAMMAR_CHARS, text, limit)
-    surrogate = any("\ud800" <= char <= "\udfff" for char in text)
-    _expect(name, not surrogate, text, "it holds a lone surrogate, which is no character")
+    _expect(name, bool(text), text, "it is empty")
+    _check_length(name, len(text))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _invalid(f"structured_outputs.{name}", text, "it holds a lone surrogate, which is no character") from None
 
 
 def _expect(name: str, ok: bool, value: object, why: str) -> None:
