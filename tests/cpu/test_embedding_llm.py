@@ -195,6 +195,17 @@ def test_special_tokens_in_a_pair_are_text(cross_llm: LLM) -> None:
     assert out.prompt_token_ids.count(3) == 2
 
 
+def test_special_tokens_in_a_text_are_text(llm: LLM) -> None:
+    """Embedded or scored, in whatever form of a prompt; what the tokenizer puts around it stays. Ids are ids."""
+    text = "cat [SEP] dog [CLS][MASK]"
+    own = llm._requests.engine.tokenizer.encode(text, parse_special=False)
+    assert own[0] == 2 and own[-1] == 3 and own.count(3) == 1
+    assert [out.prompt_token_ids for out in llm.embed([text, {"prompt": text}])] == [own, own]
+    (out,) = llm.score(text, text)
+    assert out.prompt_token_ids == own * 2
+    assert llm.embed([[2, 3, 3]])[0].prompt_token_ids == [2, 3, 3]
+
+
 def test_a_roberta_cross_encoder_that_keeps_its_logits(tmp_path: Path) -> None:
     reference = encoder("XLMRobertaForSequenceClassification", tmp_path, num_labels=1)
     config = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()

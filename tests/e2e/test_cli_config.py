@@ -14,11 +14,25 @@ import pytest
 
 from commands import argv, penstock, running
 
+Rows = dict[str, tuple[Any, str]]
+"""Each option's value and where it comes from."""
 
-def shown(*arguments: str | Path, **environment: str) -> dict[str, tuple[Any, str]]:
+
+def parts(*arguments: str | Path, **environment: str) -> tuple[Rows, list[Rows]]:
+    """The server's options, and those of each of its models."""
     done = penstock("config", "show", "--origin", "--json", *arguments, **environment)
     assert done.returncode == 0, done.stderr
-    return {name: (row["value"], row["origin"]) for name, row in json.loads(done.stdout).items()}
+    own = json.loads(done.stdout)
+    own, *models = [
+        {name: (row["value"], row["origin"]) for name, row in rows.items()} for rows in (own, *own.pop("models"))
+    ]
+    return own, models
+
+
+def shown(*arguments: str | Path, **environment: str) -> Rows:
+    """Of a server of one model."""
+    own, (model,) = parts(*arguments, **environment)
+    return own | {name: row for name, row in model.items() if name not in own}
 
 
 def test_a_later_source_wins_and_is_named(tmp_path: Path) -> None:
@@ -42,6 +56,44 @@ def test_a_later_source_wins_and_is_named(tmp_path: Path) -> None:
     text = penstock("config", "show", "--config", file).stdout.decode()
     assert "max_num_seqs            2\n" in text and "serve.toml" not in text
     assert f"2          {file}\n" in penstock("config", "show", "--origin", "--config", file).stdout.decode()
+
+
+def test_every_model_is_shown_as_it_would_be_loaded(tmp_path: Path) -> None:
+    """Those of the command line and those of tables, of which one puts itself first by its name there."""
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        'keep_alive = "2m"\n[models.small]\npath = "nano"\naliases = ["x", "y"]\nkeep-alive = "1m"\n'
+        "[models.large]\npin = true\nmax-num-seqs = 2\n"
+    )
+    own, models = parts("a", "large", "b", "--config", file, "--max-num-seqs", "3", PENSTOCK_SERVE_DEPTH="2")
+    assert own["keep_alive"] == ("2m", str(file)) and "max_num_seqs" not in own and "model" not in own
+    line, table, none = "command line", str(file), "default"
+    names = ("model", "served_model_name", "aliases", "pin", "keep_alive", "max_num_seqs", "depth", "quant")
+    depth, quant = (2, "PENSTOCK_SERVE_DEPTH"), ("none", none)
+    plain = ((None, none), ([], none), (False, none), ("2m", table), (3, line), depth, quant)
+    large = (("large", table), ([], none), (True, table), ("2m", table), (2, table), depth, quant)
+    small = (("small", table), (["x", "y"], table), (False, none), ("1m", table), (3, line), depth, quant)
+    assert [tuple(model[name] for name in names) for model in models] == [
+        (("a", line), *plain),
+        (("large", table), *large),
+        (("b", line), *plain),
+        (("nano", table), *small),
+    ]
+    text = penstock("config", "show", "a", "--config", file).stdout.decode()
+    first, *blocks = text.split("\n\n")
+    assert first.startswith("host ") and len(blocks) == 3 and re.search(r"^aliases +x, y$", blocks[1], re.MULTILINE)
+    refused = penstock("config", "show", "a", "b", "--served-model-name", "c")
+    assert refused.returncode == 3 and b"--served-model-name c cannot be used here" in refused.stderr
+
+
+def test_where_spans_go_is_shown(tmp_path: Path) -> None:
+    """The variable of OpenTelemetry comes before every source of Penstock's own, the last of which wins."""
+    file, name = tmp_path / "serve.toml", "OTEL_EXPORTER_OTLP_ENDPOINT"
+    file.write_text('otlp_endpoint = "http://file"\n')
+    given = {name: "http://otel"}
+    assert shown(**given)["otlp_endpoint"] == ("http://otel", name)
+    assert shown("--config", file, **given)["otlp_endpoint"] == ("http://file", str(file))
+    assert shown(**{name: ""})["otlp_endpoint"] == (None, "default")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from commands import argv, penstock, running
+from penstock.cli.logs import readings
 from penstock.core.trace import RequestTrace
 from penstock.fleet import Admission
 from penstock.serving.gate import Gate
@@ -144,6 +145,33 @@ def test_logs_filters_and_follows(logged: Logged) -> None:
         assert json.loads(process.stdout.readline())["id"] == logged.lines(len(lines) + 1)[-1]["id"]
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
+
+
+def test_logs_follows_into_the_next_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a name that is moved away, with a new file at once or by and by; or by a file that is cut."""
+    monkeypatch.setattr("penstock.cli.logs.POLL_SECONDS", 0)
+    log, old = tmp_path / "log", tmp_path / "log.1"
+
+    def write(file: Path, *ids: str) -> None:
+        with file.open("a") as stream:
+            for id in ids:
+                stream.write(json.dumps({"time": "", "id": id, "tenant": None, "status": 200, "total_s": 1}) + "\n")
+
+    write(log, "a", "b")
+    found = ([line["id"] for line in records] for records in readings(log, follow=True))
+    assert [next(found), next(found)] == [["a", "b"], []]
+    log.rename(old)
+    write(old, "c")
+    assert [next(found), next(found)] == [["c"], []], "no file is there for a while"
+    log.touch()
+    assert next(found) == []
+    write(old, "d")
+    write(log, "e")
+    assert [next(found), next(found), next(found)] == [["d"], ["e"], []], "the end of the old one, then the new one"
+    log.write_bytes(b"")
+    assert next(found) == []
+    write(log, "f")
+    assert [next(found), next(found)] == [["f"], []]
 
 
 def test_logs_passes_over_what_is_no_line(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Who listens: a server's processes have the sockets that were asked for, and no other."""
+"""Who listens: a server's processes have the sockets that were asked for, and no other, and each answers for itself."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -12,8 +13,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
+from starlette.responses import PlainTextResponse
 
 from commands import penstock
+from penstock.serving import server as serving
 from servers import PROMPT, start
 
 LISTENS, ACCEPTS = "0A", 0x10000
@@ -94,3 +98,23 @@ def test_every_kind_of_socket_is_seen(tmp_path: Path) -> None:
         found = listening(os.getpid()) - before
         expected = {f"127.0.0.1:{each.getsockname()[1]}" for each in (four, datagrams)}
         assert found == expected | {f"::1:{six.getsockname()[1]}", f"unix:{tmp_path / 'u'}"}
+
+
+def test_administration_may_have_the_port_number_of_the_other_address() -> None:
+    """One socket at all addresses stands for two that differ in nothing but the address."""
+
+    async def ask(config: uvicorn.Config, bound: socket.socket) -> list[str]:
+        server = uvicorn.Server(config)
+        serves = asyncio.create_task(server.serve(sockets=[bound]))
+        async with httpx.AsyncClient(timeout=60) as client:
+            port = bound.getsockname()[1]
+            said = [(await client.get(f"http://127.0.0.{host}:{port}/")).text for host in (1, 2)]
+        server.should_exit = True
+        await serves
+        return said
+
+    with serving.listen("0.0.0.0", 0) as bound:
+        everybody, administrators = PlainTextResponse("everybody"), PlainTextResponse("administrators")
+        app = serving._by_address(everybody, ("127.0.0.1", bound.getsockname()[1]), administrators)
+        config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None)
+        assert asyncio.run(ask(config, bound)) == ["administrators", "everybody"]

@@ -94,7 +94,7 @@ def test_what_cannot_be_asked(server: Server, fields: dict[str, Any], code: str,
 
 
 def test_a_gap_is_shown_as_the_model_has_learned_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """The bundled tokenizer, with names of Qwen2.5-Coder for tokens that it has in reserve."""
+    """The bundled tokenizer, with names of Qwen2.5-Coder for tokens that it has in reserve. Typed, they are text."""
     shutil.copytree(BUNDLED, tmp_path / "model", copy_function=lambda a, b: Path(b).write_bytes(Path(a).read_bytes()))
     for file in (tmp_path / "model").glob("*token*.json"):
         text = file.read_text("utf-8")
@@ -102,13 +102,13 @@ def test_a_gap_is_shown_as_the_model_has_learned_it(tmp_path: Path, tokenizer: T
             text = text.replace(f"<|reserved_{number}|>", f"<|fim_{name}|>")
         file.write_text(text, "utf-8")
     llm = AsyncLLM(EngineConfig(model=str(tmp_path / "model"), num_threads=1))
-    before, after = "The key is in", " the door."
+    before, after = "The key<|fim_middle|> is in", " the<|im_end|> door."
     own = llm.engine.tokenizer.special_tokens
     ids = [
         own["<|fim_prefix|>"],
-        *tokenizer.encode(before, add_special_tokens=False),
+        *tokenizer.encode(before, add_special_tokens=False, parse_special=False),
         own["<|fim_suffix|>"],
-        *tokenizer.encode(after, add_special_tokens=False),
+        *tokenizer.encode(after, add_special_tokens=False, parse_special=False),
         own["<|fim_middle|>"],
     ]
 

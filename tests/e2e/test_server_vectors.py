@@ -64,6 +64,18 @@ def test_the_four_forms_of_input(server: Server, llm: LLM, given: Any) -> None:
     np.testing.assert_allclose([one.embedding for one in answer.data], vectors(llm, given), **CLOSE)
 
 
+def test_special_tokens_in_a_text_are_text(server: Server) -> None:
+    """Of a text to embed; a prompt to complete is all of what the model reads, and may be written with them."""
+    tokens = {
+        path: post(server, path, **fields)["usage"]["prompt_tokens"]
+        for path, fields in (
+            ("embeddings", {"input": "</s>"}),
+            ("completions", {"prompt": "</s>", "max_tokens": 1}),
+        )
+    }
+    assert tokens["completions"] == 2 < tokens["embeddings"], "one, and the one that begins a text"
+
+
 def test_dimensions_and_vllm_s_fields(server: Server, llm: LLM) -> None:
     short = server.client.embeddings.create(model=MODEL, input=TEXTS[1], dimensions=8, encoding_format="float")
     np.testing.assert_allclose(short.data[0].embedding, vectors(llm, TEXTS[1], dimensions=8)[0], **CLOSE)

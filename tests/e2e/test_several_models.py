@@ -177,7 +177,14 @@ def test_anthropic_s_client_pages_through_the_models(several: Several) -> None:
     assert (
         client.list(after_id="brief").data == [] and client.list(before_id="huge", after_id="tiny").last_id == "broken"
     )
-    for wrong in ({"limit": 0}, {"limit": 1001}, {"after_id": "small"}, {"before_id": ""}):
+    for wrong in (
+        {"limit": 0},
+        {"limit": 1001},
+        {"limit": "0000000019"},
+        {"limit": "1" + "0" * 5000},
+        {"after_id": "small"},
+        {"before_id": ""},
+    ):
         with pytest.raises(anthropic.BadRequestError, match=next(iter(wrong))):
             client.list(**wrong)  # type: ignore[arg-type]
     assert len(httpx.get(f"{several.url}/v1/models?limit=2").json()["data"]) == 5, (

@@ -223,8 +223,11 @@ model. A value that is absent is decided from the model and the machine. Nothing
 
 Tables `[models.NAME]` are [models of their own](how-to/several-models.md).
 
+`OTEL_EXPORTER_OTLP_ENDPOINT` is `otlp_endpoint` where none of these says it.
+
 A key that is no option is an error, and so is a value that the option would not take. `penstock config show --origin`,
-given the same file, environment and options, tells every value and where it comes from.
+given the same file, environment and options, tells every value and where it comes from: those of the server, and then
+those of each model that it would have.
 
 This page is generated from the code (`make docs`).
 

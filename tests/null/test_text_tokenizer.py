@@ -93,6 +93,14 @@ def test_without_special_tokens_in_the_text_parsing_makes_no_difference(kind: st
         assert tokenizer.encode(text) == tokenizer.encode(text, parse_special=False)
 
 
+def test_a_text_without_special_tokens_is_encoded_as_fast_as_any() -> None:
+    """Token by token in Python only what holds one."""
+    tokenizer = toytext.byte_level()
+    assert tokenizer.encode("the cats", parse_special=False) == tokenizer.encode("the cats") and not tokenizer._literal
+    tokenizer.encode("the <|im_end|> cats", parse_special=False)
+    assert tokenizer._literal
+
+
 def test_barrier_makes_text_of_one_token_only(tokenizer: Tokenizer) -> None:
     end = "</s>"
     barred = f"the{end}{MARKS[5]}<{MARKS[5]}/s>{end}"

@@ -55,9 +55,12 @@ def serve_option(name: str) -> str:
     return _SERVE + name.upper()
 
 
+OTLP_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+
 def otlp_endpoint() -> str | None:
     """OTEL_EXPORTER_OTLP_ENDPOINT: where ``penstock serve`` sends spans if --otlp-endpoint is left out."""
-    return os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+    return os.environ.get(OTLP_ENDPOINT) or None
 
 
 def _flag(name: str) -> bool:

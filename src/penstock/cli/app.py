@@ -11,7 +11,7 @@ from penstock.base import InvalidRequest
 from penstock.cli import (
     cache,
     chat,
-    config,
+    config_show,
     doctor,
     embed,
     keys,
@@ -68,8 +68,8 @@ app.command("top")(guarded(ps.top))
 app.command("logs")(guarded(logs.logs))
 app.command("trace")(guarded(trace.trace))
 app.add_typer(keys.app, name="keys")
-config.show_like(serve.serve)
-app.add_typer(config.app, name="config")
+config_show.show_like(serve.serve)
+app.add_typer(config_show.app, name="config")
 app.command("embed")(guarded(embed.embed))
 app.command("quantize")(guarded(quantize.quantize))
 app.command("models")(guarded(models.models))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-import json
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from penstock.base import ConfigError, PenstockError, env, parse_span
-from penstock.cli.exits import emit, exit_code, explain, guarded
+from penstock.cli.exits import exit_code, explain
 from penstock.spec import EngineConfig
 
 TABLE_OPTIONS = ("path", "aliases", "pin", "keep_alive")
@@ -25,23 +23,20 @@ ENGINE_OPTIONS = [field.name for field in fields(EngineConfig) if field.name not
 NO_KEYS = {"config", "others", "origin", "as_json", "help"}
 """Options that are no part of a configuration."""
 
-_ORIGINS = "penstock.origins"
-app = typer.Typer(help="See what a server would be configured with.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def config() -> None:
-    """See what a server would be configured with."""
+ORIGINS = "penstock.origins"
+"""Where the context of a command has them: by option, the file or the variable that its value is from."""
 
 
 def use_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Makes what a file and the environment say the defaults of the command that is being read.
+    """Makes what a file and the environment say the defaults of the command that is being read. The file comes over
+    OTEL_EXPORTER_OTLP_ENDPOINT, which is not of Penstock's own, and PENSTOCK_SERVE_... over the file.
 
     Every value is taken as the text that the command line would have, and checked as that.
     """
     try:
         path = path or env.config_file()
-        given = {} if path is None else {name: (text, str(path)) for name, text in read_config(path)[0].items()}
+        given = {"otlp_endpoint": (text, env.OTLP_ENDPOINT)} if (text := env.otlp_endpoint()) else {}
+        given |= {} if path is None else {name: (text, str(path)) for name, text in read_config(path)[0].items()}
         given |= {name: (text, env.serve_option(name)) for name, text in env.serve_options().items()}
         parameters: dict[str, Any] = {str(p.name): p for p in ctx.command.params if p.name not in NO_KEYS}
         for name, (text, origin) in given.items():
@@ -57,7 +52,7 @@ def use_config(ctx: typer.Context, path: Path | None) -> Path | None:
         explain(error, as_json="--json" in sys.argv)
         sys.exit(exit_code(error))
     ctx.default_map = {name: text for name, (text, _) in given.items()}
-    ctx.meta[_ORIGINS] = {name: origin for name, (_, origin) in given.items()}
+    ctx.meta[ORIGINS] = {name: origin for name, (_, origin) in given.items()}
     return path
 
 
@@ -126,51 +121,3 @@ ConfigOption = Annotated[
         help="TOML file of these options; then come PENSTOCK_SERVE_... and the command line (penstock config show)",
     ),
 ]
-
-
-def show_like(command: Any) -> None:
-    """Adds ``config show``, which takes the options of a command and tells what came of them."""
-    own = {
-        "origin": Annotated[bool, typer.Option("--origin", help="and where each value comes from")],
-        "as_json": Annotated[bool, typer.Option("--json", help="print one JSON object")],
-    }
-
-    def show(ctx: typer.Context, *, origin: bool, as_json: bool, **values: Any) -> None:
-        """Show what `penstock serve` would run with, given the same file, environment and options."""
-        rows = {name: (value, _origin(ctx, name)) for name, value in values.items() if name not in NO_KEYS}
-        if as_json:
-            shown = {n: {"value": _plain(v), "origin": o} if origin else _plain(v) for n, (v, o) in rows.items()}
-            emit(json.dumps(shown))
-            return
-        width = max(map(len, rows))
-        lengths = [len(_shown(value)) for value, _ in rows.values()]
-        for name, (value, where) in rows.items():
-            text = (
-                f"{name:{width}}  {_shown(value):{max(lengths)}}  {where}"
-                if origin
-                else f"{name:{width}}  {_shown(value)}"
-            )
-            emit(text.rstrip())
-
-    parameters = list(inspect.signature(command).parameters.values())
-    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in own.items()]
-    signature = [context, *parameters, *more]
-    show.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
-    show.__annotations__ = {p.name: p.annotation for p in signature}
-    app.command("show")(guarded(show))
-
-
-def _origin(ctx: typer.Context, name: str) -> str:
-    source = getattr(ctx.get_parameter_source(name), "name", "DEFAULT")
-    if source == "DEFAULT_MAP":
-        return str(ctx.meta[_ORIGINS][name])
-    return "command line" if source == "COMMANDLINE" else "default"
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _shown(value: object) -> str:
-    return "-" if value is None else _text(value)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -42,14 +44,41 @@ def logs(
     def show(line: dict[str, Any]) -> None:
         emit(json.dumps(line) if as_json else _text(line))
 
-    with _opened(file) as stream:
-        matching = filter(wanted, _records(stream))
-        for line in matching if last is None else deque(matching, last):
+    for i, records in enumerate(readings(file, follow=follow)):
+        matching = filter(wanted, records)
+        for line in matching if last is None or i else deque(matching, last):
             show(line)
+
+
+def readings(path: Path, *, follow: bool) -> Iterator[Iterator[dict[str, Any]]]:
+    """What the file holds, and to follow it what has come since, again and again: of the new file at its path too, once
+    the old one was moved away or cut, and has been read to its end.
+
+    Raises NotFound: (log_not_found).
+    """
+    stream = _opened(path)
+    try:
+        yield _records(stream)
         while follow:
             time.sleep(POLL_SECONDS)
-            for line in filter(wanted, _records(stream)):
-                show(line)
+            replaced = _replaced(path, stream)  # before the old one's last lines are read: nothing comes to it any more
+            yield _records(stream)
+            if replaced:
+                with suppress(NotFound):  # moved away already: the next one will come
+                    old, stream = stream, _opened(path)
+                    old.close()
+    finally:
+        stream.close()
+
+
+def _replaced(path: Path, stream: IO[bytes]) -> bool:
+    """Whether lines go to a new file, or the old one was cut. A new one that is empty the server may not use yet."""
+    try:
+        now = path.stat()
+    except OSError:
+        return False
+    same = os.path.samestat(now, os.fstat(stream.fileno()))
+    return now.st_size < stream.tell() if same else now.st_size > 0
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.base import ConfigError, env
+from penstock.base import ConfigError
 from penstock.cli.config import ConfigOption
 from penstock.cli.offers import Keeping, at_once, configured, models_of
 from penstock.cli.options import engine_options, field_options
@@ -85,7 +85,7 @@ def serve(
         admin = None if admin_port is None else stack.enter_context(server.listen("127.0.0.1", admin_port))
         certificate, origins = _certificate(tls_cert, tls_key), origins_of(cors_origin) if cors_origin else ()
         log = None if log_file is None else RequestLog(log_file)
-        spans = _spans(otlp_endpoint or env.otlp_endpoint())
+        spans = _spans(otlp_endpoint)
         scheme = "http" if certificate is None else "https"
         url, admin_url = server.url_of(bound, scheme), None if admin is None else server.url_of(admin, scheme)
         stack.enter_context(_present(list(models.all), url, admin_url, gate, certificate))
@@ -117,7 +117,7 @@ def _gate(models: Models, keys: Path | None, queue_tokens: int | None, *, public
 
 def _spans(endpoint: str | None) -> Spans | None:
     """Raises ConfigError: (otel_missing), and as ``Spans``."""
-    if endpoint is None:
+    if not endpoint:
         return None
     try:
         from penstock.serving.spans import Spans

@@ -193,6 +193,7 @@ class Vectors:
         return VectorJob(submission, params)
 
     def _tokenize(self, prompt: Prompt, params: PoolingParams) -> list[int]:
+        """Special tokens written in the text are ordinary text; those that the tokenizer puts around it are there."""
         text: object = None
         if not _has_ids(prompt):
             text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
@@ -200,7 +201,7 @@ class Vectors:
             raise _empty()
         if self.pooling.lower and isinstance(text, str):
             prompt = text.lower()
-        ids = list(self.tokenize(prompt)["prompt_token_ids"])
+        ids = list(self.tokenize(prompt, parse_special=False)["prompt_token_ids"])
         longest = self._longest(params)
         if longest is None or len(ids) <= longest:
             return ids

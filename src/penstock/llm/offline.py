@@ -214,7 +214,7 @@ class LLM:
     ) -> list[EmbeddingRequestOutput]:
         """One vector for each prompt, pooled as the model's folder says; a decoder's is that of its last token.
 
-        All prompts are checked before the first is started.
+        Special tokens written in a text prompt are ordinary text. All prompts are checked before the first is started.
 
         Raises:
             InvalidRequest: a prompt or parameter cannot be used; (not_an_embedding_model).

@@ -136,7 +136,8 @@ def _shown(prompt: TokensPrompt, tokenizer: Tokenizer) -> str:
 
 
 async def with_gap(prompt: str, suffix: str, context: Context, *, special: bool = True) -> TokensPrompt:
-    """What comes before a gap, and what after it, as the model has learned to read them.
+    """What comes before a gap, and what after it, as the model has learned to read them. Special tokens written in them
+    are ordinary text.
 
     Args:
         special: with what the tokenizer puts around a text.
@@ -153,9 +154,8 @@ async def with_gap(prompt: str, suffix: str, context: Context, *, special: bool 
             fix="leave it out, or use a model that was trained for it, such as Qwen2.5-Coder",
             param="suffix",
         )
-    before, after = [
-        (await llm.tokenize(text, add_special_tokens=False))["prompt_token_ids"] for text in (prompt, suffix)
-    ]
+    plain = {"add_special_tokens": False, "parse_special": False}
+    before, after = [(await llm.tokenize(text, **plain))["prompt_token_ids"] for text in (prompt, suffix)]
     start = llm.engine.tokenizer.encode("", add_special_tokens=special)
     return TokensPrompt(prompt_token_ids=[*start, *gap.around(before, after)], prompt=prompt)
 

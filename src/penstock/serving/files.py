@@ -249,12 +249,22 @@ def part_of(query: Mapping[str, str], shown: int = MAX_LISTED, most: int = MAX_L
 
     Raises HTTPError: (invalid_parameter).
     """
-    limit, after, order = (query.get(name) for name in ("limit", "after", "order"))
-    if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= most):
-        raise invalid("limit", f"it must be 1 to {most}")
+    limit, after, order = limit_of(query, shown, most), query.get("after"), query.get("order")
     if order not in (None, "asc", "desc"):
         raise invalid("order", 'it must be "asc" or "desc"')
-    return Part(shown if limit is None else int(limit), after, order == "asc")
+    return Part(limit, after, order == "asc")
+
+
+def limit_of(query: Mapping[str, str], shown: int, most: int) -> int:
+    """How many items of a list are asked for; ``shown`` where that is not said.
+
+    Raises HTTPError: (invalid_parameter).
+    """
+    if (limit := query.get("limit")) is None:
+        return shown
+    if re.fullmatch("[0-9]{1,9}", limit) is None or not 1 <= int(limit) <= most:
+        raise invalid("limit", f"it must be 1 to {most}")
+    return int(limit)
 
 
 def page(found: tuple[Sequence[T], bool], show: Callable[[T], I]) -> Page[I]:

@@ -18,6 +18,7 @@ from penstock.core.service import engine_stopped
 from penstock.serving.context import Context, context_of, shutting_down
 from penstock.serving.edge import as_json, body_of, off_loop, parse
 from penstock.serving.errors import invalid
+from penstock.serving.files import limit_of
 from penstock.serving.gate import Caller
 from penstock.serving.limits import MAX_MODEL_NAME
 from penstock.serving.models import Models, Served
@@ -113,12 +114,11 @@ class AnthropicModels(msgspec.Struct, kw_only=True):
 async def models_listed(request: Request) -> Response:
     """Raises HTTPError: (invalid_parameter)."""
     models = context_of(request).models
-    each, limit = [_listed(models, model) for model in models.all.values()], request.query_params.get("limit")
-    if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_MODELS):
-        raise invalid("limit", f"it must be 1 to {MAX_MODELS}")
+    each = [_listed(models, model) for model in models.all.values()]
+    limit = limit_of(request.query_params, SHOWN_MODELS, MAX_MODELS)
     if ANTHROPIC not in request.headers:
         return as_json(ModelList(each))
-    return as_json(_page(each, SHOWN_MODELS if limit is None else int(limit), request.query_params))
+    return as_json(_page(each, limit, request.query_params))
 
 
 def _page(models: Sequence[Model], limit: int, query: Mapping[str, str]) -> AnthropicModels:

@@ -160,7 +160,7 @@ def serve(
     app, context = build_app(models, store, hosts=_own_names(bound), gate=gate, log=log, spans=spans, apart=apart)
     context.starting, context.origins, app = True, origins, shared_with(app, origins)
     if admin is not None:
-        app = _by_port(app, admin.getsockname()[1], build_admin(context, hosts=_own_names(admin)))
+        app = _by_address(app, admin.getsockname()[:2], build_admin(context, hosts=_own_names(admin)))
     server = uvicorn.Server(_settings(app, certificate, room_for_connections()))
     ending = _Ending(server, context, certificate)
 
@@ -288,10 +288,12 @@ def _own_names(bound: socket.socket) -> frozenset[str] | None:
     return LOOPBACK | {bound.getsockname()[0]} if is_loopback(bound) else None
 
 
-def _by_port(app: ASGIApp, port: int, other: ASGIApp) -> ASGIApp:
-    """``other`` for connections to the port, as the kernel has it: nothing that a client sends is asked."""
+def _by_address(app: ASGIApp, address: tuple[str, int], other: ASGIApp) -> ASGIApp:
+    """``other`` for connections to a host and its port, as the kernel has them: nothing that a client sends is asked,
+    and two hosts may have a port of the same number.
+    """
 
     async def chosen(scope: Scope, receive: Receive, send: Send) -> None:
-        await (other if scope["type"] == "http" and scope["server"][1] == port else app)(scope, receive, send)
+        await (other if scope["type"] == "http" and scope["server"] == address else app)(scope, receive, send)
 
     return chosen

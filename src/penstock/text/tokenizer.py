@@ -118,14 +118,17 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise InvalidRequest("invalid_text", f"A text was expected, not {type(text).__name__}", fix="pass a str")
-        if parse_special and (barrier is None or barrier not in text):
+        ids, frame, marked = list[int](), add_special_tokens, barrier is not None and barrier in text
+        if not marked:
             with _backend_errors(text):
-                ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        else:
+                ids = self._backend.encode_batch_fast([text], add_special_tokens=frame and parse_special)[0].ids
+            frame = frame and not parse_special
+            marked = not parse_special and not self._bytes.special.isdisjoint(ids)  # mostly none is written there
+        if marked:
             ids = self._encode_marked(text, self._added if parse_special else self._ordinary_added, barrier)
-            if add_special_tokens:
-                before, after = self._affixes
-                ids = [*before, *ids, *after]
+        if frame:
+            before, after = self._affixes
+            ids = [*before, *ids, *after]
         if self._may_exceed and ids and max(ids) >= self.vocabulary.size:
             raise InvalidRequest(
                 "token_out_of_range",
