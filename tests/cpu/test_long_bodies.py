@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.serving.answers import VALUES, told
 from penstock.serving.decoding import decode, in_batches
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import INLINE_BYTES, MAX_FIELDS_NOTED, MAX_JSON_VALUES, MAX_PROMPTS, NOTED_SECONDS
-from penstock.serving.long_ids import VALUES, told
 from penstock.serving.schemas import CompletionRequest, GenerationRequest
 from penstock.serving.tokens import DetokenizeRequest
 from penstock.serving.unread_fields import NotedFields

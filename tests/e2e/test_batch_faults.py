@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from penstock.serving.batch_run import AT_ONCE
 from penstock.serving.context import Context
 from penstock.serving.gate import Gate
 from penstock.serving.keys import change_keys, new_key
+from penstock.serving.limits import INLINE_BYTES
 from penstock.serving.models import Models, Served
 from penstock.spec import EngineConfig
 
@@ -101,6 +103,31 @@ def test_a_clock_that_is_set_forward_expires_nothing(
         monkeypatch.setattr(time, "time", lambda: now() + 2 * 86_400)
         batch = await batching.until(id, "completed", "expired")
         assert batch["status"] == "completed" and batch["request_counts"]["completed"] == 200
+
+    over(llm, tmp_path, work)
+
+
+def test_a_long_answer_is_written_aside(llm: AsyncLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread: streams go on meanwhile. And it is the same again."""
+    threads, told = [], batch_run.told
+
+    def noted(value: object) -> list[bytes]:
+        threads.append(threading.current_thread())
+        return told(value)
+
+    monkeypatch.setattr(batch_run, "told", noted)
+
+    async def work(batching: Batching) -> None:
+        line = {"prompt": "A", "n": 8, "logprobs": 5, "max_tokens": 60, "ignore_eos": True, "temperature": 1.0}
+        outputs = []
+        for _ in range(2):
+            batch = await batching.until(await batching.begin(await batching.upload([line])), "completed")
+            [made] = await batching.output(batch)
+            body = made["response"]["body"]
+            assert body["created"] == batch["created_at"] and body["id"] == f"cmpl-{made['response']['request_id']}"
+            outputs.append(body | {"created": 0})
+        assert outputs[0] == outputs[1] and len(json.dumps(body)) > INLINE_BYTES
+        assert len(threads) == 2 and threading.current_thread() not in threads
 
     over(llm, tmp_path, work)
 

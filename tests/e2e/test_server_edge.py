@@ -355,7 +355,9 @@ def test_official_clients_do_not_send_again_what_kills_engines(llm: AsyncLLM, mo
     assert len(sent) == 2
 
 
-def test_an_error_after_the_first_event_is_the_last_event(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def breaking(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers break off after two updates of the engine."""
     submit = llm.engine.service.submit
 
     def breaking(submission: Submission, sink: Sink) -> None:
@@ -369,10 +371,34 @@ def test_an_error_after_the_first_event_is_the_last_event(llm: AsyncLLM, monkeyp
         submit(submission, once)
 
     monkeypatch.setattr(llm.engine.service, "submit", breaking)
+
+
+@pytest.mark.usefixtures("breaking")
+def test_an_error_after_the_first_event_is_the_last_event(llm: AsyncLLM) -> None:
     response = ask(llm, COMPLETIONS, {"prompt": PROMPT, "stream": True, "max_tokens": 6})
     assert response.status_code == 200 and "[DONE]" not in response.text
     last = json.loads(response.text.rstrip().split("\n\n")[-1].removeprefix("data: "))
     assert last["error"]["code"] == "internal_error"
+
+
+@pytest.mark.usefixtures("breaking")
+def test_an_error_in_a_stream_of_items_is_numbered_as_its_events_are(llm: AsyncLLM) -> None:
+    """As OpenAI's client reads it."""
+
+    async def events() -> list[Any]:
+        app, context = build_app(AsyncLLM(replace(llm.engine, chat=ChatTemplate(TEMPLATE))))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
+            theirs = openai.AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=http)
+            stream = await theirs.responses.create(
+                model=llm.engine.name, input="hi", stream=True, max_output_tokens=6, store=False
+            )
+            told = [event async for event in stream]
+        await context.batches.close()
+        return told
+
+    *before, last = asyncio.run(events())
+    assert isinstance(last, openai.types.responses.ResponseErrorEvent) and last.code == "internal_error"
+    assert len(before) > 2 and [event.sequence_number for event in (*before, last)] == list(range(len(before) + 1))
 
 
 def test_what_still_runs_at_the_end_is_told_so(llm: AsyncLLM) -> None:

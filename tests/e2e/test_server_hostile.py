@@ -330,16 +330,51 @@ def impatient(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
     """The port and the context of a server whose patience is half a second."""
     monkeypatch.setattr(limits, "HEAD_SECONDS", 0.5)
     monkeypatch.setattr(limits, "STALL_SECONDS", 0.5)
+    with here(llm) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def here(llm: AsyncLLM, **settings: Any) -> Iterator[tuple[int, Any]]:
+    """The port and the context of a server in this process."""
     app, context = build_app(llm)
     bound = serving.listen("127.0.0.1", 0)
-    running = uvicorn.Server(serving._settings(app))
+    running = uvicorn.Server(serving._settings(app, **settings))
     thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[bound])))
-    port = bound.getsockname()[1]
     thread.start()
-    yield port, context
-    running.should_exit = True
-    thread.join(20)
+    try:
+        yield bound.getsockname()[1], context
+    finally:
+        running.should_exit = True
+        thread.join(20)
     assert not thread.is_alive()
+
+
+def test_who_is_one_connection_too_many_is_told_so_as_its_api_does(llm: AsyncLLM) -> None:
+    """And it is counted. When another has gone there is room again."""
+    with here(llm, connections=3) as (port, _), contextlib.ExitStack() as others:
+        url, held = f"http://127.0.0.1:{port}", [httpx.Client() for _ in range(2)]
+        for client in held:
+            assert others.enter_context(client).get(f"{url}/live").status_code == 200
+        for path, names, told in (
+            (
+                COMPLETIONS,
+                {"x-request-id"},
+                {"type": "overloaded_error", "param": None, "code": "too_many_connections"},
+            ),
+            ("/v1/messages", {"x-request-id", "request-id"}, {"type": "overloaded_error"}),
+        ):
+            answer = httpx.post(f"{url}{path}", json={"prompt": "a" * 100_000}, headers={"x-request-id": "mine"})
+            assert answer.status_code == 503 and 2 <= int(answer.headers["retry-after"]) <= 3
+            assert {answer.headers[name] for name in names} == {"mine"} and answer.headers["connection"] == "close"
+            error = answer.json()["error"]
+            assert "3 of them" in error.pop("message") and error == told
+        held[0].close()
+        deadline = time.monotonic() + 20
+        while (answer := httpx.get(f"{url}/metrics")).status_code != 200:
+            assert time.monotonic() < deadline
+        refused = [line for line in answer.text.splitlines() if '"503"' in line]
+        assert any(COMPLETIONS in line and line.endswith(" 1.0") for line in refused), refused
 
 
 def test_a_head_that_trickles_is_not_waited_for(impatient: tuple[int, Any]) -> None:

@@ -18,6 +18,7 @@ from unittest import mock
 
 import anthropic
 import httpx
+import msgspec
 import pytest
 
 from commands import argv, penstock, running
@@ -335,7 +336,13 @@ def alone(name: str) -> list[Any]:
             told = [completion_logprobs(sample, llm.engine.tokenizer, 0) for sample in answer.outputs]  # type: ignore[arg-type]
             said.append(
                 [
-                    (sample.text, sample.finish_reason, each.tokens, each.token_logprobs, each.top_logprobs)
+                    (
+                        sample.text,
+                        sample.finish_reason,
+                        each.tokens,
+                        each.token_logprobs,
+                        json.loads(msgspec.json.encode(each.top_logprobs)),
+                    )
                     for sample, each in zip(answer.outputs, told, strict=True)
                 ]
             )

@@ -20,6 +20,7 @@ from penstock.base import PenstockError, env
 from penstock.fleet import Admission
 from penstock.llm import AsyncLLM
 from penstock.serving import conversations, durable
+from penstock.serving.answers import answered
 from penstock.serving.batch_table import Batch
 from penstock.serving.batches import Batches
 from penstock.serving.chat import ChatTask
@@ -29,7 +30,7 @@ from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context, context_of
 from penstock.serving.dashboard import PAGES
 from penstock.serving.decoding import Task, decode, in_batches
-from penstock.serving.edge import Edge, as_json, body_of, off_loop, settle
+from penstock.serving.edge import Edge, body_of, off_loop, settle
 from penstock.serving.errors import (
     AnthropicErrorBody,
     ErrorBody,
@@ -272,7 +273,7 @@ async def _generate(
 
     if not asked.stream:
         task = await prepared(request.receive)
-        return as_json(await unless_disconnected(request.receive, task.whole()))
+        return await answered(await unless_disconnected(request.receive, task.whole()))
 
     async def begin() -> AsyncGenerator[object, None]:
         return (await prepared(None)).chunks()  # the stream itself watches for a client that goes away
@@ -284,7 +285,7 @@ async def _vectors(request: Request, shape: type[R], answer: Callable[[R, Contex
     asked, size = await _read(request, shape)
     context = await _model_of(request, asked, size, request.receive)
     made = await unless_disconnected(request.receive, context.until_aborted(answer(asked, context)))
-    return made if isinstance(made, Response) else as_json(made)
+    return made if isinstance(made, Response) else await answered(made)
 
 
 async def _read(request: Request, shape: type[R]) -> tuple[R, int]:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -21,17 +20,21 @@ from msgspec import Meta
 
 from penstock.base import PenstockError, Unavailable
 from penstock.core.service import MAX_PRIORITY
+from penstock.serving.answers import size_of, told
 from penstock.serving.batch_table import Batch, Complaint, Done, Line, Status
+from penstock.serving.chat_schemas import ChatChoice, ChatCompletion
 from penstock.serving.context import Context
 from penstock.serving.database import StoredFile, not_found
 from penstock.serving.edge import off_loop, parse
-from penstock.serving.errors import HTTPError, body_of, internal_error, log_fault
+from penstock.serving.errors import ErrorBody, HTTPError, body_of, internal_error, log_fault
 from penstock.serving.files import write
 from penstock.serving.gate import Caller, current
 from penstock.serving.limits import MAX_BATCH_LINES, MAX_BODY_BYTES, MAX_COMPLAINTS
 from penstock.serving.priorities import rank
-from penstock.serving.schemas import GenerationRequest, ModelRequest
+from penstock.serving.response_items import ResponseObject
+from penstock.serving.schemas import Completion, GenerationRequest, ModelRequest, Usage
 from penstock.serving.store import Store
+from penstock.serving.vectors import Ranking, VectorList, VectorUsage
 
 BEHIND = 1000
 """Levels of priority by which a batch stands behind requests whose clients wait: by default those of 10,000 seconds."""
@@ -47,8 +50,11 @@ LOOK_SECONDS = 1.0
 READ_LINES = 256
 RETRY_SECONDS = 1.0
 
-_AFTER_KIND = re.compile("[-_]")
 _log = logging.getLogger(__name__)
+
+
+Answer = ResponseObject | Completion | ChatCompletion[ChatChoice] | VectorList[Any] | Ranking
+"""What a line is answered with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ class Answerer:
     """What may stand in a batch: the requests of a path, and the answer to one that is not streamed."""
 
     decode: Callable[[bytes], ModelRequest]
-    answer: Callable[[Any, Context], Awaitable[object]]
+    answer: Callable[[Any, Context], Awaitable[Answer]]
 
 
 class BatchLine(msgspec.Struct, kw_only=True):
@@ -190,7 +196,8 @@ class Run:
             model = self.batch.model if asked.model is None else asked.model
             if (context := await self._use(model, len(body))) is None:
                 return None
-            return self._done(line, name, 200, await self.answerer.answer(self._behind(asked, seed), context))
+            answer = await self.answerer.answer(self._behind(asked, seed), context)
+            return await self._done(line, name, 200, answer)
         except PenstockError as error:
             # not the line's fault: it comes again, in this process or the next, and others' batches go on meanwhile
             if isinstance(error, Unavailable) or error.code in ("engine_dead", "engine_closed", "load_timeout"):
@@ -198,10 +205,10 @@ class Run:
                 self._rest(error)
                 return None
             log_fault(error)
-            return self._done(line, name, error.status, body_of(error))
+            return await self._done(line, name, error.status, body_of(error))
         except Exception:
             _log.exception("line %d of batch %s failed", line.number, self.batch.id)
-            return self._done(line, name, 500, body_of(internal_error()))
+            return await self._done(line, name, 500, body_of(internal_error()))
         finally:
             caller.leave()
 
@@ -241,18 +248,8 @@ class Run:
         asked.priority = min(MAX_PRIORITY, (asked.priority or 0) + BEHIND)
         return asked
 
-    def _done(self, line: Line, name: str, status: int, body: Any) -> Done:
-        told = msgspec.json.decode(msgspec.json.encode(body))
-        usage = told.get("usage") or {}
-        tokens_in = usage.get("prompt_tokens", usage.get("input_tokens", 0))
-        tokens_out = usage.get("completion_tokens", usage.get("output_tokens", 0))
-        told |= {made: self.batch.created_at for made in ("created", "created_at") if made in told}
-        response = {"status_code": status, "request_id": name, "body": told}
-        result = {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": response, "error": None}
-        text = msgspec.json.encode(result) + b"\n"
-        if "id" in told:  # all ids in it are made of one
-            text = text.replace(_AFTER_KIND.split(told["id"], 1)[1].encode(), name.encode())
-        return Done(line.number, status != 200, text, tokens_in, tokens_out)
+    async def _done(self, line: Line, name: str, status: int, body: Answer | ErrorBody) -> Done:
+        return await off_loop(size_of(body), partial(done, line, name, status, body, self.batch.created_at))
 
     def _expire(self) -> None:
         error = {"code": "batch_expired", "message": "This request could not be executed before the batch expired."}
@@ -291,6 +288,32 @@ class Run:
     def _output(self, kind: str, results: Iterator[bytes]) -> StoredFile:
         name, stay = f"{self.batch.id}_{kind}.jsonl", self.batch.outputs_stay
         return write(self.store, self.batch.tenant, name, "batch_output", results, stay)
+
+
+def done(line: Line, name: str, status: int, body: Answer | ErrorBody, created: int) -> Done:
+    """What comes of a line. Its answer is changed to bear the line's own name and its batch's time, so that it is the
+    same whenever it is made: all ids in it are made of one.
+
+    Args:
+        body: an Answer, or what is told of an error.
+        created: in seconds since 1970.
+    """
+    tokens_in = tokens_out = 0
+    if isinstance(body, dict):  # a ResponseObject
+        own, used = body["id"].partition("_")[2], body["usage"] or {}
+        tokens_in, tokens_out = used.get("input_tokens", 0), used.get("output_tokens", 0)
+        body["id"], body["created_at"] = f"resp_{name}", created
+        for item in body["output"]:
+            item["id"] = item["id"].replace(own, name)
+    elif not isinstance(body, ErrorBody):
+        if isinstance(usage := body.usage, Usage | VectorUsage):
+            tokens_in, tokens_out = usage.prompt_tokens, usage.total_tokens - usage.prompt_tokens
+        body.id = f"{body.id.partition('-')[0]}-{name}"
+        if not isinstance(body, Ranking):
+            body.created = created
+    response = {"status_code": status, "request_id": name, "body": msgspec.Raw(b"".join(told(body)))}
+    result = {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": response, "error": None}
+    return Done(line.number, status != 200, msgspec.json.encode(result) + b"\n", tokens_in, tokens_out)
 
 
 def read_lines(path: Path, endpoint: str) -> tuple[list[Line], list[Complaint]]:

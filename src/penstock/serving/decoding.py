@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from penstock.serving.batch_run import Answerer
+from penstock.serving.batch_run import Answer, Answerer
 from penstock.serving.chat import ChatTask
 from penstock.serving.completions import CompletionTask
 from penstock.serving.context import Context
@@ -65,12 +65,12 @@ def in_batches() -> dict[str, Answerer]:
     """What may stand in a batch."""
 
     def generation(shape: type[G], prepare: Callable[[G, Context], Awaitable[Task]]) -> Answerer:
-        async def answer(asked: G, context: Context) -> object:
+        async def answer(asked: G, context: Context) -> Any:
             return await (await prepare(asked, context)).whole()
 
         return Answerer(functools.partial(decode, shape=shape), answer)
 
-    def vectors(shape: type[R], answer: Callable[[R, Context], Awaitable[object]]) -> Answerer:
+    def vectors(shape: type[R], answer: Callable[[R, Context], Awaitable[Answer]]) -> Answerer:
         return Answerer(functools.partial(decode, shape=shape), answer)
 
     async def response(asked: ResponsesRequest, context: Context) -> ResponseTask:

@@ -34,7 +34,7 @@ from penstock.serving.limits import (
     MAX_HEADERS,
     MAX_JSON_DEPTH,
 )
-from penstock.serving.protocol import STALLS
+from penstock.serving.protocol import CROWDED, STALLS
 from penstock.serving.requestlog import line_of
 
 T = TypeVar("T")
@@ -83,19 +83,21 @@ class Edge:
             if message["type"] == "http.response.start":
                 started = message["status"]
                 own = [*((name, request_id.encode("ascii")) for name in names), *caller.allowances()]
-                if self.context.draining:  # a client shall not come back on a connection that is about to end
+                if self.context.draining or CROWDED in scope:  # a client shall not come back on a connection that ends
                     own.append((b"connection", b"close"))
                 message["headers"] = [*message["headers"], *own]
                 self.context.metrics.count(scope["path"], message["status"])
             await send(message)
 
         try:
+            if (most := scope.get(CROWDED)) is not None:
+                raise too_many_connections(most)
             self._admit(headers)
             self._refuse_pages(scope["method"], headers)
             if scope["path"] not in self.public:
                 caller.require("inference")
             await self.app(scope, receive, send_named)
-        except HTTPError as error:
+        except (HTTPError, Unavailable) as error:
             await error_response(error, scope["path"])(scope, receive, send_named)
         except Exception:
             _log.exception("request %s failed", request_id)
@@ -161,6 +163,16 @@ class Edge:
                 fix="serve with --cors-origin and the page's origin",
                 status=403,
             )
+
+
+def too_many_connections(most: int) -> Unavailable:
+    return Unavailable(
+        "too_many_connections",
+        "The server has as many connections as it takes",
+        why=f"{most} of them",
+        fix="send it again in a few seconds, and keep fewer connections",
+        retry_after=2.0,
+    )
 
 
 def is_json(headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -300,4 +300,4 @@ async def model(request: Request) -> Response:
     )
 
 
-EVENTS = Dialect(event, b"", lambda error: event(plain_body(error)))
+EVENTS = Dialect(event, b"", lambda error, _: event(plain_body(error)))

@@ -1,13 +1,21 @@
-"""Log-probabilities in OpenAI's two shapes."""
+"""Log-probabilities in OpenAI's two shapes.
+
+Each token's are encoded as they come: all of a long answer in one go would hold up the interpreter, and so would it to
+free hundreds of thousands of objects.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
+
+import msgspec
 
 from penstock.serving.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 from penstock.spec import Logprob
 from penstock.text import Delta, Tokenizer
 
+_encode = msgspec.json.Encoder().encode
 LEAST = -9999.0
 """Stands for minus infinity, which JSON cannot say (OpenAI's API reference)."""
 
@@ -40,26 +48,25 @@ def _add(
     result.tokens.append(_name(token, tokenizer))
     result.token_logprobs.append(None if entry is None else _finite(entry[token]))
     likeliest = None if entry is None else {_name(other, tokenizer): _finite(v) for other, v in entry.items()}
-    result.top_logprobs.append(likeliest)
+    result.top_logprobs.append(cast("dict[str, float] | None", likeliest and msgspec.Raw(_encode(likeliest))))
 
 
 def chat_logprobs(delta: Delta, tokenizer: Tokenizer, top: int) -> ChatLogprobs:
     """Of the new tokens, each with the ``top`` likeliest, likeliest first."""
-    content = []
+    content: list[TokenLogprob] = []
     for token, entry in zip(delta.token_ids, delta.logprobs or (), strict=True):
         likeliest = [other for other, value in entry.items() if value.rank is not None and value.rank <= top]
         likeliest.sort(key=lambda other: (entry[other].rank, other))
-        content.append(
-            TokenLogprob(
-                tokenizer.token_text(token),
-                _finite(entry[token]),
-                list(tokenizer.token_bytes(token)),
-                [
-                    TopLogprob(tokenizer.token_text(other), _finite(entry[other]), list(tokenizer.token_bytes(other)))
-                    for other in likeliest[:top]
-                ],
-            )
+        told = TokenLogprob(
+            tokenizer.token_text(token),
+            _finite(entry[token]),
+            list(tokenizer.token_bytes(token)),
+            [
+                TopLogprob(tokenizer.token_text(other), _finite(entry[other]), list(tokenizer.token_bytes(other)))
+                for other in likeliest[:top]
+            ],
         )
+        content.append(cast("TokenLogprob", msgspec.Raw(_encode(told))))
     return ChatLogprobs(content)
 
 

@@ -1,4 +1,4 @@
-"""Long lists out of a body and into one, piece by piece: others may have a turn of the interpreter in between.
+"""Long lists out of a body, piece by piece: others may have a turn of the interpreter in between.
 
 Decoded in one piece, 8 MB of them hold up the event loop for 60 ms, whichever thread decodes them, and 20 ms more when
 they are freed as a list.
@@ -7,22 +7,17 @@ they are freed as a list.
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
-from starlette.responses import Response, StreamingResponse
 
 from penstock.serving.edge import unescaped
 from penstock.serving.errors import HTTPError
-from penstock.serving.limits import INLINE_BYTES, JOINED_BYTES, MAX_JSON_VALUES, MAX_TEXTS
+from penstock.serving.limits import INLINE_BYTES, MAX_JSON_VALUES, MAX_TEXTS
 
 PIECE = 16 << 10
 """Bytes decoded at a time: 0.2 ms."""
-
-VALUES = 4096
-"""Values, or four times as many characters, encoded at a time."""
 
 _ONE, _SEVERAL = msgspec.Raw(b"[0]"), msgspec.Raw(b"[[0]]")
 _SPACE = b" \t\r\n"
@@ -69,42 +64,6 @@ def _ids(raw: bytes) -> array[int] | None:
     except (msgspec.DecodeError, OverflowError):
         return None
     return ids
-
-
-def told(fields: Mapping[str, object]) -> list[bytes]:
-    """The JSON of an object, in pieces: each of its fields that is a text is cut into some, and so is each iterator,
-    which makes a list that is never there as a whole."""
-    out, before = [], b"{"
-    for name, value in fields.items():
-        head = before + msgspec.json.encode(name) + b":"
-        before = b","
-        if isinstance(value, str):
-            starts = range(0, len(value), 4 * VALUES)
-            texts = [msgspec.json.encode(value[at : at + 4 * VALUES])[1:-1] for at in starts]
-            out += [head + b'"', *texts, b'"']
-        elif isinstance(value, Iterator):
-            out.append(head + b"[")
-            comma = b""
-            while piece := list(islice(value, VALUES)):
-                out.append(comma + msgspec.json.encode(piece)[1:-1])
-                comma = b","
-            out.append(b"]")
-        else:
-            out.append(head + msgspec.json.encode(value))
-    return [*out, b"}"]
-
-
-def in_pieces(body: Sequence[bytes]) -> Response:
-    """An answer that is sent as its client takes it: a long one in one piece would be copied twice on its way."""
-    size = sum(map(len, body))
-    if size <= JOINED_BYTES:
-        return Response(b"".join(body), media_type="application/json")
-
-    async def each() -> AsyncGenerator[bytes, None]:
-        for piece in body:
-            yield piece
-
-    return StreamingResponse(each(), headers={"content-length": str(size)}, media_type="application/json")
 
 
 def refuse_many_values(body: bytes, sign: bytes) -> None:

@@ -383,5 +383,5 @@ def _text(content: Any, place: str) -> str:
 
 
 EVENTS = Dialect(
-    named, b"", lambda error: named(anthropic_body(error)), remark=lambda _: named(MessageEvent(type="ping"))
+    named, b"", lambda error, _: named(anthropic_body(error)), remark=lambda _: named(MessageEvent(type="ping"))
 )

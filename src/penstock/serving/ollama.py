@@ -228,4 +228,4 @@ def _as_line(value: object) -> bytes:
     return msgspec.json.encode(value) + b"\n"
 
 
-LINES = Dialect(_as_line, b"", lambda error: _as_line(plain_body(error)), "application/x-ndjson", remark=None)
+LINES = Dialect(_as_line, b"", lambda error, _: _as_line(plain_body(error)), "application/x-ndjson", remark=None)

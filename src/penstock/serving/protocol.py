@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from penstock.serving import limits
@@ -17,6 +18,8 @@ from penstock.serving import limits
 STALLS = "penstock.stalls"
 """Where a request's scope has a list of when, and for how many seconds, its client had no room for what was written."""
 MAX_STALLS = 64
+CROWDED = "penstock.crowded"
+"""In the scope of a request that came while there were too many connections: how many there may be."""
 
 
 def secured(context: ssl.SSLContext, **given: Any) -> Handshake:
@@ -52,8 +55,9 @@ class Connection(H11Protocol):
 
     uvicorn ends a connection that is silent between requests, but not one that sends its headers a byte at a time, nor
     the body of a request that was refused unread, nor one that never reads: each would hold a place among
-    MAX_CONNECTIONS for ever, the last its request's too. uvicorn answers those above that number 503, and keeps them
-    all: above REFUSED_CONNECTIONS they are closed.
+    MAX_CONNECTIONS for ever, the last its request's too. uvicorn answers those above that number 503 by itself, with a
+    text that no client of an API reads, and keeps them all: here the application is told to, and above
+    REFUSED_CONNECTIONS they are closed.
     """
 
     _tcp: asyncio.Transport | None = None  # while TLS shakes hands over it
@@ -61,6 +65,11 @@ class Connection(H11Protocol):
     _stalled: asyncio.TimerHandle | None = None
     _leaving: asyncio.TimerHandle | None = None
     _since = 0.0
+
+    def __init__(self, config: uvicorn.Config, *args: Any, **given: Any) -> None:
+        super().__init__(config, *args, **given)
+        self.most, self.limit_concurrency = self.limit_concurrency or limits.MAX_CONNECTIONS, None
+        self._own = self.app
 
     def begin(self, tcp: asyncio.Transport) -> None:
         """A handshake does."""
@@ -76,7 +85,7 @@ class Connection(H11Protocol):
     @property
     def surplus(self) -> int:
         """Connections above what there may be; below 0 there may be more."""
-        return len(self.connections) - (self.limit_concurrency or limits.MAX_CONNECTIONS)
+        return len(self.connections) - self.most
 
     def shutdown(self) -> None:
         if self._tcp is None:
@@ -100,6 +109,16 @@ class Connection(H11Protocol):
             self._wait_for_head()
         else:
             self._head = _stop(self._head)
+
+    def handle_events(self) -> None:
+        """At most one request begins in it: a connection answers one at a time."""
+        crowded = self.surplus >= 0 or len(self.tasks) >= self.most
+        self.app = self._refused if crowded else self._own
+        super().handle_events()
+
+    async def _refused(self, scope: Any, receive: Any, send: Any) -> None:
+        scope[CROWDED] = self.most
+        await self._own(scope, receive, send)
 
     def on_response_complete(self) -> None:
         self._head = _stop(self._head)

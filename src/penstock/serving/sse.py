@@ -37,15 +37,19 @@ def named(chunk: object) -> bytes:
 
 
 class FaultEvent(TypedDict):
+    """The last of a stream that an error ends, numbered as the others are."""
+
     type: Literal["error"]
+    sequence_number: int
     code: str
     message: str
     param: str | None
 
 
-def _fault_event(error: PenstockError) -> bytes:
+def _fault_event(error: PenstockError, number: int) -> bytes:
     fault = body_of(error).error
-    return named(FaultEvent(type="error", code=fault.code, message=fault.message, param=fault.param))
+    event = FaultEvent(type="error", sequence_number=number, code=fault.code, message=fault.message, param=fault.param)
+    return named(event)
 
 
 def comment(text: str) -> bytes:
@@ -57,18 +61,19 @@ def comment(text: str) -> bytes:
 class Dialect:
     """How an API writes its events, what comes after the last one, and an error that ends a stream.
 
+    ``fault``: given the error and how many chunks came before it.
     ``remark``: what may stand between events, for proxies and people; None if its clients would take it for one.
     """
 
     encode: Callable[[object], bytes]
     last: bytes
-    fault: Callable[[PenstockError], bytes]
+    fault: Callable[[PenstockError, int], bytes]
     content_type: str = "text/event-stream; charset=utf-8"
     remark: Callable[[str], bytes] | None = comment
 
 
 DONE = "[DONE]"
-PLAIN = Dialect(event, f"data: {DONE}\n\n".encode(), lambda error: event(body_of(error)))
+PLAIN = Dialect(event, f"data: {DONE}\n\n".encode(), lambda error, _: event(body_of(error)))
 NAMED = Dialect(named, b"", _fault_event)
 
 
@@ -93,6 +98,7 @@ class EventStream:
         self.begin, self.dialect, self.awaited = begin, dialect, awaited
         self._chunks: AsyncGenerator[object, None] | None = None
         self._begun = False
+        self._sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -106,21 +112,23 @@ class EventStream:
         try:
             first = await self._first(send)
             await self._write(send, self.dialect.encode(first))
+            self._sent = 1
             assert self._chunks is not None
             pings.begin()
             async for chunk in self._chunks:
                 pings.heard = time.monotonic()
                 await send({"type": "http.response.body", "body": self.dialect.encode(chunk), "more_body": True})
+                self._sent += 1
         except PenstockError as error:
             if not self._begun:
                 raise
             log_fault(error)
-            last = self.dialect.fault(error)
+            last = self.dialect.fault(error, self._sent)
         except Exception:
             if not self._begun:
                 raise
             _log.exception("a stream failed")
-            last = self.dialect.fault(internal_error())
+            last = self.dialect.fault(internal_error(), self._sent)
         finally:
             pings.end()
             if self._chunks is not None:

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
+from penstock.serving.answers import VALUES, in_pieces, told
 from penstock.serving.chat import plain_message
 from penstock.serving.context import Context
 from penstock.serving.custom_tools import as_functions
@@ -17,7 +18,6 @@ from penstock.serving.dialogue import template_variables
 from penstock.serving.edge import off_loop
 from penstock.serving.errors import HTTPError
 from penstock.serving.limits import MAX_MESSAGES
-from penstock.serving.long_ids import VALUES, in_pieces, told
 from penstock.serving.schemas import ChatMessage, Harmless, ModelRequest, TokenId, Tools
 from penstock.serving.tools import Offer, offer_of
 
