@@ -125,7 +125,8 @@ def test_no_character_is_looked_at_on_its_own(kind: str) -> None:
         }[kind]
 
     short, long = fields(1), fields(1000)
-    assert steps(lambda: StructuredOutputs(**short)) == steps(lambda: StructuredOutputs(**long)) > 0
+    few, many = steps(lambda: StructuredOutputs(**short)), steps(lambda: StructuredOutputs(**long))
+    assert 0 < many < few + 3000  # an instruction for each character would be more; what the collector ends counts too
 
 
 VALUES = st.recursive(
