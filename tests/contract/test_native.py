@@ -99,6 +99,20 @@ def test_what_would_be_read_as_it_lies_is_refused() -> None:
         ops.add_norm(x_TK, x_TK.bfloat16(), torch.ones(32).bfloat16(), 1e-5)
     with pytest.raises(TypeError):
         ops.norm(x_TK, torch.ones(32).bfloat16(), 1e-5)
+    with pytest.raises(TypeError, match=r"float64: .*float32, torch\.bfloat16, torch\.float16"):
+        ops.norm(x_TK.double(), torch.ones(32).double(), 1e-5)
+
+
+def test_only_whole_matrices_are_packed(ops: Ops) -> None:
+    """In place: what lies between their rows belongs to somebody else."""
+    for base, part in ((torch.randn(32, 128), (slice(None), slice(64))), (torch.randn(3, 32, 64), (slice(None), 0))):
+        before = base.clone()
+        for matrix in (base[part], base.transpose(-1, -2)):
+            with pytest.raises(TypeError, match="strides"):
+                ops.pack(matrix)
+        assert torch.equal(base, before)
+    with pytest.raises(TypeError, match=r"float64: .*float32, torch\.bfloat16, torch\.float16"):
+        ops.pack(torch.randn(32, 64).double())
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
