@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsuite import CPU, DTYPES, EPS, SHAPES, Sequence, Shape, agree, mixed, packed, paged, run_attention
+from opsuite import CPU, DTYPES, EPS, SETS, SHAPES, Sequence, Shape, agree, mixed, packed, paged, run_attention
 from penstock.kernels import SEGMENT, Batch, GroupBatch, GroupedWeight, Ops, make_ops, native
 from penstock.quant import quantize
 from test_ops import ROW_OPS, row_inputs, run
@@ -24,18 +23,7 @@ pytestmark = pytest.mark.skipif(not native(), reason="installed without a compil
 if native():
     from penstock.kernels import _native
 
-    SETS = _native.usable()
-else:
-    SETS = []
 FUSED = [name for name in SETS if name not in ("portable", "avx2")] if "avx2" in SETS else []
-
-
-@pytest.fixture(params=SETS)
-def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
-    before = _native.chosen()
-    _native.choose(request.param)
-    yield make_ops("cpu")
-    _native.choose(before)
 
 
 def test_the_best_is_chosen_and_portable_is_always_there() -> None:
