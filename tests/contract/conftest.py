@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from opsuite import PLACES, SHAPES, Place, Shape
-from penstock.kernels import make_ops
+from opsuite import PLACES, SETS, SHAPES, Place, Shape
+from penstock.kernels import Ops, make_ops
 
 
 @pytest.fixture(params=PLACES, ids=lambda p: "-".join(p))
@@ -19,6 +19,17 @@ def place(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture(params=SHAPES, ids=str)
 def shape(request: pytest.FixtureRequest) -> Shape:
     return SHAPES[request.param]
+
+
+@pytest.fixture(params=SETS)
+def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    """The native kernels of an instruction set."""
+    from penstock.kernels import _native
+
+    before = _native.chosen()
+    _native.choose(request.param)
+    yield make_ops("cpu")
+    _native.choose(before)
 
 
 @pytest.fixture(autouse=True)

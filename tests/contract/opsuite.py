@@ -10,9 +10,14 @@ from torch import Tensor
 
 from penstock.kernels import Batch, GroupBatch, KVLayer, Ops, backends, make_ops, native
 
+if native():
+    from penstock.kernels import _native
+
 CPU = torch.device("cpu")
 BACKENDS = [name for name in backends if name != "cpu" or native()]
 PLACES = [(name, "cpu") for name in BACKENDS] + [("torch", "cuda")] * torch.cuda.is_available()
+SETS = _native.usable() if native() else []
+"""Instruction sets of the native kernels that this processor has, the best one first."""
 EXACT = [name for name in BACKENDS if make_ops(name).one_answer]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}

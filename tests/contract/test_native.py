@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsuite import CPU, DTYPES, EPS, SHAPES, Sequence, Shape, agree, mixed, packed, paged, run_attention
+from opsuite import CPU, DTYPES, EPS, SETS, SHAPES, Sequence, Shape, agree, mixed, packed, paged, run_attention
 from penstock.kernels import SEGMENT, Batch, GroupBatch, GroupedWeight, Ops, make_ops, native
 from penstock.quant import quantize
 from test_ops import ROW_OPS, row_inputs, run
@@ -24,18 +23,7 @@ pytestmark = pytest.mark.skipif(not native(), reason="installed without a compil
 if native():
     from penstock.kernels import _native
 
-    SETS = _native.usable()
-else:
-    SETS = []
 FUSED = [name for name in SETS if name not in ("portable", "avx2")] if "avx2" in SETS else []
-
-
-@pytest.fixture(params=SETS)
-def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
-    before = _native.chosen()
-    _native.choose(request.param)
-    yield make_ops("cpu")
-    _native.choose(before)
 
 
 def test_the_best_is_chosen_and_portable_is_always_there() -> None:
@@ -99,6 +87,20 @@ def test_what_would_be_read_as_it_lies_is_refused() -> None:
         ops.add_norm(x_TK, x_TK.bfloat16(), torch.ones(32).bfloat16(), 1e-5)
     with pytest.raises(TypeError):
         ops.norm(x_TK, torch.ones(32).bfloat16(), 1e-5)
+    with pytest.raises(TypeError, match=r"float64: .*float32, torch\.bfloat16, torch\.float16"):
+        ops.norm(x_TK.double(), torch.ones(32).double(), 1e-5)
+
+
+def test_only_whole_matrices_are_packed(ops: Ops) -> None:
+    """In place: what lies between their rows belongs to somebody else."""
+    for base, part in ((torch.randn(32, 128), (slice(None), slice(64))), (torch.randn(3, 32, 64), (slice(None), 0))):
+        before = base.clone()
+        for matrix in (base[part], base.transpose(-1, -2)):
+            with pytest.raises(TypeError, match="strides"):
+                ops.pack(matrix)
+        assert torch.equal(base, before)
+    with pytest.raises(TypeError, match=r"float64: .*float32, torch\.bfloat16, torch\.float16"):
+        ops.pack(torch.randn(32, 64).double())
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])

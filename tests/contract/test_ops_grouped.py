@@ -3,30 +3,18 @@ bit where the processor has a fused multiply-add."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from opsuite import agree
+from opsuite import SETS, agree
 from penstock.base import ModelFormatError
-from penstock.kernels import GroupedWeight, Ops, Weight, make_ops, native
+from penstock.kernels import GroupedWeight, Ops, Weight, make_ops
 from penstock.quant import check_scales, quantize, widen
 
-if native():
-    from penstock.kernels import _native
-
-SETS = _native.usable() if native() else []
 FORMATS = [(8, 32), (4, 32), (8, 64), (4, 64), (8, 128), (4, 128)]
-
-
-@pytest.fixture(params=SETS)
-def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
-    before = _native.chosen()
-    _native.choose(request.param)
-    yield make_ops("cpu")
-    _native.choose(before)
 
 
 @pytest.fixture(params=FORMATS, ids=lambda f: f"{f[0]} bits by {f[1]}")

@@ -1,5 +1,6 @@
 """The native kernels at the shapes that are served: a row has the same bytes at any place, among any number of others,
-at any number of threads, on every instruction set that computes with the same numbers."""
+at any number of threads. On the processor's best instruction set; with ``--all`` on every one that has a fused
+multiply-add."""
 
 from __future__ import annotations
 
@@ -11,11 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsuite import EPS, Sequence, Shape, run_attention
+from opsuite import EPS, SETS, Sequence, Shape, run_attention
 from penstock.base.segments import ffn_segments, sum_segments
-from penstock.kernels import Batch, GroupBatch, GroupedWeight, Weight, make_ops, native
-
-pytestmark = pytest.mark.skipif(not native(), reason="installed without a compiler")
+from penstock.kernels import Batch, GroupBatch, GroupedWeight, Ops, Weight, native
 
 MODELS = {
     "qwen3-0.6b": Shape(1024, 3072, 16, 8, 128, 151_936),
@@ -27,6 +26,11 @@ stack of four in ``widened.h``. Others are drawn."""
 MOST = 400
 KINDS = ("fp32", "bf16", "int8", "int4")
 SLOW = [pytest.mark.slow]
+BEST, *OTHERS = [name for name in SETS if name != "portable"] or SETS or [None]
+pytestmark = [
+    pytest.mark.skipif(not native(), reason="installed without a compiler"),
+    pytest.mark.parametrize("ops", [BEST, *(pytest.param(name, marks=SLOW) for name in OTHERS)], indirect=True),
+]
 
 
 @pytest.fixture
@@ -95,8 +99,8 @@ SLOTS: list[Any] = ["qkv", "out", "gate_up", "down", pytest.param("head", marks=
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slot", SLOTS)
 @pytest.mark.parametrize("model", [pytest.param(name, marks=SLOW * (name != "qwen3-0.6b")) for name in MODELS])
-def test_row_bits(model: str, slot: str, kind: str, draws: int) -> None:
-    ops, rng = make_ops("cpu"), random.Random(f"{model} {slot} {kind}")
+def test_row_bits(model: str, slot: str, kind: str, draws: int, ops: Ops) -> None:
+    rng = random.Random(f"{model} {slot} {kind}")
     outputs, inputs, segments = product(MODELS[model], slot)
     x_TK, weight = inputs_of(kind, inputs), ops.pack(weight_of(kind, outputs, inputs))
 
@@ -111,9 +115,9 @@ def test_row_bits(model: str, slot: str, kind: str, draws: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW * (kind in ("fp32", "int4"))) for kind in KINDS])
-def test_expert_bits(kind: str, draws: int) -> None:
+def test_expert_bits(kind: str, draws: int, ops: Ops) -> None:
     """The bench's ``moe-64``: 64 experts, of which each row has 8 by its own logits."""
-    ops, (hidden, ffn, count, active) = make_ops("cpu"), (1024, 512, 64, 8)
+    hidden, ffn, count, active = 1024, 512, 64, 8
     x_TD, router_ED = inputs_of(kind, hidden), ops.pack(weight_of("fp32" if kind == "fp32" else "bf16", count, hidden))
     gate_up, down = weight_of(kind, count, 2 * ffn, hidden), weight_of(kind, count, hidden, ffn)
     stacks = (ops.pack(gate_up), None, ops.pack(down), None)
@@ -127,9 +131,8 @@ def test_expert_bits(kind: str, draws: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_norm_bits(model: str, dtype: torch.dtype, draws: int) -> None:
-    ops, width = make_ops("cpu"), MODELS[model].hidden
-    kind = "fp32" if dtype == torch.float32 else "bf16"
+def test_norm_bits(model: str, dtype: torch.dtype, draws: int, ops: Ops) -> None:
+    width, kind = MODELS[model].hidden, "fp32" if dtype == torch.float32 else "bf16"
     x_TD, delta_TD = inputs_of(kind, width), inputs_of(kind, width)
     weight_D, bias_D = (torch.randn(2, width) + 1).to(dtype)
 
@@ -142,9 +145,9 @@ def test_norm_bits(model: str, dtype: torch.dtype, draws: int) -> None:
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("model", MODELS)
-def test_rope_and_write_bits(model: str, kv_dtype: torch.dtype, draws: int) -> None:
+def test_rope_and_write_bits(model: str, kv_dtype: torch.dtype, draws: int, ops: Ops) -> None:
     """Queries, and K and V as they lie in the pool, of a row at a position and a slot of its own."""
-    ops, shape, rng = make_ops("cpu"), MODELS[model], random.Random(model)
+    shape, rng = MODELS[model], random.Random(model)
     qkv_TC = inputs_of("bf16", shape.qkv)
     norms_2d = (torch.randn(2, shape.head_dim) + 1).bfloat16()
     norms = (norms_2d[0], norms_2d[1]) if model == "qwen3-0.6b" else None
@@ -168,9 +171,9 @@ def test_rope_and_write_bits(model: str, kv_dtype: torch.dtype, draws: int) -> N
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("model", MODELS)
-def test_attention_bits(model: str, kv_dtype: torch.dtype | None, draws: int) -> None:
+def test_attention_bits(model: str, kv_dtype: torch.dtype | None, draws: int, ops: Ops) -> None:
     """A request of one row, of some and of a whole chunk, and some that are drawn, alone and among the others."""
-    ops, rng = make_ops("cpu"), random.Random(model)
+    rng = random.Random(model)
     lengths = [(1, 1), (700, 1), (129, 129), (900, 40), (260, 7), (64, 64)]
     lengths += [(context := rng.randint(1, 1000), rng.randint(1, min(context, 60))) for _ in range(draws)]
     sequences = [Sequence.random(MODELS[model], context, count, torch.bfloat16) for context, count in lengths]

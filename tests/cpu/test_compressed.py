@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from encoder_models import write_json
 from oracle import CPU, paged_logits
 from penstock.base import InvalidRequest, ModelFormatError, PenstockError
 from penstock.bench.checkpoints import write_w8a8
+from penstock.cli.quantize import quantize as quantize_command
 from penstock.compress import Recipe, folder, measure_quality, write_quantized
 from penstock.formats import open_checkpoint
 from penstock.kernels import GroupedWeight, make_ops, native
@@ -355,6 +358,13 @@ def test_what_cannot_be_written_is_refused(plain: Path, tmp_path: Path) -> None:
     write_quantized(plain, out, SPEC, Recipe("int8"))
     assert code(out, tmp_path / "again") == "quantize_unsupported"
     assert code(plain / "config.json", tmp_path / "again") == "quantize_unsupported"
+
+
+def test_an_encoder_is_refused_and_told_what_to_do(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", transformers.BertConfig().to_dict() | {"architectures": ["BertModel"]})
+    with pytest.raises(InvalidRequest) as error:
+        quantize_command(str(tmp_path), tmp_path / "out")
+    assert error.value.code == "quantize_unsupported" and "a model that writes text" in error.value.fix
 
 
 def test_quality(plain: Path) -> None:

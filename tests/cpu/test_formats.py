@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from penstock.base import ModelFormatError
-from penstock.formats import SafetensorsFile, file_digest, open_checkpoint, read_json_object
+from penstock.formats import SafetensorsFile, file_digest, open_checkpoint, read_bytes, read_json_object
 from penstock.kernels import make_ops
 from penstock.layers import Placement
 from penstock.models import numerics_id
@@ -26,6 +26,14 @@ from penstock.spec import KVDtype
 from penstock.spec.hf import model_spec
 from penstock.spec.sizing import activation_bytes, kv_bytes_per_token, kv_request_bytes, parameters, weight_bytes
 from small_model import CONFIG, CPU, SPEC, code_of, load, write_model
+
+
+def test_a_file_that_is_too_large(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(9))
+    assert read_bytes(tmp_path / "x", 9, "tokenizer_invalid") == bytes(9)
+    with pytest.raises(ModelFormatError) as error:
+        read_bytes(tmp_path / "x", 8, "tokenizer_invalid")
+    assert error.value.code == "tokenizer_invalid" and "8 bytes" in error.value.why and "download" in error.value.fix
 
 
 def test_views_are_the_tensors_bytes(tmp_path: Path) -> None:

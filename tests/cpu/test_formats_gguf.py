@@ -115,7 +115,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError) as error:
         GGUFFile(tmp_path / "x.gguf")
-    assert error.value.code == "weights_missing"
+    assert error.value.code == "weights_missing" and "path" in error.value.fix
 
 
 def mutated(seed: int, whole: bytes) -> bytes:

@@ -59,7 +59,7 @@ def test_blocks_decode_as_in_ggml(kind: str) -> None:
 EXACT = {"Q8_0": {8}, "Q4_0": {4, 8}, "Q5_0": {8}}
 
 
-@pytest.mark.parametrize("spread", [1e-3, 0.02, 30.0])
+@pytest.mark.parametrize("spread", [2e-4, 1e-3, 0.02, 30.0])
 @pytest.mark.parametrize("kind", BITS)
 def test_what_grouping_costs(kind: str, spread: float) -> None:
     values = np.random.default_rng(1).standard_normal((256, 512)).astype(np.float32) * np.float32(spread)
@@ -74,9 +74,33 @@ def test_what_grouping_costs(kind: str, spread: float) -> None:
         if bits in EXACT.get(kind, ()):
             assert torch.equal(wide, numbers)
         elif bits == 4:
-            assert (off <= 0.04 * grouped.scales_NG.float().flatten().clamp(min=2**-14)).all()
+            steps = grouped.scales_NG.float().flatten()
+            assert (off <= 0.04 * steps + 5e-7 * (steps < 2**-14)).all()
         else:
-            assert (off <= numbers.view(-1, 32).abs().amax(1).clamp(min=2**-10) / 250).all()
+            largest = numbers.view(-1, 32).abs().amax(1)
+            assert (off <= torch.where(largest < 0.001, 4e-6, largest / 250)).all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_1"])
+def test_what_float16_has_no_scale_for(kind: str) -> None:
+    """Groups of every size down to 0: no more off than is said."""
+    size = gguf.GGML_QUANT_SIZES[Kind[kind]][1]
+    data = np.random.default_rng(3).integers(0, 256, (1 << 15, size), dtype=np.uint8)
+    scales = np.arange(1 << 15, dtype=np.uint16) & 0x3FFF  # below 2
+    steps = scales.view(np.float16).astype(np.float32)
+    data[:, :2] = scales.view(np.uint8).reshape(-1, 2)
+    data[:, 2:4] = (-7.3 * steps).astype(np.float16).view(np.uint8).reshape(-1, 2)
+    rows = torch.from_numpy(data)
+    numbers = decode_rows(rows, kind)
+    for bits in {BITS[kind], 8}:
+        grouped = group_rows(rows, kind, bits)
+        off, largest = (widen(grouped, torch.empty(numbers.shape)) - numbers).abs().amax(1), numbers.abs().amax(1)
+        if bits == 4:
+            most = 0.04 * torch.from_numpy(steps) + 5e-7 * torch.from_numpy(steps < 2**-14)
+        else:
+            most = torch.where(largest < 0.001, 4e-6, largest / 250)
+            assert (off > largest / 250).any()
+        assert (off <= most).all()
 
 
 def test_groups_of_one_sign_are_quantized_anew() -> None:

@@ -25,11 +25,12 @@ from penstock import LLM, SamplingParams
 from penstock.base import ModelFormatError
 from penstock.formats import PackedFile, WeightCache, digest, file_digest
 from penstock.formats.files import UNFINISHED
+from penstock.formats.packed import VERSION
 from penstock.kernels import GroupedWeight, make_ops, native
 from penstock.layers import Packing, Read
 from penstock.models import Decoder, Placement
 from penstock.quant import quantize
-from penstock.runtime.packed import WRITER, KeptWeights, load_kept
+from penstock.runtime.packed import WRITER, KeptWeights, checksum, load_kept
 from penstock.spec import ModelSpec
 from penstock.spec.encoder import read_any_spec
 from penstock.spec.quantization import Quantization
@@ -166,7 +167,7 @@ def damages(path: Path) -> Iterator[tuple[str, bytes]]:
         yield f"cut at {length}", whole[:length]
     yield "longer", whole + b"\0"
     yield "zeros", bytes(len(whole))
-    yield "another version", whole[:8] + (2).to_bytes(8, "little") + whole[16:]
+    yield "another version", whole[:8] + (VERSION + 1).to_bytes(8, "little") + whole[16:]
     yield "written to the middle", whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2)
     for at in (*range(0, 48, 5), *(rng.randrange(header, len(whole)) for _ in range(10))):
         yield f"header flipped at {at}", flipped(whole, at, 1 << rng.randrange(8))
@@ -179,10 +180,26 @@ def damages(path: Path) -> Iterator[tuple[str, bytes]]:
     pages = [whole[at : at + 4096] for at in (first, second)]
     swapped = whole[:first] + pages[1] + whole[first + 4096 :]
     yield "pages exchanged", swapped[:second] + pages[0] + swapped[second + 4096 :]
+    yield "two highest bits of a page flipped", flipped(flipped(whole, first + 7, 128), first + 4095, 128)
+    one, other = opposite_words(pages[0])
+    yield "a bit set here and cleared there", flipped(flipped(whole, first + one, 1), first + other, 1)
+    yield "sectors of a page exchanged", exchanged(whole, first, first + 512, 512)
 
 
 def flipped(data: bytes, at: int, bit: int) -> bytes:
     return data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+
+
+def exchanged(data: bytes, one: int, other: int, size: int) -> bytes:
+    """Pieces of ``size`` bytes, of which ``one`` is the first."""
+    between = data[one + size : other]
+    return data[:one] + data[other : other + size] + between + data[one : one + size] + data[other + size :]
+
+
+def opposite_words(page: bytes) -> tuple[int, int]:
+    """Where words begin whose lowest bits differ."""
+    found = {page[at] & 1: at for at in range(0, len(page), 8)}
+    return found[0], found[1]
 
 
 def test_damage_is_noticed_and_mended(model: Path, store: WeightCache, caplog: pytest.LogCaptureFixture) -> None:
@@ -196,6 +213,44 @@ def test_damage_is_noticed_and_mended(model: Path, store: WeightCache, caplog: p
         assert bits(load(model, store)) == before, kind
         assert [record.levelno for record in caplog.records] == [logging.WARNING], kind
         assert path.read_bytes() == whole, kind
+
+
+@pytest.mark.parametrize("pages", [1, 3, 1025])
+def test_checksum_sees_what_cancels_in_a_sum(pages: int) -> None:
+    """All that stays inside a page, and up to three words anywhere."""
+    rng = random.Random(pages)
+    data = torch.frombuffer(bytearray(rng.randbytes(pages * 4096 + 100)), dtype=torch.uint8)
+    words, before, top = data[: pages * 4096].view(torch.int64), checksum(data), -(1 << 63)
+
+    def seen(places: list[int], values: Tensor) -> bool:
+        kept = words[places]
+        words[places] = values
+        changed = checksum(data) != before
+        words[places] = kept
+        return changed
+
+    for _ in range(20):
+        page, change = 512 * rng.randrange(pages), 1 << rng.randrange(63)
+        inside = [page + at for at in rng.sample(range(512), 4)]
+        for places in (inside, rng.sample(range(len(words)), 3)):
+            for changes in ([change], [change, -change], [top, top], [change, change, -2 * change]):
+                some = places[: len(changes)]
+                assert seen(some, words[some] + torch.tensor(changes)), (some, changes)
+        assert seen(inside, words[inside] + top)
+        whole = list(range(page, page + 512))
+        assert seen(whole, words[whole].roll(64 * rng.randrange(1, 8)))
+        data[-1 - (at := rng.randrange(100))] ^= 1  # behind the last whole page
+        assert checksum(data) != before
+        data[-1 - at] ^= 1
+
+
+def test_checksum_sees_where_pages_lie() -> None:
+    """Two of the same sum, and a highest bit in every word of two pages."""
+    words = torch.zeros(1024, dtype=torch.int64)
+    words[3], words[512 + 7] = 5, 5
+    turned = words.view(2, 512).flip(0).reshape(-1)
+    sums = {checksum(x.view(torch.uint8)) for x in (words, turned, words ^ -(1 << 63))}
+    assert len(sums) == 3
 
 
 def test_every_bit_of_prefix_and_header_counts(model: Path, store: WeightCache, tmp_path: Path) -> None:

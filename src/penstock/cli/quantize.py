@@ -46,7 +46,10 @@ def quantize(
     spec = read_any_spec(folder)
     if not isinstance(spec, ModelSpec):
         raise InvalidRequest(
-            "quantize_unsupported", "This model cannot be quantized to a folder", why="it is an encoder"
+            "quantize_unsupported",
+            "This model cannot be quantized to a folder",
+            why="it is an encoder",
+            fix="give a model that writes text; an encoder is served as it is",
         )
     try:
         ids = load_tokenizer(folder, spec.vocab_size).encode(source.read_text("utf-8"))[:tokens]

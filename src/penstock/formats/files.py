@@ -34,7 +34,12 @@ def read_bytes(path: Path, limit: int, invalid: str) -> bytes:
             fix="check that the model folder was downloaded completely",
         ) from None
     if len(data) > limit:
-        raise ModelFormatError(invalid, f"{path} is not usable", why=f"it is larger than {limit} bytes")
+        raise ModelFormatError(
+            invalid,
+            f"{path} is not usable",
+            why=f"it is larger than {limit} bytes",
+            fix="download the file again, or take another model: none that is known has one so large",
+        )
     return data
 
 

@@ -64,7 +64,10 @@ class GGUFFile:
                 self._map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: the file shrank under us
             raise ModelFormatError(
-                "weights_missing", f"The GGUF file {path.name} cannot be read", why=f"{path}: {error}"
+                "weights_missing",
+                f"The GGUF file {path.name} cannot be read",
+                why=f"{path}: {error}",
+                fix="give the path of a GGUF file that you may read",
             ) from None
         reader = _Reader(path, self._map, min(self.size, MAX_HEADER_BYTES))
         num_tensors, num_keys = reader.start()

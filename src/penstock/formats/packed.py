@@ -29,7 +29,7 @@ from penstock.base import ModelFormatError
 from penstock.formats.files import written_whole
 from penstock.formats.jsonfile import parse_json_object
 
-MAGIC, VERSION, PAGE, PREFIX = b"penstock", 1, 4096, 48
+MAGIC, VERSION, PAGE, PREFIX = b"penstock", 2, 4096, 48
 MAX_HEADER_BYTES = READ_AT_ONCE = 1 << 28
 
 

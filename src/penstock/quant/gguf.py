@@ -7,6 +7,9 @@ A block's numbers are scale * code + offset, with a scale (and an offset) for 16
                          0.04 steps off. A group with no 0 in its range (all its numbers of one sign) may not have
                          such an offset; it is quantized anew, half a step off
     Q5_1, Q5_K, Q6_K     8 bits, each 32 neighbours quantized anew: off by at most their largest / 250
+
+float16 has no scale finer than 2^-24. Steps below 2^-14 (6.1e-5) cost up to 15 * 2^-25 (5e-7) more in 4 bits, and 32
+neighbours below 0.001 are up to 127 * 2^-25 (4e-6) off in 8, all of it if they are so small.
 """
 
 from __future__ import annotations

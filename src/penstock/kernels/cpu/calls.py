@@ -17,6 +17,13 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def dtype_code(dtype: torch.dtype) -> int:
+    """What the native side calls it. Raises TypeError if no kernel computes with it."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{dtype}: the native kernels compute with {', '.join(map(str, DTYPES))} alone")
+    return DTYPES[dtype]
+
+
 def stored(weight: Weight) -> tuple[Tensor, int, int]:
     """A packed weight's memory, bits and group; no bits are plain numbers."""
     if isinstance(weight, PackedWeight):
@@ -106,7 +113,7 @@ def norm(
         width,
         eps,
         scale,
-        DTYPES[x_TD.dtype],
+        dtype_code(x_TD.dtype),
     )
     if out_TD is not None:
         return out_TD
@@ -148,7 +155,7 @@ def linear(
         wide,
         bits,
         group,
-        DTYPES[x_TK.dtype],
+        dtype_code(x_TK.dtype),
     )
     return out_TN
 
@@ -193,7 +200,7 @@ def attention(
         softcap,
         address(sinks_N),
         address(slopes_N),
-        DTYPES[q_TNd.dtype],
+        dtype_code(q_TNd.dtype),
     )
     return out_TC
 
@@ -259,7 +266,7 @@ def experts(
         gate_up_group,
         down_bits,
         down_group,
-        DTYPES[x_TD.dtype],
+        dtype_code(x_TD.dtype),
     )
     return out_TD
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.kernels import _native
 from penstock.kernels.cpu import calls
-from penstock.kernels.cpu.calls import DTYPES, address, counted, pools, same, share_threads, stored
+from penstock.kernels.cpu.calls import address, counted, dtype_code, pools, same, share_threads, stored
 from penstock.kernels.cpu.capture import Captured
 from penstock.kernels.ops import Activation, Draw, Forward
 from penstock.kernels.paged import allocate_layers, copy_layer_blocks
@@ -51,9 +51,10 @@ class CpuOps:
         share_threads()
         if isinstance(weight, GroupedWeight):
             return _pack_grouped(weight)
-        outputs, inputs = weight.shape[-2:]
+        same(weight, weight.dtype, weight)
+        (outputs, inputs), code = weight.shape[-2:], dtype_code(weight.dtype)
         for weight_NK in weight.view(-1, outputs, inputs):
-            _native.pack(weight_NK.data_ptr(), outputs, inputs, DTYPES[weight.dtype])
+            _native.pack(weight_NK.data_ptr(), outputs, inputs, code)
         return weight
 
     def embed(self, ids_T: Tensor, table_VD: Weight, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -64,7 +65,7 @@ class CpuOps:
         same(ids_T, torch.int64, ids_T)
         same(ids_T, dtype, None if bits else data)
         sizes = (len(ids_T), rows, width, bits, group)
-        _native.embed(data.data_ptr(), ids_T.data_ptr(), out_TD.data_ptr(), *sizes, scale, DTYPES[dtype])
+        _native.embed(data.data_ptr(), ids_T.data_ptr(), out_TD.data_ptr(), *sizes, scale, dtype_code(dtype))
         return out_TD
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -147,7 +148,7 @@ class CpuOps:
             head_dim,
             kv.k_PBHd.shape[1],
             eps,
-            DTYPES[qkv_TC.dtype],
+            dtype_code(qkv_TC.dtype),
         )
         return q_TNd
 
@@ -254,7 +255,7 @@ def _quantize(weight: Tensor, bits: int, group: int) -> GroupedWeight:
     zeros_NG = None if bits == 8 else torch.empty(scales_NG.shape, dtype=torch.uint8)
     same(weight, weight.dtype, weight)
     places = (weight.data_ptr(), codes_NK.data_ptr(), scales_NG.data_ptr(), address(zeros_NG))
-    _native.quantize(*places, scales_NG.numel(), bits, group, DTYPES[weight.dtype])
+    _native.quantize(*places, scales_NG.numel(), bits, group, dtype_code(weight.dtype))
     return GroupedWeight(codes_NK, scales_NG, zeros_NG)
 
 
