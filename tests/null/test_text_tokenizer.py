@@ -95,7 +95,7 @@ def test_without_special_tokens_in_the_text_parsing_makes_no_difference(kind: st
 
 def test_a_text_without_special_tokens_is_encoded_as_fast_as_any() -> None:
     """Token by token in Python only what holds one."""
-    tokenizer = toytext.byte_level()
+    tokenizer = toytext.byte_level.__wrapped__()  # one that nobody has used
     assert tokenizer.encode("the cats", parse_special=False) == tokenizer.encode("the cats") and not tokenizer._literal
     tokenizer.encode("the <|im_end|> cats", parse_special=False)
     assert tokenizer._literal
