@@ -158,9 +158,10 @@ def written(table: dict[str, Any]) -> Iterator[str]:
 
 def main(folder: str) -> None:
     run, cells = read(Path(folder))
-    if missing := expected_cells() - {line["cell"] for line in cells}:
-        sys.exit(f"{len(missing)} of {len(expected_cells())} cells have not run, such as {min(missing)}")
-    cells = [line for line in cells if line["cell"] in expected_cells()]  # others are of an array of before
+    expected = expected_cells()
+    if missing := expected - {line["cell"] for line in cells}:
+        sys.exit(f"{len(missing)} of {len(expected)} cells have not run, such as {min(missing)}")
+    cells = [line for line in cells if line["cell"] in expected]  # others are of an array of before
     TABLE.write_text("".join(written(added_up(run, cells))), "utf-8")
 
 
